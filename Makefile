@@ -1,0 +1,64 @@
+# `make run` and `make test` set up everything they need in .venv; nothing else has to be installed but Python and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help run test check lint types imports proto proto-check proto-baseline worlds format clean
+.DEFAULT_GOAL := help
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Preceptor needs Python 3.11 or newer; say which: make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# Versions are pinned by constraints.txt; pyproject.toml keeps the ranges wide.
+$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[embedded]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.run
+
+run: $(VENV)/.run  ## the whole loop on the small world that ships, about five minutes on two cores
+	$(BIN)/preceptor run configs/almanac.toml $(ARGS)
+
+test: $(VENV)/.dev  ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types imports proto-check  ## everything CI looks at before the tests
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+proto-check: $(VENV)/.dev
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against proto/released.binpb
+	scripts/generate_stubs.sh --check
+
+proto:  ## regenerate preceptor/v1 after a change in proto/
+	scripts/generate_stubs.sh
+
+proto-baseline: $(VENV)/.dev  ## accept the contract as released: later changes are checked against it
+	$(BIN)/buf build -o proto/released.binpb
+
+worlds: $(VENV)/.dev  ## rebuild the tiny models of the shipped world from nothing (under an hour on two cores)
+	$(BIN)/python -m worlds.almanac.build
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what was built and run, not the virtual environment
+	rm -rf .preceptor runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

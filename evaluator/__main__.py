@@ -1,0 +1,37 @@
+"""``python -m evaluator``: serves the EvaluatorService until SIGTERM."""
+
+from __future__ import annotations
+
+import sys
+
+from evaluator.settings import EvaluatorSettings
+from preceptor.launch import launch
+
+
+def run(settings: EvaluatorSettings) -> None:
+    """Puts the service together and serves it."""
+    from evaluator.broker import RedisBroker
+    from evaluator.house import Evaluator
+    from evaluator.servicer import SERVICE, EvaluatorServicer
+    from preceptor.server import serve
+    from preceptor.v1.evaluator_pb2_grpc import add_EvaluatorServiceServicer_to_server
+
+    broker = RedisBroker(settings.broker_url)
+    evaluator = Evaluator(settings, broker)
+    servicer = EvaluatorServicer(evaluator.evaluations)
+    evaluator.dispatcher.start()
+    try:
+        serve(
+            [SERVICE],
+            lambda server: add_EvaluatorServiceServicer_to_server(servicer, server),
+            settings,
+            on_drain=evaluator.drain,
+        )
+    finally:
+        evaluator.drain()
+        evaluator.close()
+        broker.close()
+
+
+if __name__ == "__main__":
+    sys.exit(launch("evaluator", EvaluatorSettings, run))

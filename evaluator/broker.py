@@ -1,0 +1,101 @@
+"""The queue as the dispatcher sees it: submit, results, leases. One round trip each, and one exception.
+
+Everything here raises PreceptorError(BROKER_UNREACHABLE) where Redis does not answer within seconds. Nothing is lost by
+that: what is to be done stands in SQL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import redis
+from kombu.exceptions import OperationalError
+
+from preceptor.errors import PreceptorError
+from preceptor.leases import LeaseBoard, WorkerStatus
+from preceptor.queue import TRIAL_QUEUE, fetch_results, make_app, submit
+from preceptor.v1 import trial_pb2 as trial
+
+
+class Broker(Protocol):
+    """What the dispatcher needs of a queue. A task id is ``preceptor.queue.celery_task_id(batch, attempt)``."""
+
+    def submit(self, batch: trial.TrialBatch, attempt: int) -> None:
+        """Puts an attempt on the queue. Doing it twice is harmless."""
+        ...
+
+    def results(self, task_ids: Sequence[str]) -> dict[str, trial.TrialBatchResult]:
+        """The results there are, by task."""
+        ...
+
+    def holders(self, task_ids: Sequence[str]) -> dict[str, str]:
+        """The workers that hold leases on these tasks, by task."""
+        ...
+
+    def depth(self) -> int:
+        """How many tasks wait for a worker."""
+        ...
+
+    def revoke(self, task_ids: Sequence[str]) -> None:
+        """Asks workers to skip tasks that they have not begun. They may run all the same."""
+        ...
+
+    def workers(self) -> list[WorkerStatus]:
+        """The workers alive."""
+        ...
+
+
+class RedisBroker:
+    """Celery on Redis."""
+
+    def __init__(self, url: str) -> None:
+        self._app = make_app(url)
+        # Celery's default is to wait 120 s for a Redis that hangs.
+        self._app.conf.update(redis_socket_timeout=5.0, redis_socket_connect_timeout=5.0)
+        self._leases = LeaseBoard(url)
+        self._redis = redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5)
+
+    def submit(self, batch: trial.TrialBatch, attempt: int) -> None:
+        """See Broker."""
+        with _unreachable():
+            submit(self._app, batch, attempt)
+
+    def results(self, task_ids: Sequence[str]) -> dict[str, trial.TrialBatchResult]:
+        """See Broker."""
+        with _unreachable():
+            return fetch_results(self._app, list(task_ids))
+
+    def holders(self, task_ids: Sequence[str]) -> dict[str, str]:
+        """See Broker."""
+        with _unreachable():
+            return self._leases.holders(list(task_ids))
+
+    def depth(self) -> int:
+        """See Broker."""
+        with _unreachable():
+            return int(self._redis.llen(TRIAL_QUEUE))
+
+    def revoke(self, task_ids: Sequence[str]) -> None:
+        """See Broker."""
+        with _unreachable():
+            self._app.control.revoke(list(task_ids))
+
+    def workers(self) -> list[WorkerStatus]:
+        """See Broker."""
+        with _unreachable():
+            return self._leases.workers()
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._app.close()
+        self._redis.close()
+
+
+@contextmanager
+def _unreachable() -> Iterator[None]:
+    try:
+        yield
+    except (redis.RedisError, OperationalError, OSError) as error:
+        raise PreceptorError("BROKER_UNREACHABLE", f"Redis does not answer: {error}") from None

@@ -1,0 +1,152 @@
+"""The evaluator's tables and its connection to them (SQLite embedded, PostgreSQL elsewhere).
+
+One evaluator process owns one database: writes of its threads are serialised by a lock, every change of a state is a
+compare-and-set, and each public operation of the stores is one transaction, so the process may die between any two.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+
+from sqlalchemy import (
+    Column,
+    Connection,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+
+from preceptor.database import open_database
+
+
+class State(StrEnum):
+    """Where an evaluation stands; the names are those of the contract."""
+
+    QUEUED = "QUEUED"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+
+LIVE = (State.QUEUED, State.RUNNING)
+
+
+class TrialState(StrEnum):
+    """Where a trial stands. A trial that nobody waits for any more has no row."""
+
+    PENDING = "PENDING"
+    DONE = "DONE"
+    FAILED = "FAILED"
+
+
+class BatchState(StrEnum):
+    """Where a batch stands."""
+
+    WAITING = "WAITING"  # to be put on the queue
+    SUBMITTED = "SUBMITTED"  # on the queue
+    RUNNING = "RUNNING"  # a worker's lease was seen
+    FINISHED = "FINISHED"
+    CANCELLED = "CANCELLED"
+
+
+metadata = MetaData()
+
+evaluations = Table(
+    "evaluations",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),  # the order of pages
+    Column("id", String(64), nullable=False, unique=True),
+    Column("state", String(16), nullable=False, index=True),
+    Column("exam_id", String(64), nullable=False),
+    Column("body", LargeBinary, nullable=False),  # preceptor.v1.Evaluation without state and times
+    Column("created", Float, nullable=False),  # unix seconds
+    Column("finished", Float),
+)
+
+# Position 0..S-1: the trials, by ascending seed; BASELINE_POSITION: the untouched student.
+BASELINE_POSITION = -1
+evaluation_trials = Table(
+    "evaluation_trials",
+    metadata,
+    Column("evaluation_id", String(64), primary_key=True),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("trial_id", String(64), nullable=False, index=True),
+    Column("seed", String(20), nullable=False),  # uint64 does not fit SQL's integers
+)
+
+exams = Table(
+    "exams",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("body", Text, nullable=False),  # JSON
+)
+
+trials = Table(
+    "trials",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("state", String(16), nullable=False),
+    Column("batch_id", String(64), nullable=False, index=True),  # the batch that runs it, or last ran it
+    Column("result", LargeBinary, nullable=False),  # preceptor.v1.TrialResult; empty while pending
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("state", String(16), nullable=False),
+    Column("turn", Integer, nullable=False),  # the order of submission
+    Column("attempt", Integer, nullable=False),  # only ever grows: part of the Celery task's id
+    Column("since", Integer, nullable=False),  # results of attempts before this one are not wanted
+    Column("tries", Integer, nullable=False),  # submissions spent on this work under the present request
+    Column("payload", LargeBinary, nullable=False),  # preceptor.v1.TrialBatch; empty once final
+    Index("batches_by_state", "state", "turn"),
+)
+
+owners = Table(
+    "owners",
+    metadata,
+    Column("owner", String(256), primary_key=True),
+    Column("evaluation_id", String(64), primary_key=True, index=True),
+)
+
+requests = Table(
+    "requests",
+    metadata,
+    Column("id", String(256), primary_key=True),
+    Column("body_sha256", String(64), nullable=False),
+    Column("reply", Text, nullable=False),  # JSON
+)
+
+
+class Database:
+    """A database with the tables above."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = open_database(url, metadata)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A connection for reading."""
+        with self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction: committed at the end, rolled back on an exception. One at a time."""
+        with self._lock, self._engine.begin() as connection:
+            yield connection
+
+    def close(self) -> None:
+        """Closes all connections."""
+        self._engine.dispose()

@@ -1,0 +1,163 @@
+"""The evaluator as an object: what its RPCs do, without gRPC. The servicer only translates to this."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from google.protobuf.message import Message
+
+from evaluator.batch_store import BatchStore
+from evaluator.broker import Broker
+from evaluator.database import BatchState, State
+from evaluator.dispatch import Dispatcher
+from evaluator.feed import Feed
+from evaluator.graders import grader_label, grader_named
+from evaluator.identity import plan
+from evaluator.request import MAX_NAME_CHARACTERS, MAX_TRIALS, check_name, check_student, read_request
+from evaluator.store import EvaluationStore, Known, Request, is_final
+from preceptor.convert import question_from_proto
+from preceptor.errors import PreceptorError
+from preceptor.v1 import evaluator_pb2 as pb
+from preceptor.v1 import types_pb2 as types
+
+DEFAULT_PAGE = 100
+MAX_PAGE = 1000
+
+
+class Evaluations:
+    """Creates, shows, watches and cancels evaluations.
+
+    ``active_student`` is asked when a new group names no student. It raises PreceptorError as StudentService does.
+    """
+
+    def __init__(
+        self,
+        store: EvaluationStore,
+        batches: BatchStore,
+        dispatcher: Dispatcher,
+        broker: Broker,
+        feed: Feed,
+        active_student: Callable[[], types.PinnedStudent],
+        batch_trials: int,
+    ) -> None:
+        self._store, self._batches, self._dispatcher = store, batches, dispatcher
+        self._broker, self._feed = broker, feed
+        self._active_student, self._batch_trials = active_student, batch_trials
+
+    def create(self, message: pb.CreateEvaluationsRequest) -> list[pb.Evaluation]:
+        """Evaluates a group; in the order of its self-edits, each as it stands now.
+
+        A repeated request gets the same evaluations again, whatever has become of them. Raises
+        PreceptorError(INVALID_REQUEST, GRADER_UNKNOWN, REQUEST_ID_REUSED) and what the student service raises.
+        """
+        group = read_request(message)
+        request = Request(message.request_id, _body_sha256(message), message.owner)
+        known = self._store.reply_to(request)
+        if known is None:
+            student = message.student if message.HasField("student") else self._active_student()
+            check_student(student)
+            known = self._store.create(plan(group, student), request, self._batch_trials)
+            self._dispatcher.wake()
+            # Work that is known under another exam needs no trial, only a score.
+            self._dispatcher.settle([item.id for item in known])
+        return self._as_known(known)
+
+    def get(self, evaluation_id: str) -> pb.Evaluation:
+        """One evaluation. Raises PreceptorError(EVALUATION_NOT_FOUND)."""
+        return self._store.get([evaluation_id])[0]
+
+    def page(self, message: pb.ListEvaluationsRequest) -> tuple[list[pb.Evaluation], str]:
+        """A page by age and the token of the next one. Raises PreceptorError(INVALID_REQUEST)."""
+        if len(message.owner) > MAX_NAME_CHARACTERS:
+            raise PreceptorError("INVALID_REQUEST", "is too long", field="owner")
+        if message.state not in pb.EvaluationState.values():
+            raise PreceptorError("INVALID_REQUEST", "is not a known state", field="state")
+        if message.page_token and not re.fullmatch(r"[0-9]{1,18}", message.page_token):
+            raise PreceptorError("INVALID_REQUEST", "is not a token of this service", field="page_token")
+        state = None
+        if message.state != pb.EVALUATION_STATE_UNSPECIFIED:
+            state = State(pb.EvaluationState.Name(message.state).removeprefix("EVALUATION_STATE_"))
+        size = min(message.page_size or DEFAULT_PAGE, MAX_PAGE)
+        found, last = self._store.page(message.owner, state, int(message.page_token or 0), size)
+        return found, str(last) if last else ""
+
+    def watch(
+        self, evaluation_ids: Sequence[str], on_open: Callable[[Callable[[], None]], object]
+    ) -> Iterator[pb.Evaluation]:
+        """Yields each of these evaluations once, when it is final.
+
+        ``on_open`` is given a function that ends the waiting; the call's end must lead to it. Raises
+        PreceptorError(INVALID_REQUEST, EVALUATION_NOT_FOUND), and SHUTTING_DOWN when the service drains.
+        """
+        if not 1 <= len(evaluation_ids) <= MAX_TRIALS:
+            raise PreceptorError("INVALID_REQUEST", f"must be 1..{MAX_TRIALS}", field="evaluation_ids")
+        mailbox = self._feed.open(evaluation_ids)
+        try:
+            on_open(mailbox.close)
+            for evaluation in self._store.get(sorted(mailbox.evaluation_ids)):
+                if is_final(evaluation):
+                    mailbox.put(evaluation)
+            while (evaluation_or_end := mailbox.get()) is not None:
+                yield evaluation_or_end
+        finally:
+            self._feed.forget(mailbox)
+        if self._feed.closed:
+            raise PreceptorError("SHUTTING_DOWN", "the evaluator is shutting down; what is under way goes on later")
+
+    def cancel(self, message: pb.CancelEvaluationsRequest) -> int:
+        """Ends what an owner waits for and nobody else does; how many. Raises PreceptorError(INVALID_REQUEST)."""
+        check_name("request_id", message.request_id)
+        check_name("owner", message.owner)
+        number, cancelled = self._store.cancel(Request(message.request_id, _body_sha256(message), message.owner))
+        self._dispatcher.drop(cancelled.batches)
+        if cancelled.evaluation_ids:
+            self._feed.publish(self._store.get(cancelled.evaluation_ids))
+        return number
+
+    def grade(self, message: pb.GradeAnswersRequest) -> tuple[list[bool], str]:
+        """Which answers are right, and the grader's name and version.
+
+        Raises PreceptorError(INVALID_REQUEST, GRADER_UNKNOWN).
+        """
+        grader = grader_named(message.grader)
+        if len(message.questions) != len(message.answers):
+            raise PreceptorError(
+                "INVALID_REQUEST",
+                f"{len(message.answers)} answers to {len(message.questions)} questions",
+                field="answers",
+            )
+        questions = [question_from_proto(question) for question in message.questions]
+        graded = [grader.grade(question, answer) for question, answer in zip(questions, message.answers, strict=True)]
+        return graded, grader_label(grader)
+
+    def queue_status(self) -> pb.GetQueueStatusResponse:
+        """Queue and workers. Raises PreceptorError(BROKER_UNREACHABLE)."""
+        counts = self._batches.counts()
+        workers = self._broker.workers()
+        peaks = [worker.peak_memory_bytes for worker in workers]
+        return pb.GetQueueStatusResponse(
+            queued_batches=counts.get(BatchState.WAITING, 0) + counts.get(BatchState.SUBMITTED, 0),
+            running_batches=counts.get(BatchState.RUNNING, 0),
+            workers_alive=len(workers),
+            trials_done=self._dispatcher.trials_done,
+            worker_peak_memory_bytes=max([*peaks, self._dispatcher.peak_memory_bytes]),
+        )
+
+    def _as_known(self, known: Sequence[Known]) -> list[pb.Evaluation]:
+        found = {item.id: item for item in self._store.get(sorted({item.id for item in known}))}
+        answer = []
+        for item in known:
+            evaluation = pb.Evaluation()
+            evaluation.CopyFrom(found[item.id])
+            evaluation.cached = item.cached
+            answer.append(evaluation)
+        return answer
+
+
+def _body_sha256(message: Message) -> str:
+    bare = type(message)()
+    bare.CopyFrom(message)
+    bare.ClearField("request_id")
+    return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()

@@ -1,0 +1,51 @@
+"""Puts an evaluator together from its settings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from evaluator.batch_store import BatchStore
+from evaluator.broker import Broker
+from evaluator.database import Database
+from evaluator.dispatch import Dispatcher
+from evaluator.evaluations import Evaluations
+from evaluator.feed import Feed
+from evaluator.settings import EvaluatorSettings
+from evaluator.store import EvaluationStore
+from preceptor.channel import call, connect
+from preceptor.v1 import student_pb2, types_pb2
+from preceptor.v1.student_pb2_grpc import StudentServiceStub
+
+# CreateEvaluations answers at once; a student service that is down must not hold it longer than this.
+STUDENT_DEADLINE_SECONDS = 15.0
+
+
+class Evaluator:
+    """The parts of a running evaluator. Opens the database at once, and starts the dispatcher when told to."""
+
+    def __init__(self, settings: EvaluatorSettings, broker: Broker, clock: Callable[[], float] = time.time) -> None:
+        self._database = Database(settings.database("evaluator"))
+        self._feed = Feed()
+        batches, store = BatchStore(self._database), EvaluationStore(self._database, clock)
+        self.dispatcher = Dispatcher(batches, store, broker, self._feed, settings.dispatch_limits)
+        students = connect(settings.student_address, StudentServiceStub)
+
+        def active_student() -> types_pb2.PinnedStudent:
+            request = student_pb2.GetStudentRequest()
+            found = call(students.GetStudent, request, deadline=STUDENT_DEADLINE_SECONDS)
+            pinned: types_pb2.PinnedStudent = found.student.pinned
+            return pinned
+
+        self.evaluations = Evaluations(
+            store, batches, self.dispatcher, broker, self._feed, active_student, settings.batch_trials
+        )
+
+    def drain(self) -> None:
+        """Ends watches and the dispatcher; calls under way may still finish."""
+        self._feed.close()
+        self.dispatcher.stop()
+
+    def close(self) -> None:
+        """Closes the database, after the last call."""
+        self._database.close()

@@ -1,0 +1,119 @@
+"""The only place where the contract's defaults become numbers, and where a directive meets the run's settings.
+
+What leaves here has every field set: a worker never has to guess, and an evaluation's identity does not change when a
+default does (it changes because the resolved number does).
+"""
+
+from __future__ import annotations
+
+import math
+
+from evaluator.reward import Weights
+from preceptor.errors import PreceptorError
+from preceptor.v1 import evaluator_pb2 as pb
+from preceptor.v1 import trial_pb2 as trial
+from preceptor.v1 import types_pb2 as types
+
+# All linear layers of a Llama-, Qwen- or Mistral-shaped block; sorted, as the names a protocol gives are.
+ALL_LINEAR = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+# Far above any sensible use; below what would keep a worker busy for days.
+MAX_RANK = 1024
+MAX_EPOCHS = 1024
+MAX_BATCH_SIZE = 4096
+MAX_NEW_TOKENS = 4096
+MAX_REPLAY_SHARE = 0.9
+
+
+def resolve_training(given: trial.TrainingSettings, directive: types.Directive, place: str) -> trial.TrainingSettings:
+    """The settings of one trial: ``given``, defaults where it says nothing, the directive over both.
+
+    A directive's rank keeps alpha / rank, so that the rank alone does not change the size of a step. ``place`` names
+    the self-edit in errors. Raises PreceptorError(INVALID_REQUEST) for a value out of range.
+    """
+    settings = trial.TrainingSettings(
+        rank=given.rank or 8,
+        alpha=given.alpha or 16.0,
+        target_modules=sorted(set(given.target_modules) or ALL_LINEAR),
+        learning_rate=given.learning_rate or 3e-3,
+        epochs=given.epochs or 8,
+        batch_size=given.batch_size or 8,
+        warmup_share=given.warmup_share if given.HasField("warmup_share") else 0.1,
+        schedule=given.schedule or "linear",
+        weight_decay=given.weight_decay,
+        max_grad_norm=given.max_grad_norm or 1.0,
+        replay_share=given.replay_share,
+        loss_mask=given.loss_mask or types.LOSS_MASK_ALL,
+        loss_marker=given.loss_marker or "Answer:",
+        max_train_tokens=given.max_train_tokens,
+        max_document_tokens=given.max_document_tokens,
+    )
+    _check_training(settings, "protocol.training")
+    if directive.HasField("rank"):
+        _check(1 <= directive.rank <= MAX_RANK, f"{place}.directive.rank", f"must be 1..{MAX_RANK}", directive.rank)
+        settings.alpha *= directive.rank / settings.rank
+        settings.rank = directive.rank
+    if directive.HasField("learning_rate"):
+        settings.learning_rate = directive.learning_rate
+    if directive.HasField("epochs"):
+        settings.epochs = directive.epochs
+    if directive.HasField("replay_share"):
+        settings.replay_share = directive.replay_share
+    if directive.loss_mask:
+        settings.loss_mask = directive.loss_mask
+    _check_training(settings, f"{place}.directive")
+    return settings
+
+
+def resolve_answers(given: trial.AnswerSettings) -> trial.AnswerSettings:
+    """How questions are put, with defaults. Raises PreceptorError(INVALID_REQUEST)."""
+    answers = trial.AnswerSettings(
+        prompt=given.prompt or "Question: {question}\nAnswer:", max_new_tokens=given.max_new_tokens or 16
+    )
+    _check("{question}" in answers.prompt, "protocol.answers.prompt", "needs {question}", answers.prompt)
+    _check(
+        answers.max_new_tokens <= MAX_NEW_TOKENS,
+        "protocol.answers.max_new_tokens",
+        f"must be 1..{MAX_NEW_TOKENS}",
+        answers.max_new_tokens,
+    )
+    return answers
+
+
+def resolve_weights(given: pb.RewardWeights) -> Weights:
+    """The weights as they are; all zero is read as gain = 1. Raises PreceptorError(INVALID_REQUEST)."""
+    weights = Weights(given.gain, given.retention_loss, given.gold_logprob_gain)
+    for name in ("gain", "retention_loss", "gold_logprob_gain"):
+        value = getattr(weights, name)
+        _check(math.isfinite(value), f"protocol.weights.{name}", "must be a finite number", value)
+    return weights if weights != Weights(0.0, 0.0, 0.0) else Weights()
+
+
+def _check_training(settings: trial.TrainingSettings, place: str) -> None:
+    rate = settings.learning_rate
+    _check(0 < rate <= 1, f"{place}.learning_rate", "must be above 0 and at most 1", rate)
+    _check(1 <= settings.epochs <= MAX_EPOCHS, f"{place}.epochs", f"must be 1..{MAX_EPOCHS}", settings.epochs)
+    share = settings.replay_share
+    _check(0 <= share <= MAX_REPLAY_SHARE, f"{place}.replay_share", f"must be 0..{MAX_REPLAY_SHARE}", share)
+    mask = settings.loss_mask
+    _check(
+        mask in (types.LOSS_MASK_ALL, types.LOSS_MASK_AFTER_MARKER), f"{place}.loss_mask", "is not a known mask", mask
+    )
+    if place != "protocol.training":
+        return  # the rest is not a directive's to change
+    _check(settings.rank <= MAX_RANK, f"{place}.rank", f"must be 1..{MAX_RANK}", settings.rank)
+    _check(0 < settings.alpha < math.inf, f"{place}.alpha", "must be above 0", settings.alpha)
+    size = settings.batch_size
+    _check(size <= MAX_BATCH_SIZE, f"{place}.batch_size", f"must be 1..{MAX_BATCH_SIZE}", size)
+    warmup = settings.warmup_share
+    _check(0 <= warmup <= 1, f"{place}.warmup_share", "must be 0..1", warmup)
+    schedule = settings.schedule
+    _check(schedule in ("linear", "constant"), f"{place}.schedule", "must be 'linear' or 'constant'", schedule)
+    decay = settings.weight_decay
+    _check(0 <= decay < math.inf, f"{place}.weight_decay", "must be 0 or more", decay)
+    norm = settings.max_grad_norm
+    _check(0 < norm < math.inf, f"{place}.max_grad_norm", "must be above 0", norm)
+
+
+def _check(holds: bool, place: str, demand: str, given: object) -> None:
+    if not holds:
+        raise PreceptorError("INVALID_REQUEST", f"{place} {demand} (given: {str(given)[:80]!r})", field=place)

@@ -1,0 +1,61 @@
+"""EvaluatorService on the wire: proto in, one call, proto out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+
+from evaluator.evaluations import Evaluations
+from preceptor.errors import PreceptorError
+from preceptor.v1 import evaluator_pb2 as pb
+from preceptor.v1.evaluator_pb2_grpc import EvaluatorServiceServicer
+
+SERVICE = "preceptor.v1.EvaluatorService"
+
+
+class EvaluatorServicer(EvaluatorServiceServicer):
+    """Translates; everything happens in Evaluations."""
+
+    def __init__(self, evaluations: Evaluations) -> None:
+        self._evaluations = evaluations
+
+    def CreateEvaluations(
+        self, request: pb.CreateEvaluationsRequest, context: grpc.ServicerContext
+    ) -> pb.CreateEvaluationsResponse:
+        return pb.CreateEvaluationsResponse(evaluations=self._evaluations.create(request))
+
+    def GetEvaluation(
+        self, request: pb.GetEvaluationRequest, context: grpc.ServicerContext
+    ) -> pb.GetEvaluationResponse:
+        return pb.GetEvaluationResponse(evaluation=self._evaluations.get(request.evaluation_id))
+
+    def ListEvaluations(
+        self, request: pb.ListEvaluationsRequest, context: grpc.ServicerContext
+    ) -> pb.ListEvaluationsResponse:
+        found, token = self._evaluations.page(request)
+        return pb.ListEvaluationsResponse(evaluations=found, next_page_token=token)
+
+    def WatchEvaluations(
+        self, request: pb.WatchEvaluationsRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.WatchEvaluationsResponse]:
+        def end_with_the_call(end: object) -> None:
+            if not context.add_callback(end):  # type: ignore[arg-type]
+                raise PreceptorError("CANCELLED", "the call has ended")
+
+        for evaluation in self._evaluations.watch(request.evaluation_ids, end_with_the_call):
+            yield pb.WatchEvaluationsResponse(evaluation=evaluation)
+
+    def CancelEvaluations(
+        self, request: pb.CancelEvaluationsRequest, context: grpc.ServicerContext
+    ) -> pb.CancelEvaluationsResponse:
+        return pb.CancelEvaluationsResponse(cancelled=self._evaluations.cancel(request))
+
+    def GradeAnswers(self, request: pb.GradeAnswersRequest, context: grpc.ServicerContext) -> pb.GradeAnswersResponse:
+        correct, grader = self._evaluations.grade(request)
+        return pb.GradeAnswersResponse(correct=correct, grader=grader)
+
+    def GetQueueStatus(
+        self, request: pb.GetQueueStatusRequest, context: grpc.ServicerContext
+    ) -> pb.GetQueueStatusResponse:
+        return self._evaluations.queue_status()

@@ -1,0 +1,335 @@
+"""Evaluations, their owners and the requests that made them, in SQL.
+
+A SUCCEEDED evaluation is never changed again. One that FAILED or was CANCELLED starts anew when a new request asks for
+it. A repeated request (same id, same body) gets its first answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+from sqlalchemy import Connection, Row, Select, case, delete, func, insert, or_, select, update
+
+from evaluator.batch_store import drop_unwanted, put_batch
+from evaluator.database import (
+    BASELINE_POSITION,
+    LIVE,
+    Database,
+    State,
+    TrialState,
+    evaluation_trials,
+    evaluations,
+    exams,
+    owners,
+    requests,
+    trials,
+)
+from evaluator.identity import Exam, Plan, PlannedEvaluation, group_trials
+from evaluator.reward import Weights
+from preceptor.errors import PreceptorError
+from preceptor.names import canonical_json
+from preceptor.tasks import Question
+from preceptor.v1 import evaluator_pb2 as pb
+from preceptor.v1 import trial_pb2 as trial
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A mutating request: who asks, and what makes a repetition the same."""
+
+    id: str
+    body_sha256: str
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """An evaluation in the answer to a request."""
+
+    id: str
+    cached: bool  # had succeeded before
+
+
+@dataclass(frozen=True, slots=True)
+class Sitting:
+    """All that is needed to score one evaluation. Results may carry a failure."""
+
+    evaluation: pb.Evaluation
+    exam: Exam
+    results: tuple[tuple[int, trial.TrialResult], ...]  # seed and result
+    baseline: trial.TrialResult
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """What a cancellation ended."""
+
+    evaluation_ids: tuple[str, ...]
+    batches: tuple[tuple[str, int], ...]  # id and last attempt of those that need not run any more
+
+
+class EvaluationStore:
+    """Every method is one transaction. ``clock`` gives unix seconds."""
+
+    def __init__(self, database: Database, clock: Callable[[], float]) -> None:
+        self._database = database
+        self._clock = clock
+
+    def reply_to(self, request: Request) -> list[Known] | None:
+        """The answer this request was given before. Raises PreceptorError(REQUEST_ID_REUSED)."""
+        with self._database.read() as tx:
+            reply = _earlier_reply(tx, request)
+        return None if reply is None else _read_known(reply)
+
+    def create(self, plan: Plan, request: Request, batch_trials: int) -> list[Known]:
+        """Makes the evaluations of a plan exist, owned by who asks, and the batches they still need.
+
+        In the order of the plan. Raises PreceptorError(REQUEST_ID_REUSED).
+        """
+        with self._database.write() as tx:
+            if (reply := _earlier_reply(tx, request)) is not None:
+                return _read_known(reply)
+            distinct = {item.id: item for item in plan.evaluations}
+            rows = tx.execute(select(evaluations.c.id, evaluations.c.state).where(evaluations.c.id.in_(distinct))).all()
+            states = {row.id: State(row.state) for row in rows}
+            to_start = [item for item in distinct.values() if states.get(item.id) not in (*LIVE, State.SUCCEEDED)]
+            if to_start:
+                self._put_batches(tx, plan, to_start, batch_trials)
+                self._put_evaluations(tx, plan, to_start, states)
+            owned = set(
+                tx.execute(
+                    select(owners.c.evaluation_id).where(
+                        owners.c.owner == request.owner, owners.c.evaluation_id.in_(distinct)
+                    )
+                ).scalars()
+            )
+            if new := [{"owner": request.owner, "evaluation_id": item} for item in distinct if item not in owned]:
+                tx.execute(insert(owners), new)
+            known = [Known(item.id, states.get(item.id) is State.SUCCEEDED) for item in plan.evaluations]
+            _keep_reply(tx, request, [[item.id, item.cached] for item in known])
+            return known
+
+    def get(self, evaluation_ids: Sequence[str]) -> list[pb.Evaluation]:
+        """These evaluations, in this order. Raises PreceptorError(EVALUATION_NOT_FOUND)."""
+        with self._database.read() as tx:
+            rows = tx.execute(select(evaluations).where(evaluations.c.id.in_(set(evaluation_ids)))).all()
+        found = {row.id: row for row in rows}
+        for evaluation_id in evaluation_ids:
+            if evaluation_id not in found:
+                raise PreceptorError("EVALUATION_NOT_FOUND", f"there is no evaluation {evaluation_id!r}")
+        return [_evaluation(found[evaluation_id]) for evaluation_id in evaluation_ids]
+
+    def page(self, owner: str, state: State | None, after: int, size: int) -> tuple[list[pb.Evaluation], int]:
+        """At most ``size`` evaluations after a position, by age, and the position to go on from (0: that was all)."""
+        query = select(evaluations).where(evaluations.c.seq > after).order_by(evaluations.c.seq).limit(size + 1)
+        if owner:
+            query = query.join(owners, owners.c.evaluation_id == evaluations.c.id).where(owners.c.owner == owner)
+        if state is not None:
+            query = query.where(evaluations.c.state == state)
+        with self._database.read() as tx:
+            rows = tx.execute(query).all()
+        return [_evaluation(row) for row in rows[:size]], rows[size - 1].seq if len(rows) > size else 0
+
+    def ready(self, *, trial_ids: Sequence[str] = (), evaluation_ids: Sequence[str] = ()) -> list[str]:
+        """The live evaluations among these, or with one of these trials, none of whose trials is pending."""
+        touched = select(evaluation_trials.c.evaluation_id).where(evaluation_trials.c.trial_id.in_(trial_ids))
+        return self._ready(or_(evaluations.c.id.in_(touched), evaluations.c.id.in_(evaluation_ids)))
+
+    def all_ready(self) -> list[str]:
+        """As ``ready``, among all: for a start after a crash between a result and its reward."""
+        return self._ready(evaluations.c.state.in_(LIVE))
+
+    def _ready(self, condition: object) -> list[str]:
+        pending = case((trials.c.state.in_((TrialState.DONE, TrialState.FAILED)), 0), else_=1)
+        query: Select[tuple[str]] = (
+            select(evaluations.c.id)
+            .join(evaluation_trials, evaluation_trials.c.evaluation_id == evaluations.c.id)
+            .outerjoin(trials, trials.c.id == evaluation_trials.c.trial_id)
+            .where(condition, evaluations.c.state.in_(LIVE))  # type: ignore[arg-type]
+            .group_by(evaluations.c.id, evaluations.c.seq)
+            .having(func.sum(pending) == 0)
+            .order_by(evaluations.c.seq)
+        )
+        with self._database.read() as tx:
+            return [str(found) for found in tx.execute(query).scalars()]
+
+    def sittings(self, evaluation_ids: Sequence[str]) -> list[Sitting]:
+        """What is needed to score these evaluations (see ``ready``)."""
+        with self._database.read() as tx:
+            rows = tx.execute(
+                select(evaluations).where(evaluations.c.id.in_(evaluation_ids)).order_by(evaluations.c.seq)
+            ).all()
+            papers = {
+                row.id: _read_exam(row.body)
+                for row in tx.execute(select(exams).where(exams.c.id.in_({row.exam_id for row in rows})))
+            }
+            answers = tx.execute(
+                select(
+                    evaluation_trials.c.evaluation_id,
+                    evaluation_trials.c.position,
+                    evaluation_trials.c.seed,
+                    trials.c.result,
+                )
+                .join(trials, trials.c.id == evaluation_trials.c.trial_id)
+                .where(evaluation_trials.c.evaluation_id.in_(evaluation_ids))
+                .order_by(evaluation_trials.c.evaluation_id, evaluation_trials.c.position)
+            ).all()
+        found: dict[str, list[tuple[int, trial.TrialResult]]] = {row.id: [] for row in rows}
+        baselines: dict[str, trial.TrialResult] = {}
+        for row in answers:
+            result = trial.TrialResult.FromString(row.result)
+            if row.position == BASELINE_POSITION:
+                baselines[row.evaluation_id] = result
+            else:
+                found[row.evaluation_id].append((int(row.seed), result))
+        return [Sitting(_evaluation(row), papers[row.exam_id], tuple(found[row.id]), baselines[row.id]) for row in rows]
+
+    def finish(self, finished: Sequence[pb.Evaluation]) -> list[pb.Evaluation]:
+        """Writes final evaluations (their ``state`` says which); returns those that were still live, with times."""
+        now = self._clock()
+        changed = []
+        with self._database.write() as tx:
+            for evaluation in finished:
+                state = State(pb.EvaluationState.Name(evaluation.state).removeprefix("EVALUATION_STATE_"))
+                done = tx.execute(
+                    update(evaluations)
+                    .where(evaluations.c.id == evaluation.id, evaluations.c.state.in_(LIVE))
+                    .values(state=state, body=_body(evaluation), finished=now)
+                )
+                if done.rowcount == 1:
+                    changed.append(evaluation)
+        for evaluation in changed:
+            _set_time(evaluation.finish_time, now)
+        return changed
+
+    def cancel(self, request: Request) -> tuple[int, Cancelled]:
+        """Ends the live evaluations of an owner that nobody else waits for; how many, and what that ended now.
+
+        A repeated request answers with the first number and ends nothing. Raises PreceptorError(REQUEST_ID_REUSED).
+        """
+        with self._database.write() as tx:
+            if (reply := _earlier_reply(tx, request)) is not None:
+                return int(json.loads(reply)), Cancelled((), ())
+            mine = (
+                select(owners.c.evaluation_id)
+                .join(evaluations, evaluations.c.id == owners.c.evaluation_id)
+                .where(owners.c.owner == request.owner, evaluations.c.state.in_(LIVE))
+            )
+            live = set(tx.execute(mine).scalars())
+            shared = set(
+                tx.execute(
+                    select(owners.c.evaluation_id).where(
+                        owners.c.evaluation_id.in_(live), owners.c.owner != request.owner
+                    )
+                ).scalars()
+            )
+            ended = sorted(live - shared)
+            tx.execute(delete(owners).where(owners.c.owner == request.owner, owners.c.evaluation_id.in_(shared)))
+            tx.execute(
+                update(evaluations)
+                .where(evaluations.c.id.in_(ended))
+                .values(state=State.CANCELLED, finished=self._clock())
+            )
+            dropped = drop_unwanted(tx, ended)
+            _keep_reply(tx, request, len(ended))
+            return len(ended), Cancelled(tuple(ended), tuple(dropped))
+
+    def _put_batches(
+        self, tx: Connection, plan: Plan, to_start: Sequence[PlannedEvaluation], batch_trials: int
+    ) -> None:
+        ids = {plan.baseline.id, *(item.id for evaluation in to_start for item in evaluation.trials)}
+        rows = tx.execute(select(trials.c.id, trials.c.state).where(trials.c.id.in_(ids))).all()
+        usable = {row.id for row in rows if row.state != TrialState.FAILED}
+        needed = {trial_id: trial_id not in usable for trial_id in ids}
+        if needed[plan.baseline.id]:
+            put_batch(tx, plan.batch([plan.baseline]))
+        for group in group_trials(to_start, needed, batch_trials):
+            put_batch(tx, plan.batch(group))
+
+    def _put_evaluations(
+        self, tx: Connection, plan: Plan, to_start: Sequence[PlannedEvaluation], states: dict[str, State]
+    ) -> None:
+        exam_id, now = plan.exam.id, self._clock()
+        if tx.execute(select(exams.c.id).where(exams.c.id == exam_id)).scalar() is None:
+            tx.execute(insert(exams).values(id=exam_id, body=canonical_json(asdict(plan.exam))))
+        for item in to_start:
+            body = pb.Evaluation(id=item.id, task_id=plan.task_id, self_edit=item.self_edit, student=plan.student)
+            values = {"state": State.QUEUED, "exam_id": exam_id, "body": _body(body), "created": now, "finished": None}
+            if item.id in states:  # FAILED or CANCELLED before: anew
+                tx.execute(update(evaluations).where(evaluations.c.id == item.id).values(values))
+                continue
+            tx.execute(insert(evaluations).values(id=item.id, **values))
+            links = [(BASELINE_POSITION, plan.baseline), *enumerate(item.trials)]
+            tx.execute(
+                insert(evaluation_trials),
+                [
+                    {"evaluation_id": item.id, "position": position, "trial_id": one.id, "seed": str(one.seed)}
+                    for position, one in links
+                ],
+            )
+
+
+def _earlier_reply(tx: Connection, request: Request) -> str | None:
+    row = tx.execute(select(requests).where(requests.c.id == request.id)).one_or_none()
+    if row is None:
+        return None
+    if row.body_sha256 != request.body_sha256:
+        raise PreceptorError("REQUEST_ID_REUSED", f"the request id {request.id!r} was used for another request")
+    return str(row.reply)
+
+
+def _keep_reply(tx: Connection, request: Request, reply: object) -> None:
+    tx.execute(insert(requests).values(id=request.id, body_sha256=request.body_sha256, reply=canonical_json(reply)))
+
+
+def _read_known(reply: str) -> list[Known]:
+    return [Known(evaluation_id, cached) for evaluation_id, cached in json.loads(reply)]
+
+
+def _read_exam(body: str) -> Exam:
+    values = json.loads(body)
+
+    def questions(name: str) -> tuple[Question, ...]:
+        return tuple(Question(q["text"], q["answer"], aliases=tuple(q["aliases"])) for q in values[name])
+
+    return Exam(
+        questions("questions"),
+        questions("probes"),
+        values["grader"],
+        values["grader_label"],
+        Weights(**values["weights"]),
+    )
+
+
+def _body(evaluation: pb.Evaluation) -> bytes:
+    """The part that does not live in columns of its own."""
+    bare = pb.Evaluation()
+    bare.CopyFrom(evaluation)
+    for name in ("state", "cached", "create_time", "finish_time"):
+        bare.ClearField(name)
+    return bare.SerializeToString()
+
+
+def _evaluation(row: Row[tuple[object, ...]]) -> pb.Evaluation:
+    evaluation = pb.Evaluation.FromString(row.body)
+    evaluation.state = pb.EvaluationState.Value(f"EVALUATION_STATE_{row.state}")
+    _set_time(evaluation.create_time, row.created)
+    if row.finished is not None:
+        _set_time(evaluation.finish_time, row.finished)
+    return evaluation
+
+
+def _set_time(field: object, seconds: float) -> None:
+    field.FromNanoseconds(int(seconds * 1e9))  # type: ignore[attr-defined]
+
+
+def is_final(evaluation: pb.Evaluation) -> bool:
+    """Whether this evaluation will not change by itself any more."""
+    return evaluation.state in _FINAL
+
+
+_FINAL: Iterable[int] = frozenset(
+    {pb.EVALUATION_STATE_SUCCEEDED, pb.EVALUATION_STATE_FAILED, pb.EVALUATION_STATE_CANCELLED}
+)

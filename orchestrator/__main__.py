@@ -1,0 +1,43 @@
+"""``python -m orchestrator``: serves runs until SIGTERM."""
+
+from __future__ import annotations
+
+import sys
+
+from orchestrator.settings import OrchestratorSettings
+from preceptor.launch import launch
+
+
+def run(settings: OrchestratorSettings) -> None:
+    """Puts the service together and serves it."""
+    from orchestrator.execution import Services
+    from orchestrator.executor import RunExecutor
+    from orchestrator.servicer import SERVICE, OrchestratorServicer
+    from orchestrator.tables import Base
+    from preceptor.channel import connect
+    from preceptor.database import open_database
+    from preceptor.server import serve
+    from preceptor.v1 import evaluator_pb2_grpc, orchestrator_pb2_grpc, student_pb2_grpc, teacher_pb2_grpc
+
+    engine = open_database(settings.database("orchestrator"), Base.metadata)
+    services = Services(
+        teacher=connect(settings.teacher_address, teacher_pb2_grpc.TeacherServiceStub),
+        student=connect(settings.student_address, student_pb2_grpc.StudentServiceStub),
+        evaluator=connect(settings.evaluator_address, evaluator_pb2_grpc.EvaluatorServiceStub),
+    )
+    executor = RunExecutor(engine, services, settings)
+    servicer = OrchestratorServicer(engine, services, executor)
+    executor.start()
+    try:
+        serve(
+            [SERVICE],
+            lambda server: orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(servicer, server),
+            settings,
+            on_drain=executor.drain,
+        )
+    finally:
+        executor.drain()
+
+
+if __name__ == "__main__":
+    sys.exit(launch("orchestrator", OrchestratorSettings, run))

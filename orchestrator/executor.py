@@ -1,0 +1,204 @@
+"""Runs under way: each in its own thread, a bounded number at once, further ones PENDING.
+
+Promises: a run that was RUNNING or PENDING when the process ended, however it ended, goes on when it starts again. A
+run is executed by one thread at a time. A cancelled run ends within seconds and its evaluations are cancelled. A drain
+stops the threads without changing any run's state.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+from sqlalchemy import Engine
+
+from orchestrator.execution import Execution, Services
+from orchestrator.ledger import Ledger
+from orchestrator.plan import RunPlan
+from orchestrator.progress import Progress
+from orchestrator.report import ReportRenderer
+from orchestrator.run_store import CANCELLED, FAILED, PENDING, RUNNING, SUCCEEDED, RunRecord, RunStore
+from orchestrator.settings import OrchestratorSettings
+from orchestrator.stop import Stopped
+from orchestrator.timing import stored_seconds
+from preceptor.channel import call
+from preceptor.errors import PreceptorError
+from preceptor.v1 import evaluator_pb2 as evaluator
+from preceptor.v1 import types_pb2 as types
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 2.0
+# Telling the evaluator that nobody waits any more is a courtesy: its results would only be cached.
+CANCEL_DEADLINE_SECONDS = 10.0
+
+
+class RunExecutor:
+    """Executes the runs of one store."""
+
+    def __init__(self, engine: Engine, services: Services, settings: OrchestratorSettings) -> None:
+        self._engine = engine
+        self._services = services
+        self._settings = settings
+        self._store = RunStore(engine)
+        self._renderer = ReportRenderer()
+        self._pool = ThreadPoolExecutor(settings.max_running_runs, thread_name_prefix="run")
+        self._lock = threading.Lock()
+        self._one_at_a_time: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._active: dict[str, Execution] = {}
+        self._draining = threading.Event()
+
+    @property
+    def draining(self) -> bool:
+        """Whether the process is about to end."""
+        return self._draining.is_set()
+
+    def start(self) -> None:
+        """Goes on with every run that was not finished."""
+        threading.Thread(target=self._poll_queue, name="queue-status", daemon=True).start()
+        for run_id in self._store.unfinished():
+            log.info("going on with %s", run_id)
+            self.submit(run_id)
+
+    def submit(self, run_id: str) -> None:
+        """Executes the run as soon as there is a free place."""
+        with self._lock:
+            if not self._draining.is_set():  # else it is found again at the next start
+                self._pool.submit(self._execute, run_id)
+
+    def cancel(self, run_id: str) -> None:
+        """Ends the run, whatever it does. Raises RUN_ALREADY_FINISHED."""
+        if not self._store.move(run_id, CANCELLED, only_from=(PENDING, RUNNING)):
+            record = self._store.get(run_id)
+            if record.state != CANCELLED:
+                raise PreceptorError("RUN_ALREADY_FINISHED", f"run {run_id!r} is finished")
+            return
+        with self._lock:
+            execution = self._active.get(run_id)
+        if execution is not None:
+            execution.stop.set()  # its thread cancels the evaluations when it has ended
+            execution.progress.wake()
+        else:
+            self._cancel_evaluations(run_id)
+
+    def resume(self, run_id: str) -> None:
+        """Goes on with a failed or cancelled run; one that is under way goes on anyway.
+
+        Raises RUN_ALREADY_FINISHED.
+        """
+        if self._store.move(run_id, PENDING, only_from=(FAILED, CANCELLED)):
+            self.submit(run_id)
+        elif self._store.get(run_id).state == SUCCEEDED:
+            raise PreceptorError("RUN_ALREADY_FINISHED", f"run {run_id!r} has succeeded")
+
+    def progress(self, record: RunRecord) -> Progress:
+        """The run's live progress, or what its ledger says where it is not executed now."""
+        with self._lock:
+            execution = self._active.get(record.id)
+        if execution is not None:
+            return execution.progress
+        plan = RunPlan.of(record)
+        seconds = sum(stored_seconds(self._engine, record.id).values())
+        progress = Progress(plan.config.rounds.count, plan.planned_self_edits, lambda: seconds)
+        progress.show(Ledger(self._engine, record.id, record.created).entries())
+        progress.enter("waiting for a free place" if record.state == PENDING else "", plan.config.rounds.count)
+        if record.first_reward_seconds is not None:
+            progress.first_reward(record.first_reward_seconds)
+        return progress
+
+    def drain(self) -> None:
+        """Stops all threads; their runs go on at the next start."""
+        with self._lock:
+            self._draining.set()
+            executions = list(self._active.values())
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for execution in executions:
+            execution.stop.set()
+            execution.progress.wake()
+
+    def join(self, seconds: float) -> None:
+        """Waits after ``drain`` until the threads have ended, at most so long."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with self._lock:
+                if not self._active:
+                    return
+            time.sleep(0.05)
+
+    def _execute(self, run_id: str) -> None:
+        with self._lock:
+            alone = self._one_at_a_time[run_id]
+        with alone:  # a run that was cancelled and resumed at once: the old thread ends first
+            if self._draining.is_set() or not self._store.move(run_id, RUNNING, only_from=(PENDING, RUNNING)):
+                return
+            execution = Execution(
+                self._engine,
+                self._store.get(run_id),
+                self._services,
+                self._renderer,
+                self._settings.patience_seconds,
+            )
+            with self._lock:
+                self._active[run_id] = execution
+                if self._draining.is_set():
+                    execution.stop.set()
+            # Cancelled between the move and the registration: nobody could have told the execution.
+            if self._store.get(run_id).state == CANCELLED:
+                execution.stop.set()
+            try:
+                execution.run()
+                log.info("%s succeeded", run_id)
+            except Stopped:
+                log.info("%s stopped", run_id)
+            except PreceptorError as error:
+                log.warning("%s failed: %s: %s", run_id, error.reason, error)
+                self._fail(run_id, error.reason, str(error))
+            except Exception as error:  # a bug: it must end in the run's state, not only in this thread
+                log.exception("%s failed", run_id)
+                self._fail(run_id, "INTERNAL", f"{type(error).__name__}: {error}")
+            finally:
+                if self._store.get(run_id).state == CANCELLED:
+                    self._cancel_evaluations(run_id)
+                with self._lock:
+                    del self._active[run_id]
+                execution.progress.wake()
+
+    def _fail(self, run_id: str, reason: str, message: str) -> None:
+        failure = types.Failure(reason=reason, message=message, attempts=1)
+        self._store.move(run_id, FAILED, only_from=(RUNNING,), failure=failure)
+
+    def _cancel_evaluations(self, run_id: str) -> None:
+        request = evaluator.CancelEvaluationsRequest(
+            request_id=f"{run_id}.{self._store.get(run_id).resumes}.cancel", owner=run_id
+        )
+        try:
+            call(self._services.evaluator.CancelEvaluations, request, deadline=CANCEL_DEADLINE_SECONDS)
+        except PreceptorError as error:
+            log.warning("%s: its evaluations could not be cancelled: %s", run_id, error)
+
+    def _poll_queue(self) -> None:
+        """Thread: tells live runs how many workers there are, and notes the largest memory seen."""
+        own = psutil.Process()
+        while not self._draining.wait(POLL_SECONDS):
+            with self._lock:
+                active = dict(self._active)
+            if not active:
+                continue
+            peak, workers = own.memory_info().rss, None
+            try:
+                status = call(
+                    self._services.evaluator.GetQueueStatus,
+                    evaluator.GetQueueStatusRequest(),
+                    deadline=POLL_SECONDS,
+                )
+                peak, workers = max(peak, status.worker_peak_memory_bytes), status.workers_alive
+            except PreceptorError as error:
+                log.debug("no queue status: %s", error)
+            for run_id, execution in active.items():
+                self._store.raise_peak_memory(run_id, peak)
+                if workers is not None:
+                    execution.progress.workers(workers)

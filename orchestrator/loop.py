@@ -1,0 +1,113 @@
+"""The outer loop: write, measure, learn, again (ReST-EM with a separate student; SEAL, arXiv 2506.10943, section 3).
+
+    for each round:
+        the policy writes K self-edits for each of the round's tasks
+        each group goes to the evaluator as soon as it is written; workers fine-tune the pinned student on each
+        self-edit and measure what it then knows
+        the rewarded self-edits train the next policy
+
+Promises
+- The outcome of every step is in the ledger before the next one; a loop that starts again after any crash does only
+  what is missing and ends with the same result.
+- A failed evaluation or a malformed completion is counted and shown. It has no reward and never reaches the update.
+- Nothing here depends on the order or the time in which evaluations finish.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from orchestrator.entries import Entry, round_stage
+from orchestrator.evaluator_client import EvaluatorClient, Submission
+from orchestrator.ledger import Ledger
+from orchestrator.plan import RunPlan
+from orchestrator.progress import Progress
+from orchestrator.teacher_client import TeacherClient
+from orchestrator.timing import RUN, RunClock
+from orchestrator.writing import Writer, unchanged
+from preceptor.errors import PreceptorError
+from preceptor.v1 import teacher_pb2 as teacher
+
+
+class Loop:
+    """The rounds of one run."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        teacher_client: TeacherClient,
+        evaluator_client: EvaluatorClient,
+        ledger: Ledger,
+        clock: RunClock,
+        progress: Progress,
+    ) -> None:
+        self._plan = plan
+        self._teacher = teacher_client
+        self._evaluator = evaluator_client
+        self._ledger = ledger
+        self._clock = clock
+        self._progress = progress
+        self._writer = Writer(teacher_client, ledger)
+
+    def run(self, base_policy: str) -> str:
+        """Runs the rounds that are not finished yet; returns the policy after the last one.
+
+        Raises PreceptorError (TOO_MANY_FAILURES, SERVICE_UNREACHABLE and what the services refuse), Stopped.
+        """
+        policy_id = base_policy
+        finished = self._ledger.finished_rounds()
+        for number in range(1, self._plan.config.rounds.count + 1):
+            policy_id = finished[number].policy_id if number in finished else self._round(number, policy_id)
+        self._clock.switch(RUN, "other")
+        return policy_id
+
+    def _round(self, number: int, policy_id: str) -> str:
+        for report in self._evaluator.evaluate(self._written(number, policy_id)):
+            self._ledger.record(report.keys, report.evaluation)
+        entries = self._ledger.entries(round_stage(number))
+        self._refuse_too_many_failures(number, entries)
+        policy = self._learn(number, policy_id, entries)
+        self._ledger.finish_round(number, policy)
+        return policy.id
+
+    def _written(self, number: int, policy_id: str) -> Iterator[Submission]:
+        """The round's groups as they are written. Runs beside the evaluations that they lead to."""
+        self._enter(number, "generate", "writing and evaluating")
+        request = self._plan.round_generation(number, policy_id)
+        for entries in self._writer.groups(round_stage(number), request, {"": unchanged}):
+            if not all(entry.settled for entry in entries):
+                yield self._plan.round_submission(number, entries)
+        self._enter(number, "evaluate", "evaluating")
+
+    def _refuse_too_many_failures(self, number: int, entries: list[Entry]) -> None:
+        failed = [entry for entry in entries if entry.failed]
+        tried = len(failed) + sum(entry.reward is not None for entry in entries)
+        if tried and len(failed) / tried > self._plan.config.rounds.max_failed_share:
+            raise PreceptorError(
+                "TOO_MANY_FAILURES",
+                f"round {number}: {len(failed)} of {tried} evaluations failed ({most_common_failure(failed)})",
+            )
+
+    def _learn(self, number: int, policy_id: str, entries: list[Entry]) -> teacher.Policy:
+        """The next policy; the same one where no self-edit of the round has a reward."""
+        self._enter(number, "update", "updating the teacher")
+        request = self._plan.update(number, policy_id, entries)
+        policy = self._teacher.update(request) if request.examples else teacher.Policy(id=policy_id)
+        self._enter(number, "other", "done")
+        return policy
+
+    def _enter(self, number: int, phase: str, words: str) -> None:
+        self._clock.switch(round_stage(number), phase)
+        self._progress.enter(f"round {number}: {words}", number)
+
+
+def most_common_failure(failed: list[Entry]) -> str:
+    """Reason and message that most of the failures share."""
+    reasons = Counter(
+        (entry.evaluation.failure.reason, entry.evaluation.failure.message)
+        for entry in failed
+        if entry.evaluation is not None
+    )
+    (reason, message), _ = reasons.most_common(1)[0]
+    return f"most: {reason or 'CANCELLED'}, {message or 'cancelled by somebody else'}"

@@ -1,0 +1,141 @@
+"""What a live view shows of a run that is executed here, kept in memory.
+
+Promise: a watcher reads the latest state whenever it is ready for one; a slow watcher skips states and holds nobody up.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from orchestrator.entries import HELDOUT, SELECTION, EditKey, Entry
+from orchestrator.statistics import clustered_mean
+from preceptor.v1 import orchestrator_pb2 as pb
+
+# Before this share of the work an estimate of the time left would mislead.
+MIN_SHARE_FOR_ESTIMATE = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """What counts of a ledger line."""
+
+    malformed: bool
+    created: bool
+    failed: bool
+    cached: bool
+    reward: float | None
+
+    @property
+    def settled(self) -> bool:
+        return self.malformed or self.failed or self.reward is not None
+
+
+class Progress:
+    """The state of one run's progress. Safe to use from several threads."""
+
+    def __init__(self, rounds: int, planned: int, elapsed: Callable[[], float]) -> None:
+        """``planned``: self-edits the run will write in all; ``elapsed``: seconds spent on the run."""
+        self._rounds = rounds
+        self._planned = planned
+        self._elapsed = elapsed
+        self._changed = threading.Condition()
+        self._version = 0
+        self._marks: dict[EditKey, _Mark] = {}
+        self._phase = ""
+        self._round = 0
+        self._workers = 0
+        self.first_reward_seconds: float | None = None
+
+    def enter(self, phase: str, number: int | None = None) -> None:
+        """The run does this now, in this round if one is given."""
+        with self._change():
+            self._phase = phase
+            self._round = self._round if number is None else number
+
+    def show(self, entries: Iterable[Entry]) -> None:
+        """These ledger lines are new or have changed."""
+        with self._change():
+            for entry in entries:
+                reward = entry.reward
+                self._marks[entry.key] = _Mark(
+                    malformed=bool(entry.malformed),
+                    created=entry.evaluation is not None,
+                    failed=entry.failed,
+                    cached=entry.cached,
+                    reward=None if reward is None else reward.value,
+                )
+
+    def first_reward(self, seconds: float) -> None:
+        """The first reward came after so many seconds of the run."""
+        with self._change():
+            self.first_reward_seconds = seconds
+
+    def workers(self, alive: int) -> None:
+        """So many workers are alive."""
+        with self._change():
+            self._workers = alive
+
+    def wake(self) -> None:
+        """Watchers are to look at the run's state again."""
+        with self._change():
+            pass
+
+    def wait(self, version: int, seconds: float) -> int:
+        """Waits at most so long for a version after ``version``; returns the current one."""
+        end = time.monotonic() + seconds
+        with self._changed:
+            while self._version == version and (left := end - time.monotonic()) > 0:
+                self._changed.wait(left)
+            return self._version
+
+    def snapshot(self, state: pb.RunState.ValueType) -> pb.RunProgress:
+        """The progress as a message."""
+        elapsed = self._elapsed()
+        with self._changed:
+            marks = dict(self._marks)
+            settled = sum(mark.settled for mark in marks.values())
+            share = min(1.0, settled / self._planned) if self._planned else 0.0
+            first = self.first_reward_seconds
+            message = pb.RunProgress(
+                state=state,
+                phase=self._phase,
+                round=self._round,
+                rounds=self._rounds,
+                workers=self._workers,
+                done_share=1.0 if state == pb.RUN_STATE_SUCCEEDED else share,
+                seconds_elapsed=elapsed,
+                first_reward_seconds=-1.0 if first is None else first,
+            )
+        values = marks.values()
+        message.evaluations_done = sum(mark.reward is not None for mark in values)
+        message.evaluations_failed = sum(mark.failed for mark in values)
+        message.evaluations_running = sum(mark.created and not mark.settled for mark in values)
+        message.evaluations_cached = sum(mark.cached for mark in values)
+        message.self_edits_malformed = sum(mark.malformed for mark in values)
+        message.rewards.extend(_round_rewards(marks))
+        running = state == pb.RUN_STATE_RUNNING and share >= MIN_SHARE_FOR_ESTIMATE
+        message.seconds_left = elapsed * (1 - share) / share if running else -1.0
+        return message
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        with self._changed:
+            yield
+            self._version += 1
+            self._changed.notify_all()
+
+
+def _round_rewards(marks: dict[EditKey, _Mark]) -> list[pb.RoundReward]:
+    by_round: dict[int, list[tuple[int, float]]] = {}
+    for key, mark in sorted(marks.items()):
+        if mark.reward is not None and key.stage not in (SELECTION, HELDOUT):
+            by_round.setdefault(int(key.stage.rpartition("-")[2]), []).append((key.task, mark.reward))
+    rewards = []
+    for number, pairs in sorted(by_round.items()):
+        mean, stderr = clustered_mean([value for _, value in pairs], [task for task, _ in pairs])
+        rewards.append(pb.RoundReward(round=number, mean=mean, stderr=stderr or 0.0, count=len(pairs)))
+    return rewards

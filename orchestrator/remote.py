@@ -1,0 +1,135 @@
+"""Talks to a service that may die and come back.
+
+A unary call is sent again, a broken stream is opened again, until the service has been away for the patience limit.
+That is safe because of the contract: mutating requests carry a ``request_id``, and a stream opened again says the
+same things again. What the service *refuses* (any reason that waiting does not mend) is raised at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import grpc
+
+from orchestrator.stop import Stop
+from preceptor import channel
+from preceptor.errors import PreceptorError
+
+log = logging.getLogger(__name__)
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+# One try of a unary call. Short, so that a run that is cancelled while a service is away ends within seconds.
+TRY_SECONDS = 10.0
+# Between tries: a restarted service takes a few seconds to listen, and a refused connection costs nothing.
+PAUSE_SECONDS = 0.5
+# A stream that lived so long was served, even if it had nothing to say (a connection attempt fails after 20 s).
+ALIVE_SECONDS = 30.0
+# An INTERNAL error is a bug or a connection cut at an odd place; the second goes away when tried again.
+INTERNAL_TRIES = 3
+
+_AWAY = {"SERVICE_UNREACHABLE", "SHUTTING_DOWN", "BROKER_UNREACHABLE", "CANCELLED", "DEADLINE_EXCEEDED"}
+
+
+class Remote:
+    """One service, called with patience. Not to be shared by threads: each keeps its own count of time away."""
+
+    def __init__(self, name: str, patience_seconds: float, stop: Stop) -> None:
+        self._name = name
+        self._patience = patience_seconds
+        self._stop = stop
+
+    def call(self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request) -> Response:
+        """Calls a unary method. Raises PreceptorError (SERVICE_UNREACHABLE after the patience limit), Stopped."""
+        absence = _Absence(self._name, self._patience)
+        while True:
+            self._stop.check()
+            try:
+                return channel.call(method, request, deadline=min(TRY_SECONDS, self._patience))
+            except PreceptorError as error:
+                absence.excuse(error)
+            self._stop.wait(PAUSE_SECONDS)
+
+    def follow(
+        self,
+        method: grpc.UnaryStreamMultiCallable[Request, Response],
+        next_request: Callable[[], Request | None],
+        *,
+        deadline: float,
+    ) -> Iterator[Response]:
+        """Yields what the stream says, opening it again where it breaks or reaches its deadline (in seconds).
+
+        ``next_request`` gives the request for each opening, or None when there is nothing left to ask. Ends when a
+        stream ends by itself. Raises as ``call`` does.
+        """
+        absence = _Absence(self._name, self._patience)
+        while (request := next_request()) is not None:
+            self._stop.check()
+            opened: list[Any] = []
+            start = time.monotonic()
+            try:
+                for response in self._open(method, request, deadline, opened):
+                    absence.over()
+                    yield response
+                self._stop.check()
+                return
+            except PreceptorError as error:
+                self._stop.check()
+                if time.monotonic() - start >= min(ALIVE_SECONDS, deadline):
+                    absence.over()
+                if error.reason != "DEADLINE_EXCEEDED":
+                    log.info("%s: stream broke: %s", self._name, error)
+                absence.excuse(error)
+            finally:
+                for call in opened:
+                    self._stop.closed(call)
+            self._stop.wait(PAUSE_SECONDS)
+
+    def _open(
+        self,
+        method: grpc.UnaryStreamMultiCallable[Request, Response],
+        request: Request,
+        deadline: float,
+        opened: list[Any],
+    ) -> Iterator[Response]:
+        def register(call: Any) -> None:
+            opened.append(call)
+            self._stop.opened(call)
+
+        return channel.stream(method, request, deadline=deadline, wait_for_ready=False, opened=register)
+
+
+class _Absence:
+    """How long a service has been away."""
+
+    def __init__(self, name: str, patience: float) -> None:
+        self._name = name
+        self._patience = patience
+        self._since: float | None = None
+        self._internal = 0
+
+    def over(self) -> None:
+        """The service has answered."""
+        self._since = None
+        self._internal = 0
+
+    def excuse(self, error: PreceptorError) -> None:
+        """Returns if the error is one that waiting mends and patience is left; raises otherwise."""
+        if error.reason == "INTERNAL":
+            self._internal += 1
+            if self._internal >= INTERNAL_TRIES:
+                raise error
+        elif error.reason not in _AWAY:
+            raise error
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        if now - self._since >= self._patience:
+            raise PreceptorError(
+                "SERVICE_UNREACHABLE",
+                f"the {self._name} has not answered for {now - self._since:.0f} s: {error.message}",
+                service=self._name,
+            ) from None

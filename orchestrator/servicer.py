@@ -1,0 +1,176 @@
+"""OrchestratorService: proto in, one call, proto out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import grpc
+from sqlalchemy import Engine
+
+from orchestrator.entries import Entry
+from orchestrator.execution import Services
+from orchestrator.executor import RunExecutor
+from orchestrator.ledger import Ledger
+from orchestrator.run_store import FINAL, SUCCEEDED, RunRecord, RunStore
+from orchestrator.validation import require_request_id, validated
+from preceptor.channel import call
+from preceptor.config import RunConfig
+from preceptor.errors import PreceptorError
+from preceptor.v1 import orchestrator_pb2 as pb
+from preceptor.v1 import orchestrator_pb2_grpc, teacher_pb2
+from preceptor.v1 import student_pb2 as student
+
+SERVICE = "preceptor.v1.OrchestratorService"
+# CreateRun answers within this time whether the other services are there or not.
+CHECK_DEADLINE_SECONDS = 10.0
+# A snapshot at least so often, since time passes even when nothing happens, and at most five a second.
+IDLE_SECONDS = 1.0
+MIN_INTERVAL_SECONDS = 0.2
+
+
+class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
+    """Serves runs."""
+
+    def __init__(self, engine: Engine, services: Services, executor: RunExecutor) -> None:
+        self._engine = engine
+        self._store = RunStore(engine)
+        self._services = services
+        self._executor = executor
+
+    def CreateRun(self, request: pb.CreateRunRequest, context: grpc.ServicerContext) -> pb.CreateRunResponse:
+        config = validated(request)
+        body = _body(request)
+        record = self._store.find_request(request.request_id, body)
+        if record is None:
+            self._check_formats(config)
+            get_student = student.GetStudentRequest(name=config.student.name)
+            answer = call(self._services.student.GetStudent, get_student, deadline=CHECK_DEADLINE_SECONDS)
+            record = self._store.create(request, body, config, answer.student.pinned)
+            self._executor.submit(record.id)
+        return pb.CreateRunResponse(run=_run(record))
+
+    def GetRun(self, request: pb.GetRunRequest, context: grpc.ServicerContext) -> pb.GetRunResponse:
+        record = self._store.get(request.run_id)
+        return pb.GetRunResponse(run=_run(record), progress=self._executor.progress(record).snapshot(record.state))
+
+    def ListRuns(self, request: pb.ListRunsRequest, context: grpc.ServicerContext) -> pb.ListRunsResponse:
+        records, more = self._store.page(_page_size(request.page_size), _token(request.page_token))
+        return pb.ListRunsResponse(runs=map(_run, records), next_page_token="" if more is None else str(more))
+
+    def WatchRun(self, request: pb.WatchRunRequest, context: grpc.ServicerContext) -> Iterator[pb.WatchRunResponse]:
+        version = -1
+        while context.is_active():
+            record = self._store.get(request.run_id)
+            progress = self._executor.progress(record)
+            yield pb.WatchRunResponse(run=_run(record), progress=progress.snapshot(record.state))
+            if record.state in FINAL:
+                return
+            if self._executor.draining:
+                raise PreceptorError("SHUTTING_DOWN", "the orchestrator is going down; the run goes on when it is back")
+            time.sleep(MIN_INTERVAL_SECONDS)
+            version = progress.wait(version, IDLE_SECONDS)
+
+    def CancelRun(self, request: pb.CancelRunRequest, context: grpc.ServicerContext) -> pb.CancelRunResponse:
+        return pb.CancelRunResponse(run=self._change(request, self._executor.cancel))
+
+    def ResumeRun(self, request: pb.ResumeRunRequest, context: grpc.ServicerContext) -> pb.ResumeRunResponse:
+        return pb.ResumeRunResponse(run=self._change(request, self._executor.resume))
+
+    def ListSelfEdits(
+        self, request: pb.ListSelfEditsRequest, context: grpc.ServicerContext
+    ) -> pb.ListSelfEditsResponse:
+        record = self._store.get(request.run_id)
+        offset, size = _token(request.page_token) or 0, _page_size(request.page_size)
+        entries = Ledger(self._engine, record.id, record.created).page(request.round, offset, size + 1)
+        titles = {task.id: task.passage.title for task in record.request.tasks}
+        return pb.ListSelfEditsResponse(
+            self_edits=[_line(entry, titles.get(entry.task_id, "")) for entry in entries[:size]],
+            next_page_token=str(offset + size) if len(entries) > size else "",
+        )
+
+    def GetRunReport(self, request: pb.GetRunReportRequest, context: grpc.ServicerContext) -> pb.GetRunReportResponse:
+        record = self._store.get(request.run_id)
+        if record.state != SUCCEEDED:
+            raise PreceptorError(
+                "RUN_NOT_FINISHED", f"run {record.id!r} has no report: {pb.RunState.Name(record.state)}"
+            )
+        summary_json, report_html = self._store.reports(record.id)
+        return pb.GetRunReportResponse(summary_json=summary_json, report_html=report_html)
+
+    def _change(self, request: pb.CancelRunRequest | pb.ResumeRunRequest, change: Callable[[str], None]) -> pb.Run:
+        require_request_id(request.request_id)
+        body = _body(request)
+        if self._store.find_request(request.request_id, body) is None:
+            run_id = self._store.get(request.run_id).id
+            change(run_id)
+            self._store.note_request(request.request_id, body, run_id)
+        return _run(self._store.get(request.run_id))
+
+    def _check_formats(self, config: RunConfig) -> None:
+        """Asks the teacher now, so that a wrong name is not found after an hour."""
+        request = teacher_pb2.ListPromptFormatsRequest()
+        answer = call(self._services.teacher.ListPromptFormats, request, deadline=CHECK_DEADLINE_SECONDS)
+        known = [prompt_format.name for prompt_format in answer.formats]
+        named = {"teacher.prompt_format": config.teacher.prompt_format}
+        for number, strategy in enumerate(config.heldout.fixed_strategies):
+            named[f"heldout.fixed_strategies.{number}.prompt_format"] = strategy.prompt_format
+        for field, name in named.items():
+            if name not in known:
+                message = f"no prompt format named {name!r}; there are: {', '.join(known)}"
+                raise PreceptorError("UNKNOWN_PROMPT_FORMAT", message, field=field)
+
+
+def _body(request: pb.CreateRunRequest | pb.CancelRunRequest | pb.ResumeRunRequest) -> bytes:
+    """What a request asks for, as bytes that equal requests share. Its type counts: one id is for one kind."""
+    return request.DESCRIPTOR.name.encode() + b"\0" + request.SerializeToString(deterministic=True)
+
+
+def _page_size(asked: int) -> int:
+    return min(asked, 1000) if asked else 100
+
+
+def _token(token: str) -> int | None:
+    if not token:
+        return None
+    if not token.isdecimal():
+        raise PreceptorError("INVALID_REQUEST", f"{token!r} is no page token of this method", field="page_token")
+    return int(token)
+
+
+def _run(record: RunRecord) -> pb.Run:
+    run = pb.Run(
+        id=record.id,
+        name=record.name,
+        state=record.state,
+        student=record.student,
+        config_json=record.request.config_json,
+        config_sha256=record.config_sha256,
+    )
+    if record.failure is not None:
+        run.failure.CopyFrom(record.failure)
+    run.create_time.FromMicroseconds(int(record.created * 1e6))
+    if record.finished is not None:
+        run.finish_time.FromMicroseconds(int(record.finished * 1e6))
+    return run
+
+
+def _line(entry: Entry, title: str) -> pb.LedgerSelfEdit:
+    line = pb.LedgerSelfEdit(
+        round=int(entry.key.stage.rpartition("-")[2]),
+        task_id=entry.task_id,
+        task_title=title,
+        index=entry.key.index,
+        policy_id=entry.policy_id,
+        completion=entry.completion,
+        state=entry.state,
+        malformed=bool(entry.malformed),
+        malformed_reason=entry.malformed,
+    )
+    if entry.evaluation is not None:
+        line.evaluation_id = entry.evaluation.id
+    if (reward := entry.reward) is not None:
+        line.reward.CopyFrom(reward)
+    if entry.failed and entry.evaluation is not None:
+        line.failure.CopyFrom(entry.evaluation.failure)
+    return line

@@ -1,0 +1,111 @@
+"""How sure a number is: means, standard errors and bootstrap intervals that respect passages.
+
+Answers about one passage rise and fall together, so the passage is what is drawn again (cluster bootstrap, percentile
+interval; Efron & Tibshirani 1993, ch. 13; Field & Welsh 2007 for clusters). Everything is seeded: the same outcomes
+give the same interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Drawn indices are made in slices, so that many passages and resamples need little memory.
+_SLICE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number and its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Right answers to the questions of one passage; ``right`` may be a fraction (a mean over seeds)."""
+
+    right: float
+    questions: int
+
+
+def clustered_mean(values: Sequence[float], clusters: Sequence[int]) -> tuple[float, float | None]:
+    """The mean of ``values`` and its standard error, values of one cluster being dependent.
+
+    The error is the cluster-robust one with the usual small-sample factor G/(G-1); with a single cluster the values
+    count as independent; None where there are fewer than two values. Raises ValueError without values.
+    """
+    if not values:
+        raise ValueError("no values")
+    data = np.asarray(values, dtype=np.float64)
+    mean = float(data.mean())
+    if len(data) < 2:
+        return mean, None
+    _, labels = np.unique(np.asarray(clusters), return_inverse=True)
+    groups = int(labels.max()) + 1
+    if groups == 1:
+        return mean, float(data.std(ddof=1) / math.sqrt(len(data)))
+    sums = np.bincount(labels, weights=data - mean, minlength=groups)
+    variance = float((sums**2).sum()) * groups / (groups - 1) / len(data) ** 2
+    return mean, math.sqrt(variance)
+
+
+def accuracy(clusters: Sequence[Cluster], seed: int, resamples: int) -> Estimate | None:
+    """The share of right answers over all questions; None without questions."""
+    right, questions = _arrays(clusters)
+    if questions.sum() == 0:
+        return None
+    drawn = _draws(len(clusters), seed, resamples)
+    return _interval(float(right.sum() / questions.sum()), _ratio(right, questions, drawn))
+
+
+def paired_difference(
+    first: Sequence[Cluster], second: Sequence[Cluster], seed: int, resamples: int
+) -> Estimate | None:
+    """Share of right answers of ``first`` minus that of ``second``, measured on the same passages in the same order;
+    both are drawn again together. None without questions. Raises ValueError for different lengths."""
+    if len(first) != len(second):
+        raise ValueError("paired clusters must have the same length")
+    right_1, questions_1 = _arrays(first)
+    right_2, questions_2 = _arrays(second)
+    if questions_1.sum() == 0 or questions_2.sum() == 0:
+        return None
+    drawn = _draws(len(first), seed, resamples)
+    mean = float(right_1.sum() / questions_1.sum() - right_2.sum() / questions_2.sum())
+    return _interval(mean, _ratio(right_1, questions_1, drawn) - _ratio(right_2, questions_2, drawn))
+
+
+def _arrays(clusters: Sequence[Cluster]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    right = np.array([cluster.right for cluster in clusters], dtype=np.float64)
+    return right, np.array([cluster.questions for cluster in clusters], dtype=np.float64)
+
+
+def _draws(count: int, seed: int, resamples: int) -> NDArray[np.float64]:
+    """How often each of ``count`` passages is drawn: [resamples, count]. Rows are the same for the same seed."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for start in range(0, resamples, _SLICE):
+        size = min(_SLICE, resamples - start)
+        rows.append(generator.multinomial(count, np.full(count, 1 / count), size=size))
+    return np.concatenate(rows).astype(np.float64)
+
+
+def _ratio(
+    right: NDArray[np.float64], questions: NDArray[np.float64], drawn: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Accuracy of each resample; a resample without a question (all its passages empty) is NaN and left out."""
+    asked = drawn @ questions
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(asked > 0, (drawn @ right) / asked, np.nan)
+
+
+def _interval(mean: float, resampled: NDArray[np.float64]) -> Estimate:
+    valid = resampled[~np.isnan(resampled)]
+    low, high = np.percentile(valid, [2.5, 97.5])
+    return Estimate(mean, float(low), float(high))

@@ -1,0 +1,81 @@
+"""The orchestrator's tables: runs, their ledger, their rounds, their seconds, and the requests already answered."""
+
+from __future__ import annotations
+
+from sqlalchemy import Float, LargeBinary, String, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class Base(DeclarativeBase):
+    """All tables of this service."""
+
+
+class RunRow(Base):
+    """A run: what was asked for, whole, and where it stands."""
+
+    __tablename__ = "runs"
+    id: Mapped[str] = mapped_column(String(96), primary_key=True)
+    number: Mapped[int] = mapped_column(index=True, unique=True)  # in the order of creation
+    name: Mapped[str] = mapped_column(String(64))
+    state: Mapped[int] = mapped_column(index=True)  # preceptor.v1.RunState
+    request: Mapped[bytes] = mapped_column(LargeBinary)  # CreateRunRequest: config, tasks, probes, replay
+    student: Mapped[bytes] = mapped_column(LargeBinary)  # PinnedStudent
+    config_sha256: Mapped[str] = mapped_column(String(64))
+    failure: Mapped[bytes | None] = mapped_column(LargeBinary)  # Failure
+    resumes: Mapped[int] = mapped_column(default=0)  # how often it was resumed on request
+    base_policy: Mapped[str] = mapped_column(String(128), default="")
+    first_reward_seconds: Mapped[float | None] = mapped_column(Float)
+    peak_memory_bytes: Mapped[int] = mapped_column(default=0)
+    created: Mapped[float] = mapped_column(Float)  # seconds since the epoch
+    finished: Mapped[float | None] = mapped_column(Float)
+    summary_json: Mapped[str] = mapped_column(Text, default="")
+    report_html: Mapped[str] = mapped_column(Text, default="")
+
+
+class RoundRow(Base):
+    """A finished round."""
+
+    __tablename__ = "rounds"
+    run_id: Mapped[str] = mapped_column(String(96), primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True)
+    policy_id: Mapped[str] = mapped_column(String(128))  # the policy after it
+    kept: Mapped[int]
+    offered: Mapped[int]
+
+
+class EntryRow(Base):
+    """A line of the ledger (``orchestrator.entries.Entry``)."""
+
+    __tablename__ = "self_edits"
+    run_id: Mapped[str] = mapped_column(String(96), primary_key=True)
+    stage: Mapped[str] = mapped_column(String(16), primary_key=True)
+    arm: Mapped[str] = mapped_column(String(64), primary_key=True)
+    task: Mapped[int] = mapped_column(primary_key=True)
+    index: Mapped[int] = mapped_column("sample_index", primary_key=True)
+    task_id: Mapped[str] = mapped_column(String(64))
+    policy_id: Mapped[str] = mapped_column(String(128))
+    completion: Mapped[str] = mapped_column(Text)
+    malformed: Mapped[str] = mapped_column(Text)
+    self_edit: Mapped[bytes | None] = mapped_column(LargeBinary)
+    evaluation_id: Mapped[str] = mapped_column(String(64), default="", index=True)
+    evaluation: Mapped[bytes | None] = mapped_column(LargeBinary)
+    cached: Mapped[bool] = mapped_column(default=False)
+
+
+class SecondsRow(Base):
+    """Time that a run's stage has spent in a phase, over all its processes."""
+
+    __tablename__ = "seconds"
+    run_id: Mapped[str] = mapped_column(String(96), primary_key=True)
+    stage: Mapped[str] = mapped_column(String(16), primary_key=True)
+    phase: Mapped[str] = mapped_column(String(16), primary_key=True)
+    seconds: Mapped[float] = mapped_column(Float)
+
+
+class RequestRow(Base):
+    """A mutating request that was answered; the same id with another body is refused."""
+
+    __tablename__ = "requests"
+    request_id: Mapped[str] = mapped_column(String(256), primary_key=True)
+    body_sha256: Mapped[str] = mapped_column(String(64))
+    run_id: Mapped[str] = mapped_column(String(96))

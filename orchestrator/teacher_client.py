@@ -1,0 +1,78 @@
+"""The teacher as the loop sees it: generations that survive its death, updates that are waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from orchestrator.remote import Remote
+from orchestrator.stop import Stop
+from preceptor.errors import CATALOGUE, PreceptorError
+from preceptor.v1 import teacher_pb2 as teacher
+from preceptor.v1 import teacher_pb2_grpc
+
+# A large teacher on a slow machine; the stream as a whole gets so many seconds per task.
+GENERATE_SECONDS_PER_TASK = 600.0
+WATCH_SECONDS = 600.0
+
+
+class TeacherClient:
+    """Calls the teacher with patience on behalf of one run."""
+
+    def __init__(self, stub: teacher_pb2_grpc.TeacherServiceStub, patience_seconds: float, stop: Stop) -> None:
+        self._stub = stub
+        self._patience = patience_seconds
+        self._stop = stop
+
+    def base_policy(self) -> str:
+        """The id of the untouched teacher: the root of the active policy. Every run starts from it, so that an
+        earlier run's policy cannot change this run's result."""
+        policy = self._remote().call(self._stub.GetPolicy, teacher.GetPolicyRequest()).policy
+        while policy.parent_id:
+            request = teacher.GetPolicyRequest(policy_id=policy.parent_id)
+            policy = self._remote().call(self._stub.GetPolicy, request).policy
+        return policy.id
+
+    def generate(self, request: teacher.GenerateSelfEditsRequest) -> Iterator[teacher.GenerateSelfEditsResponse]:
+        """Each task's group once, in the order of the tasks, however often the stream breaks."""
+        expected = [task.id for task in request.tasks]
+        received = 0  # groups seen since the start; a stream opened again begins at the first group
+        skip = 0
+
+        def next_request() -> teacher.GenerateSelfEditsRequest | None:
+            nonlocal skip
+            skip = received
+            return request if received < len(expected) else None
+
+        deadline = GENERATE_SECONDS_PER_TASK * max(1, len(expected))
+        for group in self._remote().follow(self._stub.GenerateSelfEdits, next_request, deadline=deadline):
+            if skip:
+                skip -= 1
+                continue
+            if received >= len(expected) or group.task_id != expected[received]:
+                raise PreceptorError("INTERNAL", f"the teacher answered for task {group.task_id!r} out of turn")
+            received += 1
+            yield group
+        if received < len(expected):
+            raise PreceptorError("INTERNAL", f"the teacher wrote {received} of {len(expected)} groups and ended")
+
+    def update(self, request: teacher.UpdatePolicyRequest) -> teacher.Policy:
+        """The READY policy that the update gave. Raises PreceptorError where training it failed."""
+        policy = self._remote().call(self._stub.UpdatePolicy, request).policy
+        watch = teacher.WatchPolicyRequest(policy_id=policy.id)
+        final = (teacher.POLICY_STATE_READY, teacher.POLICY_STATE_FAILED)
+        while policy.state not in final:
+            stream = self._remote().follow(self._stub.WatchPolicy, lambda: watch, deadline=WATCH_SECONDS)
+            for response in stream:
+                policy = response.policy
+        if policy.state == teacher.POLICY_STATE_FAILED:
+            reason = policy.failure.reason if policy.failure.reason in CATALOGUE else "INTERNAL"
+            raise PreceptorError(reason, f"the teacher's update failed: {policy.failure.message}")
+        return policy
+
+    def activate(self, policy_id: str, request_id: str) -> None:
+        """Makes the policy the one that others get who name none."""
+        request = teacher.ActivatePolicyRequest(request_id=request_id, policy_id=policy_id)
+        self._remote().call(self._stub.ActivatePolicy, request)
+
+    def _remote(self) -> Remote:
+        return Remote("teacher service", self._patience, self._stop)

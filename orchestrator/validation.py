@@ -1,0 +1,74 @@
+"""What a run may be asked: everything that can be found wrong before it starts is said at CreateRun, by its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from preceptor.config import RunConfig, parse_config_json
+from preceptor.errors import PreceptorError
+from preceptor.names import task_id
+from preceptor.v1 import orchestrator_pb2 as pb
+from preceptor.v1 import types_pb2 as types
+
+MAX_ID_CHARACTERS = 256
+
+_REWARD = (types.QUESTION_BANK_REWARD, types.QUESTION_BANK_UNSPECIFIED)
+_SEALED = (*_REWARD, types.QUESTION_BANK_SEALED)
+
+
+def validated(request: pb.CreateRunRequest) -> RunConfig:
+    """The request's config. Raises PreceptorError (BAD_CONFIG, BAD_TASK_FILE, INVALID_REQUEST)."""
+    require_request_id(request.request_id)
+    config = parse_config_json(request.config_json)
+    needs_training = config.rounds.count > 0 or (request.heldout_tasks and config.heldout.fixed_strategies)
+    if needs_training and not request.tasks:
+        raise PreceptorError("INVALID_REQUEST", "there are no tasks to train on", field="tasks")
+    if config.rounds.count == 0 and not request.heldout_tasks:
+        raise PreceptorError("INVALID_REQUEST", "no rounds and no held-out tasks: nothing to do", field="heldout_tasks")
+    _check_tasks("tasks", request.tasks, _REWARD, "reward")
+    _check_tasks("heldout_tasks", request.heldout_tasks, _SEALED, "sealed or reward")
+    seen = {(task.passage.title, task.passage.text) for task in request.tasks}
+    for position, task in enumerate(request.heldout_tasks):
+        if (task.passage.title, task.passage.text) in seen:
+            raise _bad("heldout_tasks", position, task, "is among the training tasks, too", "")
+    for position, probe in enumerate(request.probes):
+        if not probe.text.strip() or not probe.answer.strip():
+            raise PreceptorError(
+                "BAD_TASK_FILE", f"probe {position + 1} lacks its question or its answer", field=f"probes[{position}]"
+            )
+    return config
+
+
+def require_request_id(request_id: str) -> None:
+    """Raises INVALID_REQUEST for a mutating request without an id, or with an endless one."""
+    if not 1 <= len(request_id) <= MAX_ID_CHARACTERS:
+        problem = f"a mutating request needs a request_id of 1..{MAX_ID_CHARACTERS} characters"
+        raise PreceptorError("INVALID_REQUEST", problem, field="request_id")
+
+
+def _check_tasks(field: str, tasks: Sequence[types.Task], banks: tuple[int, ...], bank_words: str) -> None:
+    seen: dict[str, int] = {}
+    for position, task in enumerate(tasks):
+        if not task.HasField("passage"):
+            raise _bad(field, position, task, "is no passage; only passages are trained on as yet", "kind")
+        if not task.passage.text.strip():
+            raise _bad(field, position, task, "has an empty text", "passage.text")
+        for number, question in enumerate(task.passage.questions):
+            where = f"passage.questions[{number}]"
+            if not question.text.strip():
+                raise _bad(field, position, task, f"has an empty question (number {number + 1})", where)
+            if not question.answer.strip():
+                raise _bad(field, position, task, f"has a question without an answer: {question.text[:80]!r}", where)
+        if not any(question.bank in banks for question in task.passage.questions):
+            raise _bad(field, position, task, f"has no {bank_words} question", "passage.questions")
+        if task.id != task_id(task):
+            raise _bad(field, position, task, "has an id that is not its content's", "id")
+        if task.id in seen:
+            raise _bad(field, position, task, f"is the same as task {seen[task.id] + 1}", "")
+        seen[task.id] = position
+
+
+def _bad(field: str, position: int, task: types.Task, problem: str, part: str) -> PreceptorError:
+    place = f"{field}[{position}]" + (f".{part}" if part else "")
+    title = f" ({task.passage.title[:60]!r})" if task.passage.title else ""
+    return PreceptorError("BAD_TASK_FILE", f"task {position + 1}{title} {problem}", field=place)

@@ -1,0 +1,75 @@
+"""Where the stack is that a command talks to.
+
+An address set in the environment counts first (another machine, compose), then the embedded stack of the home folder,
+then the default address if something serves there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from preceptor.channel import connect, is_serving
+from preceptor.errors import PreceptorError
+from preceptor.settings import HouseSettings
+
+if TYPE_CHECKING:
+    from preceptor.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
+    from preceptor.v1.student_pb2_grpc import StudentServiceStub
+
+# Long enough for a service on another continent, short enough to say at once that there is none.
+PROBE_SECONDS = 3.0
+
+
+def house_settings() -> HouseSettings:
+    """The settings in the environment. Raises PreceptorError(BAD_CONFIG) naming the variable."""
+    try:
+        return HouseSettings()
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        name = f"PRECEPTOR_{'_'.join(str(part) for part in problem['loc']).upper()}"
+        raise PreceptorError("BAD_CONFIG", f"environment variable {name}: {problem['msg']}", field=name) from None
+
+
+def stack_in_use(service: str = "orchestrator") -> HouseSettings:
+    """The addresses of the stack that is up. Raises PreceptorError(STACK_NOT_UP)."""
+    settings = house_settings()
+    if found := find_stack(settings, service):
+        return found
+    address = getattr(settings, f"{service}_address")
+    where = "" if _is_set(settings, service) else f"no stack is up for {settings.home.resolve()}, and "
+    raise PreceptorError("STACK_NOT_UP", f"{where}no {service} answers at {address}")
+
+
+def find_stack(settings: HouseSettings, service: str = "orchestrator") -> HouseSettings | None:
+    """The stack to talk to, or None where none is up."""
+    from preceptor.stack import running_stack
+
+    # An embedded stack that has an owner is there, even while a service of it is just being started again.
+    if not _is_set(settings, service) and (embedded := running_stack(settings.home)):
+        return embedded
+    return settings if is_serving(getattr(settings, f"{service}_address"), deadline=PROBE_SECONDS) else None
+
+
+def _is_set(settings: HouseSettings, service: str) -> bool:
+    return f"{service}_address" in settings.model_fields_set
+
+
+def orchestrator_of(settings: HouseSettings) -> OrchestratorServiceStub:
+    """The orchestrator of a stack."""
+    from preceptor.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
+
+    return connect(settings.orchestrator_address, OrchestratorServiceStub)
+
+
+def orchestrator_in_use() -> OrchestratorServiceStub:
+    """The orchestrator of the stack that is up. Raises PreceptorError(STACK_NOT_UP)."""
+    return orchestrator_of(stack_in_use())
+
+
+def students_in_use() -> StudentServiceStub:
+    """The student service of the stack that is up. Raises PreceptorError(STACK_NOT_UP)."""
+    from preceptor.v1.student_pb2_grpc import StudentServiceStub
+
+    return connect(stack_in_use("student").student_address, StudentServiceStub)

@@ -1,0 +1,265 @@
+"""What experiment is this: one TOML file, validated, unknown keys refused, stored whole with the run.
+
+``load_config(path, overrides)`` reads it; every error names the file, the line where it can, and the key. Where a
+process runs is another question (``preceptor.settings``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from preceptor.errors import PreceptorError
+from preceptor.names import canonical_json, sha256
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A table of the file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)  # JSON has no infinity
+
+
+class TaskConfig(Section):
+    """Where the tasks come from: a world that ships, or files of your own."""
+
+    world: Literal["almanac"] | None = None
+    path: str | None = Field(None, description="a .json, .jsonl or folder; see `preceptor tasks check`")
+    heldout_path: str | None = Field(None, description="tasks of the final measurement; default: split off `path`")
+    probes_path: str | None = Field(None, description="JSONL of {question, answer}: what the student knew before")
+    replay_path: str | None = Field(None, description="text file, one document a line: what replay draws from")
+    train: int = Field(48, ge=1, le=100_000, description="tasks to train on, at most")
+    heldout: int = Field(32, ge=0, le=100_000, description="tasks of the final measurement, at most; 0: none")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TaskConfig:
+        if (self.world is None) == (self.path is None):
+            raise ValueError("give exactly one of tasks.world and tasks.path")
+        return self
+
+
+class TeacherConfig(Section):
+    """How self-edits are asked for."""
+
+    prompt_format: str = "open"
+    temperature: float = Field(1.0, gt=0, le=5)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_new_tokens: int = Field(512, ge=1, le=32_768)
+    max_resamples: int = Field(1, ge=0, le=16)
+
+
+class RoundsConfig(Section):
+    """The outer loop."""
+
+    count: int = Field(3, ge=0, le=10_000, description="0: only the held-out measurement")
+    tasks: int = Field(16, ge=1, description="tasks per round, drawn from the training tasks in turn")
+    self_edits: int = Field(8, ge=1, le=1024, description="self-edits per task")
+    max_failed_share: Share = Field(0.5, description="a round in which more evaluations fail ends the run")
+
+
+class UpdateConfig(Section):
+    """How the teacher learns from rewards."""
+
+    algorithm: Literal["rest_em"] = "rest_em"
+    top_k: Count = 2
+    min_reward: float = 0.0
+    min_advantage: float = Field(0.0, ge=0)
+    rank: Count = 16
+    alpha: float = Field(32.0, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    epochs: Count = 2
+    batch_size: Count = 8
+
+
+class TrainingConfig(Section):
+    """How the student is fine-tuned; a directive overrides rank, learning rate, epochs, replay and loss mask."""
+
+    rank: int = Field(8, ge=1, le=1024)
+    alpha: float = Field(16.0, gt=0)
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    learning_rate: float = Field(3e-3, gt=0, le=1)
+    epochs: int = Field(8, ge=1, le=1024)
+    batch_size: Count = 8
+    warmup_share: Share = 0.1
+    schedule: Literal["linear", "constant"] = "linear"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    replay_share: float = Field(0.0, ge=0, le=0.9)
+    loss_mask: Literal["all", "after_marker"] = "all"
+    loss_marker: str = "Answer:"
+    max_train_tokens: int = Field(0, ge=0, description="training budget of a trial in tokens; 0: none")
+    max_document_tokens: int = Field(0, ge=0, description="0: the student's context")
+    include_passage: bool = False
+
+
+class AnswerConfig(Section):
+    """How the student is asked."""
+
+    prompt: str = "Question: {question}\nAnswer:"
+    max_new_tokens: int = Field(16, ge=1, le=4096)
+
+    @model_validator(mode="after")
+    def _has_question(self) -> AnswerConfig:
+        if "{question}" not in self.prompt:
+            raise ValueError("answers.prompt needs {question}")
+        return self
+
+
+class RewardConfig(Section):
+    """What a self-edit earns: gain - retention_loss x loss on the probes + gold_logprob x gain in log-probability."""
+
+    seeds: int = Field(1, ge=1, le=64, description="fine-tunes per self-edit")
+    grader: Literal["exact"] = "exact"
+    gain: float = 1.0
+    retention_loss: float = Field(0.3, ge=0)
+    gold_logprob_gain: float = 0.0
+    probes: int = Field(32, ge=0, description="retention probes asked in training rounds, at most")
+
+
+class FixedStrategy(Section):
+    """One prompt format and one directive, for every passage."""
+
+    prompt_format: str
+    learning_rate: float = Field(gt=0, le=1)
+    epochs: Count
+    replay_share: float = Field(0.0, ge=0, le=0.9)
+
+
+class HeldoutConfig(Section):
+    """The final measurement."""
+
+    seeds: int = Field(1, ge=1, le=64, description="fine-tunes per self-edit")
+    fixed_strategies: tuple[FixedStrategy, ...] = Field(
+        (), description="candidates; the best on training passages becomes the arm fixed_strategy"
+    )
+    selection_tasks: int = Field(8, ge=1, description="training passages that choose the fixed strategy")
+    bootstrap_resamples: int = Field(2000, ge=100, le=100_000)
+
+
+class StudentConfig(Section):
+    """Which student; the active one at the start of the run where nothing is said."""
+
+    name: str = ""
+
+
+class RunConfig(Section):
+    """One experiment."""
+
+    name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    seed: int = Field(0, ge=0, lt=2**31, description="governs everything, the world's passages too")
+    tasks: TaskConfig
+    student: StudentConfig = StudentConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    rounds: RoundsConfig = RoundsConfig()
+    update: UpdateConfig = UpdateConfig()
+    training: TrainingConfig = TrainingConfig()
+    answers: AnswerConfig = AnswerConfig()
+    reward: RewardConfig = RewardConfig()
+    heldout: HeldoutConfig = HeldoutConfig()
+
+    def to_json(self) -> str:
+        """Canonical JSON of the resolved config."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    def digest(self) -> str:
+        """SHA-256 of ``to_json()``."""
+        return sha256(self.to_json())
+
+
+def parse_config_json(text: str) -> RunConfig:
+    """The config in a CreateRun request. Raises PreceptorError(BAD_CONFIG)."""
+    try:
+        return RunConfig.model_validate_json(text)
+    except ValidationError as error:
+        raise _bad_config(error, "config_json", "") from None
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config in ``path`` with ``key.path=value`` overrides: values in TOML, a bare word is a string, nothing takes
+    the key back.
+
+    Raises PreceptorError(FILE_NOT_FOUND, BAD_CONFIG) naming file, line and key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise PreceptorError("FILE_NOT_FOUND", f"there is no config file {path}", file=str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PreceptorError("BAD_CONFIG", f"cannot be read: {error}", file=str(path)) from None
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"line (\d+)", str(error))
+        raise PreceptorError(
+            "BAD_CONFIG", f"is not valid TOML: {error}", file=str(path), **({"line": found[1]} if found else {})
+        ) from None
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise _bad_config(error, str(path), text, overrides) from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, raw = override.partition("=")
+    if not equals or not key:
+        raise PreceptorError("BAD_CONFIG", f"--set {override!r} is not KEY=VALUE", field=key or override)
+    try:
+        value = tomllib.loads(f"v = {raw}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    if any("\ud800" <= char <= "\udfff" for char in override):  # how Python passes bytes that are not UTF-8
+        raise PreceptorError("BAD_CONFIG", f"--set {override!r} is not UTF-8", field=ascii(key))
+    *tables, last = key.split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise PreceptorError("BAD_CONFIG", f"--set {override!r}: {table} is not a table", field=key)
+    if raw:
+        values[last] = value
+    else:
+        values.pop(last, None)
+
+
+def _bad_config(error: ValidationError, file: str, text: str, overrides: Sequence[str] = ()) -> PreceptorError:
+    """All problems in one message; the place is that of the first, which may be an override."""
+    problems = error.errors(include_url=False)
+    lines = []
+    for problem in problems:
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key}")
+        else:
+            shown = (
+                "" if problem["type"] == "missing" else f" (given: {json.dumps(problem['input'], default=str)[:80]})"
+            )
+            lines.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}{shown}" if key else problem["msg"])
+    first = problems[0]["loc"]
+    place: dict[str, str | int] = {"field": ".".join(str(part) for part in first)} if first else {}
+    if given := [override for override in overrides if place and override.startswith(f"{place['field']}=")]:
+        lines[0] = lines[0].removeprefix(f"{place['field']}: ")
+        return PreceptorError("BAD_CONFIG", f"--set {given[-1]}: {'; '.join(lines)}", **place)
+    if (line := _line_of(text, first)) is not None:
+        place["line"] = line
+    return PreceptorError("BAD_CONFIG", "; ".join(lines), file=file, **place)
+
+
+def _line_of(text: str, location: tuple[int | str, ...]) -> int | None:
+    """The line of a key, found by reading tables top to bottom (tomllib keeps no places)."""
+    *tables, key = [part for part in location if isinstance(part, str)] or [""]
+    current: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[+([^\]]+)\]+", line):
+            current = [part.strip() for part in header[1].split(".")]
+        elif re.match(rf"\s*{re.escape(key)}\s*=", line) and current == tables:
+            return number
+    return None

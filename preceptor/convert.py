@@ -1,0 +1,134 @@
+"""Proto at the edge, frozen dataclasses inside: the translation between ``preceptor.v1`` and ``preceptor.tasks``."""
+
+from __future__ import annotations
+
+from preceptor.names import task_id
+from preceptor.tasks import Bank, Directive, FewShotTask, Grid, GridPair, LossMask, Passage, Question, SelfEdit, Task
+from preceptor.v1 import types_pb2 as types
+
+_BANKS = {
+    Bank.REWARD: types.QUESTION_BANK_REWARD,
+    Bank.GATE: types.QUESTION_BANK_GATE,
+    Bank.SEALED: types.QUESTION_BANK_SEALED,
+}
+_BANK_OF = {value: key for key, value in _BANKS.items()} | {types.QUESTION_BANK_UNSPECIFIED: Bank.REWARD}
+_MASKS = {LossMask.ALL: types.LOSS_MASK_ALL, LossMask.AFTER_MARKER: types.LOSS_MASK_AFTER_MARKER}
+_MASK_OF = {value: key for key, value in _MASKS.items()}
+
+
+def bank_to_proto(bank: Bank) -> types.QuestionBank.ValueType:
+    """The wire value of a bank."""
+    return _BANKS[bank]
+
+
+def bank_from_proto(bank: types.QuestionBank.ValueType) -> Bank:
+    """The bank of a wire value; unspecified means reward."""
+    return _BANK_OF[bank]
+
+
+def question_to_proto(question: Question) -> types.Question:
+    """A question as a message."""
+    return types.Question(
+        text=question.text, answer=question.answer, bank=_BANKS[question.bank], aliases=question.aliases
+    )
+
+
+def question_from_proto(message: types.Question) -> Question:
+    """A question from a message."""
+    return Question(message.text, message.answer, _BANK_OF[message.bank], tuple(message.aliases))
+
+
+def directive_to_proto(directive: Directive) -> types.Directive:
+    """A directive as a message; what is None stays absent."""
+    message = types.Directive()
+    for name in ("learning_rate", "epochs", "replay_share", "rank"):
+        value = getattr(directive, name)
+        if value is not None:
+            setattr(message, name, value)
+    if directive.loss_mask is not None:
+        message.loss_mask = _MASKS[directive.loss_mask]
+    return message
+
+
+def directive_from_proto(message: types.Directive) -> Directive:
+    """A directive from a message; what is absent is None."""
+    return Directive(
+        learning_rate=message.learning_rate if message.HasField("learning_rate") else None,
+        epochs=message.epochs if message.HasField("epochs") else None,
+        replay_share=message.replay_share if message.HasField("replay_share") else None,
+        rank=message.rank if message.HasField("rank") else None,
+        loss_mask=_MASK_OF.get(message.loss_mask),
+    )
+
+
+def self_edit_to_proto(edit: SelfEdit) -> types.SelfEdit:
+    """A self-edit as a message."""
+    return types.SelfEdit(documents=edit.documents, directive=directive_to_proto(edit.directive))
+
+
+def self_edit_from_proto(message: types.SelfEdit) -> SelfEdit:
+    """A self-edit from a message."""
+    return SelfEdit(tuple(message.documents), directive_from_proto(message.directive))
+
+
+def task_to_proto(task: Task) -> types.Task:
+    """A task as a message, with its content id."""
+    message = types.Task(labels=dict(task.labels))
+    if isinstance(task, Passage):
+        message.passage.title = task.title
+        message.passage.text = task.text
+        message.passage.questions.extend(question_to_proto(q) for q in task.questions)
+        for name, edit in task.reference_edits.items():
+            message.reference_edits[name].CopyFrom(self_edit_to_proto(edit))
+    else:
+        message.few_shot.name = task.name
+        message.few_shot.demonstrations.extend(_pair_to_proto(pair) for pair in task.demonstrations)
+        message.few_shot.queries.extend(_pair_to_proto(pair) for pair in task.queries)
+    message.id = task_id(message)
+    return message
+
+
+def task_from_proto(message: types.Task) -> Task:
+    """A task from a message."""
+    if message.HasField("few_shot"):
+        return FewShotTask(
+            name=message.few_shot.name,
+            demonstrations=tuple(_pair_from_proto(pair) for pair in message.few_shot.demonstrations),
+            queries=tuple(_pair_from_proto(pair) for pair in message.few_shot.queries),
+            labels=dict(message.labels),
+        )
+    return Passage(
+        title=message.passage.title,
+        text=message.passage.text,
+        questions=tuple(question_from_proto(q) for q in message.passage.questions),
+        labels=dict(message.labels),
+        reference_edits={name: self_edit_from_proto(edit) for name, edit in message.reference_edits.items()},
+    )
+
+
+def for_teacher(task: types.Task) -> types.Task:
+    """The task as the teacher may see it: same id, no questions, no reference edits, no held-out outputs."""
+    bare = types.Task(id=task.id, labels=dict(task.labels))
+    if task.HasField("passage"):
+        bare.passage.title = task.passage.title
+        bare.passage.text = task.passage.text
+    else:
+        bare.few_shot.name = task.few_shot.name
+        bare.few_shot.demonstrations.extend(task.few_shot.demonstrations)
+        bare.few_shot.queries.extend(types.GridPair(input=pair.input) for pair in task.few_shot.queries)
+    return bare
+
+
+def _grid_to_proto(grid: Grid) -> types.Grid:
+    return types.Grid(rows=[types.GridRow(cells=row) for row in grid])
+
+
+def _pair_to_proto(pair: GridPair) -> types.GridPair:
+    return types.GridPair(input=_grid_to_proto(pair.input), output=_grid_to_proto(pair.output))
+
+
+def _pair_from_proto(message: types.GridPair) -> GridPair:
+    def grid(rows: types.Grid) -> Grid:
+        return tuple(tuple(row.cells) for row in rows.rows)
+
+    return GridPair(grid(message.input), grid(message.output))

@@ -1,0 +1,132 @@
+"""One exception and one catalogue: reason -> gRPC status code -> what the user can do about it.
+
+A servicer raises ``PreceptorError("REASON", "what happened")``; ``preceptor.server`` turns it into a status with
+``ErrorInfo``; ``preceptor.channel`` raises the same exception again in the client. Reasons are part of the contract.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+
+DOMAIN = "preceptor"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """How one reason is reported."""
+
+    code: grpc.StatusCode
+    next_step: str
+
+
+_INVALID = grpc.StatusCode.INVALID_ARGUMENT
+_MISSING = grpc.StatusCode.NOT_FOUND
+_STATE = grpc.StatusCode.FAILED_PRECONDITION
+_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
+_DOWN = grpc.StatusCode.UNAVAILABLE
+
+CATALOGUE: dict[str, Entry] = {
+    # what the user gave
+    "BAD_CONFIG": Entry(_INVALID, "correct the named key; `preceptor run CONFIG --dry-run` prints what is read"),
+    "BAD_TASK_FILE": Entry(_INVALID, "correct the named place; `preceptor tasks check FILE` lists all of them"),
+    "FILE_NOT_FOUND": Entry(_INVALID, "check the path"),
+    "OUTPUT_NOT_WRITABLE": Entry(_STATE, "choose another folder with --out, or make room and set its permissions"),
+    "INVALID_REQUEST": Entry(_INVALID, "correct the named field"),
+    "PASSAGE_TOO_LONG": Entry(_INVALID, "shorten or split the passage, or use a model with a longer context"),
+    "UNKNOWN_PROMPT_FORMAT": Entry(_INVALID, "use one of the named formats"),
+    "REQUEST_ID_REUSED": Entry(grpc.StatusCode.ALREADY_EXISTS, "use a new request_id for a request that differs"),
+    # models
+    "STUDENT_NOT_FOUND": Entry(_MISSING, "`preceptor students list` shows the registered ones"),
+    "STUDENT_NAME_TAKEN": Entry(grpc.StatusCode.ALREADY_EXISTS, "choose another name or delete the old student"),
+    "STUDENT_IN_USE": Entry(_STATE, "activate another student first"),
+    "NO_ACTIVE_STUDENT": Entry(_STATE, "`preceptor students activate NAME`"),
+    "BAD_STUDENT_SOURCE": Entry(
+        _INVALID, "give a folder with config.json, tokenizer.json and *.safetensors, or a model id of the hub"
+    ),
+    "BAD_TEACHER_SOURCE": Entry(
+        _INVALID,
+        "set PRECEPTOR_TEACHER_SOURCE to a folder with config.json, tokenizer.json and *.safetensors, or a model id",
+    ),
+    "STUDENT_CHANGED": Entry(_STATE, "put the registered files back, or register the folder under a new name"),
+    "UNSAFE_CHECKPOINT": Entry(_INVALID, "convert the checkpoint to safetensors; pickle files are never loaded"),
+    "MODEL_UNREACHABLE": Entry(_DOWN, "check the path, the network and the hub's token"),
+    "POLICY_NOT_FOUND": Entry(_MISSING, "ListPolicies shows the known ones"),
+    "POLICY_NOT_READY": Entry(_STATE, "wait until the policy is READY, or use another one"),
+    "UPDATE_FAILED": Entry(grpc.StatusCode.INTERNAL, "look at the teacher's log; the parent policy is as it was"),
+    "UPDATE_DIVERGED": Entry(_STATE, "lower the update's learning rate; the parent policy is as it was"),
+    "ARTIFACT_NOT_FOUND": Entry(_MISSING, "check that the artifact folder is shared by all services"),
+    "ARTIFACT_CORRUPT": Entry(grpc.StatusCode.DATA_LOSS, "delete the artifact and run again"),
+    # evaluations and trials
+    "EVALUATION_NOT_FOUND": Entry(_MISSING, "check the id"),
+    "GRADER_UNKNOWN": Entry(_INVALID, "use one of the named graders"),
+    "TARGET_MODULES_UNMATCHED": Entry(_INVALID, "name modules that the student has, or leave the default"),
+    "ADAPTER_MISMATCH": Entry(_INVALID, "use a plain LoRA adapter that was made for this student"),
+    "SEQUENCE_TOO_LONG": Entry(_INVALID, "shorten the document; the limit is the student's context"),
+    "TRIAL_DIVERGED": Entry(_STATE, "lower the learning rate"),
+    "TRIAL_OUT_OF_MEMORY": Entry(_EXHAUSTED, "lower the batch size or the documents' length"),
+    "TRIAL_TIMEOUT": Entry(grpc.StatusCode.DEADLINE_EXCEEDED, "raise the trial's time limit or shrink the work"),
+    "TRIAL_LOST": Entry(_DOWN, "look at the worker's log; the trial was given up after its last attempt"),
+    "TRIAL_FAILED": Entry(grpc.StatusCode.INTERNAL, "look at the worker's log under the named trial batch"),
+    # runs
+    "RUN_NOT_FOUND": Entry(_MISSING, "`preceptor runs list` shows the known ones"),
+    "RUN_NOT_RESUMABLE": Entry(_STATE, "only a run that failed, was cancelled or was interrupted can be resumed"),
+    "RUN_ALREADY_FINISHED": Entry(_STATE, "create a new run"),
+    "RUN_NOT_FINISHED": Entry(_STATE, "wait until it has succeeded; `preceptor runs watch RUN` shows how far it is"),
+    "RUN_FAILED": Entry(grpc.StatusCode.INTERNAL, "`preceptor runs resume RUN` goes on where it stopped"),
+    "TOO_MANY_FAILURES": Entry(_STATE, "look at the failures' reasons, mend them, then `preceptor runs resume RUN`"),
+    # the house
+    "STACK_NOT_UP": Entry(_DOWN, "start it with `preceptor up`, or leave out --connect"),
+    "STACK_ALREADY_UP": Entry(_STATE, "use --connect to work with it, or end it first"),
+    "PORT_IN_USE": Entry(_STATE, "end the named process or choose another port"),
+    "REDIS_NOT_FOUND": Entry(
+        _STATE, "install Redis (`apt install redis-server`, `brew install redis`) or set PRECEPTOR_BROKER_URL"
+    ),
+    "DEVICE_UNUSABLE": Entry(_STATE, "set the named variable to cpu or to a device that torch sees"),
+    "DATABASE_UNREACHABLE": Entry(_DOWN, "check PRECEPTOR_DATABASE_URL, and that the folder can be written"),
+    "BROKER_UNREACHABLE": Entry(_DOWN, "check that Redis runs and that PRECEPTOR_BROKER_URL is right"),
+    "SERVICE_UNREACHABLE": Entry(_DOWN, "check that the service runs and that its address is right"),
+    "PROCESS_DIED": Entry(grpc.StatusCode.INTERNAL, "look at the named log file"),
+    "DEADLINE_EXCEEDED": Entry(grpc.StatusCode.DEADLINE_EXCEEDED, "try again; the service is slow or stuck"),
+    "CANCELLED": Entry(grpc.StatusCode.CANCELLED, "nothing to do: it was asked for"),
+    "SHUTTING_DOWN": Entry(_DOWN, "try again in a few seconds"),
+    "INTERNAL": Entry(grpc.StatusCode.INTERNAL, "this is a bug; the service's log has the traceback"),
+}
+
+
+class PreceptorError(Exception):
+    """What went wrong, under a reason of the catalogue.
+
+    ``metadata`` names the place (``file``, ``line``, ``field``, ``port``...); it travels with the error.
+    """
+
+    def __init__(self, reason: str, message: str, **metadata: str | int) -> None:
+        if reason not in CATALOGUE:
+            raise ValueError(f"reason {reason!r} is not in the catalogue")
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.metadata = {key: str(value) for key, value in metadata.items()}
+
+    @property
+    def code(self) -> grpc.StatusCode:
+        """The gRPC status code of the reason."""
+        return CATALOGUE[self.reason].code
+
+    @property
+    def next_step(self) -> str:
+        """What the user can do about it."""
+        return CATALOGUE[self.reason].next_step
+
+    def __str__(self) -> str:
+        place = ":".join(self.metadata[k] for k in ("file", "line") if k in self.metadata)
+        field = f" [{self.metadata['field']}]" if "field" in self.metadata else ""
+        return f"{place}{': ' if place else ''}{self.message}{field}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (self.reason, self.message, self.metadata))
+
+
+def _rebuild(reason: str, message: str, metadata: dict[str, str]) -> PreceptorError:
+    return PreceptorError(reason, message, **metadata)

@@ -1,0 +1,322 @@
+"""The embedded stack: every process of compose.yaml on one machine, without Docker.
+
+    with Stack(HouseSettings(), workers=2) as stack:
+        ...  # stack.addresses says where everything listens
+
+It owns its children: they start in sessions of their own (so that Ctrl-C reaches only the owner), a dead one is
+started again, all are ended on the way out, and what an owner killed with SIGKILL left behind is ended by the next
+start. One stack per home folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from preceptor.channel import call, connect, is_serving, new_request_id
+from preceptor.errors import PreceptorError
+from preceptor.processes import Child, holder_of, identity, is_alive, memory_of
+from preceptor.redis_server import EmbeddedRedis
+from preceptor.settings import HouseSettings
+from preceptor.v1 import student_pb2, student_pb2_grpc
+
+SERVICES = ("student", "evaluator", "teacher", "orchestrator")
+# Importing torch on a busy small machine takes most of it.
+START_SECONDS = 120.0
+STOP_SECONDS = 15.0
+# A child that dies more often than this within the window will not come up by being started again.
+RESTARTS, RESTART_WINDOW_SECONDS = 5, 60.0
+DEFAULT_STUDENT = "almanac"
+
+
+class Stack:
+    """The processes of one home folder, as a context manager."""
+
+    def __init__(
+        self,
+        settings: HouseSettings,
+        workers: int = 0,
+        port: int = 0,
+        on_event: Callable[[str], None] = lambda _message: None,
+    ) -> None:
+        """``workers``: 0 means one per core, at most 8. ``port``: the orchestrator's; the other services take the
+        next ones; 0 means free ones. ``on_event`` hears what happens, a line each."""
+        self._home = settings.home.resolve()
+        self._settings = settings
+        self._workers = workers or min(os.cpu_count() or 1, 8)
+        self._port = port
+        self._say = on_event
+        self._lock_file: IO[str] | None = None
+        self._children: list[Child] = []
+        self._stopping = threading.Event()
+        self._supervisor = threading.Thread(target=self._supervise, name="stack-supervisor", daemon=True)
+        self._peak_memory = 0
+        self._up = False  # everything serves, and there is a student
+        self.addresses = settings
+        self.failed: PreceptorError | None = None
+
+    def __enter__(self) -> Stack:
+        """Starts everything and waits until it serves. Raises PreceptorError and leaves nothing running."""
+        try:
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Ends every child, Redis last."""
+        self._stop()
+
+    def processes(self) -> list[Child]:
+        """The children as they are now."""
+        return list(self._children)
+
+    def peak_memory_bytes(self) -> int:
+        """Largest memory of this process and all children together, sampled every second (PSS where the system
+        tells it, so that shared pages count once; else RSS)."""
+        return self._peak_memory
+
+    def _start(self) -> None:
+        self._home.mkdir(parents=True, exist_ok=True)
+        self._take_home()
+        self._end_leftovers()
+        ports = self._choose_ports()
+        redis = EmbeddedRedis(self._home / "redis", ports["redis"])
+        self.addresses = self._settings.model_copy(
+            update={
+                "home": self._home,
+                "broker_url": redis.url,
+                **{f"{name}_address": f"127.0.0.1:{ports[name]}" for name in SERVICES},
+            }
+        )
+        self._say("starting redis")
+        self._add("redis", redis.command, f"127.0.0.1:{ports['redis']}", {})
+        self._wait_for_redis(ports["redis"])
+        self._say(f"starting {', '.join(SERVICES)} and {self._workers} worker{'s' if self._workers > 1 else ''}")
+        for name in SERVICES:
+            self._add(
+                name, [sys.executable, "-m", name], f"127.0.0.1:{ports[name]}", {"PRECEPTOR_PORT": str(ports[name])}
+            )
+        for number in range(1, self._workers + 1):
+            self._add(f"worker-{number}", [sys.executable, "-m", "student.worker"], "", {})
+        self._supervisor.start()
+        self._wait_until_serving()
+        self._register_default_student()
+        self._up = True
+        self._write_state()
+
+    def _take_home(self) -> None:
+        self._lock_file = (self._home / "stack.lock").open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock_file.close()
+            self._lock_file = None
+            raise PreceptorError(
+                "STACK_ALREADY_UP", f"another stack is up in {self._home}", file=str(self._home)
+            ) from None
+
+    def _choose_ports(self) -> dict[str, int]:
+        names = ["orchestrator", "teacher", "student", "evaluator", "redis"]
+        wanted = [self._port + i if self._port else 0 for i in range(len(names))]
+        sockets, ports = [], {}
+        try:
+            for name, port in zip(names, wanted, strict=True):
+                probe = socket.socket()
+                sockets.append(probe)
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except OSError:
+                    raise PreceptorError(
+                        "PORT_IN_USE", f"port {port} (for the {name}) is taken{holder_of(port)}", port=port
+                    ) from None
+                ports[name] = probe.getsockname()[1]
+        finally:
+            for probe in sockets:
+                probe.close()
+        return ports
+
+    def _add(self, name: str, command: list[str], address: str, extra: dict[str, str]) -> None:
+        environment = dict(os.environ)
+        for key, value in self.addresses.model_dump(mode="json").items():
+            environment[f"PRECEPTOR_{key.upper()}"] = str(value)
+        environment.update(
+            {
+                "PRECEPTOR_PARENT_PID": str(os.getpid()),
+                # One thread each: on a small machine, processes with several threads each are ten times slower.
+                "OMP_NUM_THREADS": "1",
+                "MKL_NUM_THREADS": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "PYTHONUNBUFFERED": "1",
+                **extra,
+            }
+        )
+        child = Child(name, command, environment, address, self._home / "logs" / f"{name}.log")
+        child.start()
+        self._children.append(child)
+        self._write_state()  # whatever happens from here on, the next start finds it
+
+    def _wait_for_redis(self, port: int) -> None:
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+                connection.sendall(b"PING\r\n")
+                # "-NOAUTH" is an answer too; "-LOADING" means that it still reads its file.
+                if not connection.recv(64).startswith(b"-LOADING"):
+                    return
+            redis = self._children[0]
+            if redis.ended():
+                raise self._death(redis)
+            time.sleep(0.05)
+        raise PreceptorError("PROCESS_DIED", "redis does not answer", file=str(self._children[0].log))
+
+    def _wait_until_serving(self) -> None:
+        end = time.monotonic() + START_SECONDS
+        waiting = {child.name: child for child in self._children if child.name in SERVICES}
+        while waiting:
+            for name, child in list(waiting.items()):
+                if is_serving(child.address, deadline=0.5):
+                    self._say(f"{name} serves on {child.address}")
+                    del waiting[name]
+            if self.failed:
+                raise self.failed
+            if time.monotonic() > end:
+                logs = ", ".join(str(child.log) for child in waiting.values())
+                raise PreceptorError(
+                    "PROCESS_DIED", f"not up after {START_SECONDS:.0f} s: {', '.join(waiting)}", file=logs
+                )
+            time.sleep(0.1)
+
+    def _register_default_student(self) -> None:
+        """A fresh home gets the student that ships, so that a first run needs no other command."""
+        folder = shipped_models() / "student"
+        if not folder.is_dir():
+            return
+        students = connect(self.addresses.student_address, student_pb2_grpc.StudentServiceStub)
+        if not call(students.ListStudents, student_pb2.ListStudentsRequest()).students:
+            call(
+                students.RegisterStudent,
+                student_pb2.RegisterStudentRequest(
+                    request_id=new_request_id(), name=DEFAULT_STUDENT, source=str(folder)
+                ),
+            )
+            call(
+                students.ActivateStudent,
+                student_pb2.ActivateStudentRequest(request_id=new_request_id(), name=DEFAULT_STUDENT),
+            )
+
+    def _supervise(self) -> None:
+        next_sample = 0.0
+        while not self._stopping.wait(0.2):
+            for child in self._children:
+                if self.failed is None and child.ended():
+                    self._restart(child)
+            if time.monotonic() >= next_sample:
+                self._peak_memory = max(self._peak_memory, memory_of([os.getpid(), *(c.pid for c in self._children)]))
+                next_sample = time.monotonic() + 1
+
+    def _restart(self, child: Child) -> None:
+        now = time.monotonic()
+        recent = [death for death in child.deaths if now - death < RESTART_WINDOW_SECONDS]
+        refused = child.restarts == 0 and child.process is not None and child.process.returncode == 2
+        if refused or len(recent) >= RESTARTS:  # 2: it has said what is wrong with its settings
+            self.failed = self._death(child)
+            self._say(str(self.failed))
+            return
+        child.deaths.append(now)
+        child.restarts += 1
+        self._say(f"{child.name} ended with {child.process.returncode if child.process else '?'}; starting it again")
+        child.kill_group()  # what it may have left behind
+        child.start()
+        self._write_state()
+
+    def _death(self, child: Child) -> PreceptorError:
+        tail = child.log.read_text(errors="replace").strip().splitlines()[-3:] if child.log.exists() else []
+        code = child.process.returncode if child.process else "?"
+        return PreceptorError(
+            "PROCESS_DIED", f"{child.name} does not stay up (exit code {code}): {' | '.join(tail)}", file=str(child.log)
+        )
+
+    def _write_state(self) -> None:
+        state = {
+            "up": self._up,
+            "owner": identity(os.getpid()),
+            "addresses": json.loads(self.addresses.model_dump_json()),
+            "children": [{"name": child.name, **identity(child.pid)} for child in self._children],
+        }
+        path = self._home / "stack.json"
+        draft = path.with_suffix(".draft")
+        draft.touch(mode=0o600)
+        draft.write_text(json.dumps(state, indent=1))
+        draft.replace(path)
+
+    def _end_leftovers(self) -> None:
+        """Ends children of an owner that was killed before it could."""
+        for entry in _read_state(self._home).get("children", []):
+            if is_alive(entry):
+                self._say(f"ending {entry['name']} of an earlier stack (pid {entry['pid']})")
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(entry["pid"], signal.SIGKILL)
+                end = time.monotonic() + 5
+                while is_alive(entry) and time.monotonic() < end:
+                    time.sleep(0.05)
+
+    def _stop(self) -> None:
+        self._stopping.set()
+        if self._supervisor.is_alive():
+            self._supervisor.join(timeout=5)
+        services = [child for child in self._children if child.name != "redis"]
+        for group in (services, [child for child in self._children if child.name == "redis"]):
+            for child in group:
+                child.terminate()
+            end = time.monotonic() + STOP_SECONDS
+            for child in group:
+                if child.process:
+                    with suppress(subprocess.TimeoutExpired):
+                        child.process.wait(max(end - time.monotonic(), 0.1))
+                child.kill_group()  # and whatever it started
+                if child.process:
+                    child.process.wait(5)
+        if self._lock_file:
+            (self._home / "stack.json").unlink(missing_ok=True)
+            self._lock_file.close()
+            self._lock_file = None
+
+
+def running_stack(home: Path) -> HouseSettings | None:
+    """Where the services of the stack in ``home`` listen, or None where none is up."""
+    state = _read_state(home.resolve())
+    return HouseSettings(**state["addresses"]) if state.get("up") and is_alive(state["owner"]) else None
+
+
+def shipped_models() -> Path:
+    """The folder of the tiny models that ship with the almanac world."""
+    spec = importlib.util.find_spec("worlds.almanac")
+    locations = (spec.submodule_search_locations if spec else None) or ["worlds/almanac"]
+    return Path(next(iter(locations))) / "models"
+
+
+def _read_state(home: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads((home / "stack.json").read_text())
+        return state
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}

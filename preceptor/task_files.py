@@ -1,0 +1,317 @@
+"""Reads passages from people's own files, and names every problem with its file, line and field.
+
+Three forms, told apart by the path:
+
+* ``.json``: ``[{"title", "context", "questions": [{"question", "answer"}]}]``
+* ``.jsonl``: one such object a line
+* a folder of ``.md``/``.txt`` files and a ``questions.jsonl`` of ``{"file", "question", "answer"}``
+
+A question may have a ``bank`` (reward, gate, sealed) and ``aliases`` (further right answers); a passage may have an
+``id`` and ``labels``. Nothing is repaired silently: what is wrong is a problem, what is passed over is a note.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from preceptor.errors import PreceptorError
+from preceptor.json_places import JsonPlaces
+from preceptor.task_problems import (
+    InvalidJson,
+    Problem,
+    field_name,
+    join,
+    json_lines,
+    kind,
+    parse_json,
+    raise_problems,
+    read_text,
+    require_file,
+    text_fault,
+)
+from preceptor.tasks import Bank, Passage, Question
+
+QUESTIONS_FILE = "questions.jsonl"
+TEXT_SUFFIXES = (".md", ".txt")
+_PASSAGE_KEYS = {"id", "title", "context", "questions", "labels"}
+_QUESTION_KEYS = {"id", "question", "answer", "bank", "aliases"}
+_LINK_KEYS = {"file", "passage"}
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPassage:
+    """A passage and where it stands. ``named_banks``: at least one of its questions says which bank it is for."""
+
+    passage: Passage
+    file: str
+    line: int
+    field: str
+    named_banks: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFile:
+    """Everything that was read from one path."""
+
+    path: str
+    passages: tuple[ReadPassage, ...]
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+
+    def raise_problems(self) -> None:
+        """Raises PreceptorError(BAD_TASK_FILE) if there are problems, naming them."""
+        raise_problems(self.path, self.problems)
+
+
+def read_task_file(path: Path) -> TaskFile:
+    """Reads a file or folder to its end, whatever is wrong in it. Raises PreceptorError(FILE_NOT_FOUND)."""
+    reader = _Reader(path)
+    if not path.exists():
+        raise PreceptorError("FILE_NOT_FOUND", f"there is no task file {path}", file=str(path))
+    if path.is_dir():
+        _read_folder(path, reader)
+    elif path.suffix == ".json":
+        _read_json(path, reader)
+    elif path.suffix == ".jsonl":
+        for line, value in json_lines(path, reader.problem):
+            _Values(reader, str(path), _always(line)).passage(value, ())
+    else:
+        reader.problem(str(path), 0, "", "is neither .json nor .jsonl nor a folder")
+    if not reader.passages and not reader.problems:
+        reader.problem(str(path), 0, "", "has no passages")
+    return TaskFile(str(path), tuple(reader.passages), tuple(reader.problems), tuple(reader.all_notes()))
+
+
+def read_probes(path: Path) -> tuple[Question, ...]:
+    """Questions about what the student knew before: JSON lines of ``{question, answer}``.
+
+    Raises PreceptorError(FILE_NOT_FOUND, BAD_TASK_FILE).
+    """
+    reader = _Reader(path)
+    require_file(path)
+    found = []
+    for line, value in json_lines(path, reader.problem):
+        values = _Values(reader, str(path), _always(line))
+        if values.is_object(value, ()) and (question := values.question(value, ())):
+            found.append(question)
+    if not found and not reader.problems:
+        reader.problem(str(path), 0, "", "has no questions")
+    raise_problems(str(path), reader.problems)
+    return tuple(found)
+
+
+def read_replay(path: Path) -> tuple[str, ...]:
+    """What replay draws from: one document a line. Raises PreceptorError(FILE_NOT_FOUND, BAD_TASK_FILE)."""
+    reader = _Reader(path)
+    require_file(path)
+    text = read_text(path, reader.problem)
+    raise_problems(str(path), reader.problems)
+    return tuple(line.strip() for line in (text or "").splitlines() if line.strip())
+
+
+def _always(line: int) -> Callable[[Sequence[str | int]], int]:
+    """Of JSON lines: every value of an object stands in the same line."""
+    return lambda _path: line
+
+
+@dataclass
+class _Reader:
+    """What has been read so far."""
+
+    path: Path
+    passages: list[ReadPassage] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    ignored_keys: dict[str, int] = field(default_factory=dict)
+    _texts: dict[str, str] = field(default_factory=dict)
+    _ids: dict[str, str] = field(default_factory=dict)
+
+    def problem(self, file: str, line: int, where: str, message: str) -> None:
+        self.problems.append(Problem(file, line, where, message))
+
+    def add(self, read: ReadPassage, identity: str) -> None:
+        """Keeps a passage, unless it repeats an earlier one's text or id."""
+        here = f"{read.file}:{read.line}"
+        if other := self._ids.get(identity) if identity else None:
+            self.problem(read.file, read.line, join(read.field, "id"), f"id {identity!r} is taken by {other}")
+        if other := self._texts.get(read.passage.text):
+            self.problem(read.file, read.line, read.field, f"has the same text as {other}; merge their questions")
+        self._ids.setdefault(identity, here)
+        self._texts.setdefault(read.passage.text, here)
+        self.passages.append(read)
+
+    def all_notes(self) -> Iterator[str]:
+        yield from self.notes
+        for key, count in sorted(self.ignored_keys.items()):
+            yield f"key {key!r} is not read ({count} time{'s' if count > 1 else ''})"
+
+
+def _read_json(path: Path, reader: _Reader) -> None:
+    text = read_text(path, reader.problem)
+    if text is None:
+        return
+    try:
+        values = parse_json(text)
+    except InvalidJson as error:
+        reader.problem(str(path), error.line, "", str(error))
+        return
+    if not isinstance(values, list):
+        reader.problem(str(path), 1, "", f"must be a list of passages, is {kind(values)}")
+        return
+    places = _Values(reader, str(path), JsonPlaces(text).line)
+    for index, value in enumerate(values):
+        places.passage(value, (index,))
+
+
+def _read_folder(folder: Path, reader: _Reader) -> None:
+    texts, listed = {}, folder / QUESTIONS_FILE
+    try:
+        files = sorted(p for p in folder.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
+    except OSError as error:
+        reader.problem(str(folder), 0, "", f"cannot be read: {error.strerror}")
+        return
+    for path in files:
+        name = path.relative_to(folder).as_posix()
+        if not any(part.startswith(".") for part in Path(name).parts):
+            texts[name] = read_text(path, reader.problem)
+    if not texts:
+        reader.problem(str(folder), 0, "", f"has no {' or '.join(TEXT_SUFFIXES)} files")
+    if not listed.is_file():
+        form = '{"file": ..., "question": ..., "answer": ...}'
+        reader.problem(str(listed), 0, "", f"is missing; write one line {form} for each question")
+        return
+    stems = {name.rsplit(".", 1)[0]: name for name in reversed(texts)}
+    asked: dict[str, list[tuple[Question, bool]]] = {name: [] for name in texts}
+    named_anywhere = set()
+    for line, value in json_lines(listed, reader.problem):
+        values = _Values(reader, str(listed), _always(line))
+        if not values.is_object(value, ()):
+            continue
+        question = values.question(value, (), links=True)
+        key = "file" if "file" in value else "passage"
+        wanted = values.text(value, key, ())
+        name = wanted if wanted in asked else stems.get(wanted or "", "")
+        if wanted and not name:
+            reader.problem(str(listed), line, key, f"there is no file {wanted!r} in {folder}")
+        if name:
+            named_anywhere.add(name)
+        if question and name:
+            asked[name].append((question, "bank" in value))
+    for name, text in texts.items():
+        path = folder / name
+        if text is None:
+            continue
+        if name not in named_anywhere:
+            reader.problem(str(path), 0, "", f"has no question in {QUESTIONS_FILE}")
+        title = text.strip().splitlines()[0].lstrip("#").strip() if text.lstrip().startswith("#") else path.stem
+        questions = _without_repeats([question for question, _ in asked[name]], reader, str(path), 0, "")
+        passage = Passage(title or path.stem, text.strip(), questions)
+        reader.add(ReadPassage(passage, str(path), 0, "", any(named for _, named in asked[name])), "")
+
+
+class _Values:
+    """Reads values of one file. ``line_of`` tells the line of the value at a path of keys and indexes."""
+
+    def __init__(self, reader: _Reader, file: str, line_of: Callable[[Sequence[str | int]], int]) -> None:
+        self._reader, self._file, self._line_of = reader, file, line_of
+
+    def passage(self, value: Any, at: tuple[str | int, ...]) -> None:
+        """Reads one passage object and keeps it if it has text."""
+        if not self.is_object(value, at):
+            return
+        self._note_ignored(value, _PASSAGE_KEYS)
+        text = self.text(value, "context", at)
+        title = self.text(value, "title", at) if value.get("title", "") != "" else ""
+        labels = self._labels(value.get("labels", {}), (*at, "labels"))
+        identity = value.get("id", "")
+        if not isinstance(identity, (str, int)):
+            self._wrong((*at, "id"), f"must be a string, is {kind(identity)}")
+            identity = ""
+        entries = value.get("questions")
+        questions, named = [], False
+        if entries is None:
+            self._wrong((*at, "questions"), "is missing")
+        elif not isinstance(entries, list):
+            self._wrong((*at, "questions"), f"must be a list, is {kind(entries)}")
+        elif not entries:
+            self._wrong((*at, "questions"), "is empty: a passage needs at least one question")
+        else:
+            for index, entry in enumerate(entries):
+                here = (*at, "questions", index)
+                if self.is_object(entry, here) and (question := self.question(entry, here)):
+                    questions.append(question)
+                    named = named or "bank" in entry
+        if text is not None:
+            line, where = self._line_of(at), field_name(at)
+            kept = _without_repeats(questions, self._reader, self._file, line, where)
+            passage = Passage(title or " ".join(text.split()[:6]), text, kept, labels)
+            self._reader.add(ReadPassage(passage, self._file, line, where, named), str(identity))
+
+    def question(self, value: dict[str, Any], at: tuple[str | int, ...], links: bool = False) -> Question | None:
+        """Reads one question object; None if something is wrong with it. ``links``: it may name its passage."""
+        self._note_ignored(value, _QUESTION_KEYS | (_LINK_KEYS if links else set()))
+        text, answer = self.text(value, "question", at), self.text(value, "answer", at)
+        bank, aliases = value.get("bank", Bank.REWARD.value), value.get("aliases", [])
+        right = True
+        if bank not in tuple(Bank):
+            right = self._wrong((*at, "bank"), f"must be one of {', '.join(Bank)}, is {json.dumps(bank)[:60]}")
+        if not isinstance(aliases, list):
+            right = self._wrong((*at, "aliases"), f"must be a list, is {kind(aliases)}")
+        else:
+            for index, alias in enumerate(aliases):
+                if fault := text_fault(alias):
+                    right = self._wrong((*at, "aliases", index), fault)
+        if text is None or answer is None or not right:
+            return None
+        return Question(text, answer, Bank(bank), tuple(alias.strip() for alias in aliases))
+
+    def text(self, value: dict[str, Any], key: str, at: tuple[str | int, ...]) -> str | None:
+        """A text that is there and not blank, stripped; else None, and a problem."""
+        here, found = (*at, key), value.get(key)
+        if key not in value:
+            self._wrong(here, "is missing")
+        elif fault := text_fault(found):
+            self._wrong(here, fault)
+        else:
+            return str(found).strip()
+        return None
+
+    def is_object(self, value: Any, at: tuple[str | int, ...]) -> bool:
+        """Whether it is an object; a problem if not."""
+        return isinstance(value, dict) or self._wrong(at, f"must be an object, is {kind(value)}")
+
+    def _labels(self, value: Any, at: tuple[str | int, ...]) -> dict[str, str]:
+        if isinstance(value, dict) and not any(text_fault(text) for item in value.items() for text in item):
+            return value
+        self._wrong(at, "must be an object of strings that are not empty")
+        return {}
+
+    def _note_ignored(self, value: dict[str, Any], known: set[str]) -> None:
+        for key in value.keys() - known:
+            self._reader.ignored_keys[key] = self._reader.ignored_keys.get(key, 0) + 1
+
+    def _wrong(self, at: tuple[str | int, ...], message: str) -> bool:
+        """Notes a problem; always False."""
+        self._reader.problem(self._file, self._line_of(at), field_name(at), message)
+        return False
+
+
+def _without_repeats(
+    questions: Sequence[Question], reader: _Reader, file: str, line: int, where: str
+) -> tuple[Question, ...]:
+    """The questions, each once. The same question with another answer is a problem: one of them would always fail."""
+    kept: dict[tuple[str, Bank], Question] = {}
+    for question in questions:
+        first = kept.setdefault((question.text, question.bank), question)
+        if first is question:
+            continue
+        if first.answer == question.answer:
+            reader.notes.append(f"{file}{f':{line}' if line else ''}: {question.text!r} is asked twice and read once")
+        else:
+            message = f"{question.text!r} has two answers; put the second into aliases of the first"
+            reader.problem(file, line, where, message)
+    return tuple(kept.values())

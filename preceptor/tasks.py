@@ -1,0 +1,106 @@
+"""The words of the domain as plain values: what is to be learnt and what is written to teach it.
+
+Frozen dataclasses, free of protobuf (``preceptor.convert`` translates at the edge) and of torch. Texts are
+ordinary ``str``; nothing here has a unit unless its field says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+
+class Bank(StrEnum):
+    """Which purpose a question serves; the three banks phrase the same facts differently."""
+
+    REWARD = "reward"  # trains the teacher
+    GATE = "gate"  # decides promotions
+    SEALED = "sealed"  # opened only for the held-out measurement
+
+
+class LossMask(StrEnum):
+    """Which tokens of a study document carry loss."""
+
+    ALL = "all"
+    AFTER_MARKER = "after_marker"  # only what follows the document's marker (e.g. the answer of a Q/A line)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question with its gold answer; ``aliases`` are further right answers."""
+
+    text: str
+    answer: str
+    bank: Bank = Bank.REWARD
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Directive:
+    """Training settings chosen by the teacher. ``None`` leaves a setting to the run's default."""
+
+    learning_rate: float | None = None  # AdamW peak learning rate, e.g. 3e-3
+    epochs: int | None = None  # passes over the documents
+    replay_share: float | None = None  # share of trained documents drawn from the replay corpus, 0..0.9
+    rank: int | None = None  # LoRA rank
+    loss_mask: LossMask | None = None
+
+    def over(self, default: Directive) -> Directive:
+        """This directive, with ``default`` where it says nothing."""
+        changes = {
+            name: getattr(default, name)
+            for name in self.__dataclass_fields__
+            if getattr(self, name) is None and getattr(default, name) is not None
+        }
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True)
+class SelfEdit:
+    """What the teacher writes for a task: study documents, a directive, or both."""
+
+    documents: tuple[str, ...]
+    directive: Directive = Directive()
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A text whose facts the student should absorb, with the questions that measure whether it did."""
+
+    title: str
+    text: str
+    questions: tuple[Question, ...]
+    labels: Mapping[str, str] = field(default_factory=dict)  # e.g. {"genre": "narrative", "people": "3"}
+    # Edits known to whoever made the task, by arm name ("oracle", "shuffled_facts"): ceilings and controls of the
+    # held-out measurement. The teacher never sees them.
+    reference_edits: Mapping[str, SelfEdit] = field(default_factory=dict)
+
+    def questions_of(self, bank: Bank) -> tuple[Question, ...]:
+        """The questions of one bank, in their order."""
+        return tuple(q for q in self.questions if q.bank is bank)
+
+
+# A grid is rows of colours 0..9.
+Grid = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GridPair:
+    """An input grid and the output grid that belongs to it."""
+
+    input: Grid
+    output: Grid
+
+
+@dataclass(frozen=True, slots=True)
+class FewShotTask:
+    """Demonstrations of an unknown rule and held-out queries (ARC)."""
+
+    name: str
+    demonstrations: tuple[GridPair, ...]
+    queries: tuple[GridPair, ...]
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+Task = Passage | FewShotTask

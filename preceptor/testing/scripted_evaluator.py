@@ -1,0 +1,175 @@
+"""An EvaluatorService that counts words instead of training. Scripted: plumbing only, no reward of it means anything.
+
+It keeps the contract: evaluations are content-addressed, take a moment, are cancelled by owner, and can fail. A
+student "knows" as many answers as documents begin with ``good`` (or are an oracle's). Its state outlives a restart of
+the server that serves it.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import grpc
+
+from preceptor.errors import PreceptorError
+from preceptor.names import content_id, derived_seed, message_json, sha256, student_identity
+from preceptor.v1 import evaluator_pb2 as pb
+from preceptor.v1 import evaluator_pb2_grpc
+from preceptor.v1 import types_pb2 as types
+
+_OPEN = (pb.EVALUATION_STATE_QUEUED, pb.EVALUATION_STATE_RUNNING)
+
+
+def never(_task: types.Task, _edit: types.SelfEdit) -> bool:
+    """Nothing fails."""
+    return False
+
+
+class ScriptedEvaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
+    """Finishes an evaluation ``seconds`` after its creation; ``fails`` says which of them fail."""
+
+    def __init__(self, *, seconds: float = 0.0, fails: Callable[[types.Task, types.SelfEdit], bool] = never) -> None:
+        self.seconds = seconds
+        self.fails = fails
+        self._changed = threading.Condition()
+        self._evaluations: dict[str, pb.Evaluation] = {}
+        self._results: dict[str, pb.Evaluation] = {}  # what each will be when its time has come
+        self._ends: dict[str, float] = {}
+        self._owners: dict[str, set[str]] = {}
+        self._answered: dict[str, str] = {}  # request id -> hash of the body
+        self.requests: list[pb.CreateEvaluationsRequest] = []
+        self.cancelled_owners: list[str] = []
+
+    def CreateEvaluations(
+        self, request: pb.CreateEvaluationsRequest, context: grpc.ServicerContext
+    ) -> pb.CreateEvaluationsResponse:
+        """Known evaluations as they are, new ones queued; failed and cancelled ones are tried again."""
+        body = sha256(str(message_json(request)))
+        answer = pb.CreateEvaluationsResponse()
+        with self._changed:
+            again = request.request_id in self._answered
+            if self._answered.setdefault(request.request_id, body) != body:
+                raise PreceptorError("REQUEST_ID_REUSED", "another body under the same request_id")
+            self.requests.append(request)
+            self._advance()
+            for edit in request.self_edits:
+                evaluation_id = content_id(
+                    "evaluation",
+                    [
+                        request.task.id,
+                        message_json(edit),
+                        message_json(request.protocol),
+                        student_identity(request.student),
+                    ],
+                )
+                known = self._evaluations.get(evaluation_id)
+                retry = (
+                    known is not None
+                    and not again
+                    and known.state
+                    in (
+                        pb.EVALUATION_STATE_FAILED,
+                        pb.EVALUATION_STATE_CANCELLED,
+                    )
+                )
+                if known is None or retry:
+                    self._queue(evaluation_id, request, edit)
+                self._owners.setdefault(evaluation_id, set()).add(request.owner)
+                evaluation = answer.evaluations.add()
+                evaluation.CopyFrom(self._evaluations[evaluation_id])
+                evaluation.cached = known is not None and known.state == pb.EVALUATION_STATE_SUCCEEDED
+            self._changed.notify_all()
+        return answer
+
+    def WatchEvaluations(
+        self, request: pb.WatchEvaluationsRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.WatchEvaluationsResponse]:
+        """Each when it is final."""
+        waiting = list(request.evaluation_ids)
+        while waiting and context.is_active():
+            with self._changed:
+                self._advance()
+                if missing := [name for name in waiting if name not in self._evaluations]:
+                    raise PreceptorError("EVALUATION_NOT_FOUND", f"no evaluation {missing[0]!r}")
+                done = [self._evaluations[name] for name in waiting if self._evaluations[name].state not in _OPEN]
+            for evaluation in done:
+                waiting.remove(evaluation.id)
+                yield pb.WatchEvaluationsResponse(evaluation=evaluation)
+            if not done:
+                time.sleep(0.01)
+
+    def CancelEvaluations(
+        self, request: pb.CancelEvaluationsRequest, context: grpc.ServicerContext
+    ) -> pb.CancelEvaluationsResponse:
+        """Cancels what only this owner waits for."""
+        cancelled = 0
+        with self._changed:
+            self.cancelled_owners.append(request.owner)
+            self._advance()
+            for name, evaluation in self._evaluations.items():
+                self._owners[name].discard(request.owner)
+                if evaluation.state in _OPEN and not self._owners[name]:
+                    evaluation.state = pb.EVALUATION_STATE_CANCELLED
+                    cancelled += 1
+            self._changed.notify_all()
+        return pb.CancelEvaluationsResponse(cancelled=cancelled)
+
+    def GetQueueStatus(
+        self, request: pb.GetQueueStatusRequest, context: grpc.ServicerContext
+    ) -> pb.GetQueueStatusResponse:
+        """Two workers that need no memory."""
+        return pb.GetQueueStatusResponse(workers_alive=2, worker_peak_memory_bytes=1)
+
+    def _queue(self, name: str, request: pb.CreateEvaluationsRequest, edit: types.SelfEdit) -> None:
+        queued = pb.Evaluation(
+            id=name,
+            state=pb.EVALUATION_STATE_QUEUED,
+            task_id=request.task.id,
+            self_edit=edit,
+            student=request.student,
+        )
+        queued.create_time.GetCurrentTime()
+        self._evaluations[name] = queued
+        result = pb.Evaluation.FromString(queued.SerializeToString())
+        if self.fails(request.task, edit):
+            result.state = pb.EVALUATION_STATE_FAILED
+            result.failure.CopyFrom(types.Failure(reason="TRIAL_LOST", message="the worker vanished", attempts=3))
+        else:
+            result.state = pb.EVALUATION_STATE_SUCCEEDED
+            _measure(result, request)
+        self._results[name] = result
+        self._ends[name] = time.monotonic() + self.seconds * random.Random(name).uniform(0.5, 1.5)
+
+    def _advance(self) -> None:
+        """Finishes what is due. The caller holds the lock."""
+        now = time.monotonic()
+        for name, evaluation in self._evaluations.items():
+            if evaluation.state in _OPEN and now >= self._ends[name]:
+                evaluation.CopyFrom(self._results[name])
+
+
+def _measure(result: pb.Evaluation, request: pb.CreateEvaluationsRequest) -> None:
+    bank = request.protocol.bank or types.QUESTION_BANK_REWARD
+    questions = sum(question.bank == bank for question in request.task.passage.questions)
+    documents = result.self_edit.documents
+    good = sum(document.startswith(("good", "right")) for document in documents) / len(documents)
+    accuracies = []
+    for seed in request.protocol.seeds:
+        dice = random.Random(derived_seed(result.id, seed))
+        correct = [dice.random() < 0.9 * good + 0.03 for _ in range(questions)]
+        accuracies.append(sum(correct) / questions)
+        result.trials.add(seed=seed, accuracy=accuracies[-1], correct=correct, steps=10, trained_tokens=500)
+    accuracy = sum(accuracies) / len(accuracies)
+    reward = types.Reward(accuracy=accuracy, baseline_accuracy=0.0, questions=questions, seeds=len(accuracies))
+    reward.terms["gain"] = accuracy
+    reward.value = accuracy
+    if request.protocol.probes:
+        reward.baseline_retention = 1.0
+        reward.retention = 1.0 - 0.3 * random.Random(result.id).random()
+        reward.terms["retention_loss"] = 1.0 - reward.retention
+        reward.value -= request.protocol.weights.retention_loss * reward.terms["retention_loss"]
+    reward.stderr = (accuracy * (1 - accuracy) / max(1, questions)) ** 0.5
+    result.reward.CopyFrom(reward)

@@ -1,0 +1,162 @@
+"""A TeacherService that writes by dice. Scripted: plumbing only, no result of it means anything.
+
+It keeps the contract (the same request streams the same groups, updates are content-addressed and take a moment) and
+its state outlives a restart of the server that serves it. What it writes: documents that begin with ``good`` or
+``poor``; the share of good ones rises with every update, so that a loop has something to find.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+
+import grpc
+
+from preceptor.errors import PreceptorError
+from preceptor.names import content_id, derived_seed, message_json
+from preceptor.v1 import teacher_pb2 as pb
+from preceptor.v1 import teacher_pb2_grpc
+from preceptor.v1 import types_pb2 as types
+
+FORMATS = ("open", "self_qa", "copy")
+
+
+class ScriptedTeacher(teacher_pb2_grpc.TeacherServiceServicer):
+    """Writes ``documents`` documents per self-edit; ``malformed_share`` of the completions are malformed."""
+
+    def __init__(
+        self,
+        *,
+        documents: int = 4,
+        malformed_share: float = 0.1,
+        group_seconds: float = 0.0,
+        update_seconds: float = 0.0,
+    ) -> None:
+        self._documents = documents
+        self._malformed_share = malformed_share
+        self.group_seconds = group_seconds
+        self.update_seconds = update_seconds
+        self._lock = threading.Lock()
+        base = pb.Policy(id="base-scripted", state=pb.POLICY_STATE_READY, active=True)
+        self._policies = {base.id: base}
+        self._ready_at = {base.id: 0.0}
+        self._answered: dict[str, str] = {}  # request id -> policy id
+        self.generations: list[pb.GenerateSelfEditsRequest] = []
+        self.updates: list[pb.UpdatePolicyRequest] = []
+
+    def GenerateSelfEdits(
+        self, request: pb.GenerateSelfEditsRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateSelfEditsResponse]:
+        """One group per task."""
+        policy = self._policy(request.policy_id)
+        if any(task.passage.questions or task.reference_edits for task in request.tasks):
+            raise PreceptorError("INVALID_REQUEST", "the teacher was shown questions or reference edits")
+        with self._lock:
+            self.generations.append(request)
+        for task in request.tasks:
+            time.sleep(self.group_seconds)
+            group = pb.GenerateSelfEditsResponse(task_id=task.id, policy_id=policy.id, seconds=self.group_seconds)
+            for index in range(request.samples_per_task):
+                group.self_edits.append(self._write(request, policy, task, index))
+            yield group
+
+    def UpdatePolicy(self, request: pb.UpdatePolicyRequest, context: grpc.ServicerContext) -> pb.UpdatePolicyResponse:
+        """A policy that is READY a moment later."""
+        parent = self._policy(request.parent_id)
+        body = pb.UpdatePolicyRequest.FromString(request.SerializeToString())
+        body.ClearField("request_id")
+        policy_id = content_id("policy", message_json(body))
+        with self._lock:
+            if self._answered.setdefault(request.request_id, policy_id) != policy_id:
+                raise PreceptorError("REQUEST_ID_REUSED", "another body under the same request_id")
+            if policy_id not in self._policies:
+                kept = sum(example.reward > request.settings.min_reward for example in request.examples)
+                self._policies[policy_id] = pb.Policy(
+                    id=policy_id, parent_id=parent.id, kept=kept, offered=len(request.examples)
+                )
+                self._ready_at[policy_id] = time.monotonic() + self.update_seconds
+                self.updates.append(request)
+        return pb.UpdatePolicyResponse(policy=self._policy(policy_id))
+
+    def GetPolicy(self, request: pb.GetPolicyRequest, context: grpc.ServicerContext) -> pb.GetPolicyResponse:
+        """One policy, or the active one."""
+        return pb.GetPolicyResponse(policy=self._policy(request.policy_id))
+
+    def WatchPolicy(
+        self, request: pb.WatchPolicyRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.WatchPolicyResponse]:
+        """Until it is READY."""
+        while True:
+            policy = self._policy(request.policy_id)
+            yield pb.WatchPolicyResponse(policy=policy)
+            if policy.state == pb.POLICY_STATE_READY or not context.is_active():
+                return
+            time.sleep(0.02)
+
+    def ActivatePolicy(
+        self, request: pb.ActivatePolicyRequest, context: grpc.ServicerContext
+    ) -> pb.ActivatePolicyResponse:
+        """Makes it the active one."""
+        chosen = self._policy(request.policy_id)
+        with self._lock:
+            for policy in self._policies.values():
+                policy.active = policy.id == chosen.id
+        return pb.ActivatePolicyResponse(policy=self._policy(chosen.id))
+
+    def finish_updates(self) -> None:
+        """Every update under way is done now."""
+        with self._lock:
+            self._ready_at = dict.fromkeys(self._ready_at, 0.0)
+
+    def ListPromptFormats(
+        self, request: pb.ListPromptFormatsRequest, context: grpc.ServicerContext
+    ) -> pb.ListPromptFormatsResponse:
+        """The formats it pretends to know."""
+        return pb.ListPromptFormatsResponse(formats=[pb.PromptFormat(name=name, version=1) for name in FORMATS])
+
+    def _policy(self, policy_id: str) -> pb.Policy:
+        with self._lock:
+            if not policy_id:
+                policy_id = next(policy.id for policy in self._policies.values() if policy.active)
+            if policy_id not in self._policies:
+                raise PreceptorError("POLICY_NOT_FOUND", f"no policy {policy_id!r}")
+            policy = pb.Policy.FromString(self._policies[policy_id].SerializeToString())
+            ready = time.monotonic() >= self._ready_at[policy_id]
+        policy.state = pb.POLICY_STATE_READY if ready else pb.POLICY_STATE_TRAINING
+        return policy
+
+    def _generation(self, policy: pb.Policy) -> int:
+        depth = 0
+        while policy.parent_id:
+            policy, depth = self._policies[policy.parent_id], depth + 1
+        return depth
+
+    def _write(
+        self, request: pb.GenerateSelfEditsRequest, policy: pb.Policy, task: types.Task, index: int
+    ) -> pb.WrittenSelfEdit:
+        seed = derived_seed(request.seed, task.id, index, policy.id, request.prompt_format)
+        dice = random.Random(seed)
+        if dice.random() < self._malformed_share:
+            return pb.WrittenSelfEdit(
+                index=index,
+                status=pb.SELF_EDIT_STATUS_MALFORMED,
+                completion="directive: lr=often",
+                malformed_reason="directive: lr=often has no valid value",
+                draws=1 + request.max_resamples,
+            )
+        good = 0.25 + 0.2 * self._generation(policy) + 0.2 * (request.prompt_format == "self_qa")
+        documents = [
+            f"{'good' if dice.random() < good else 'poor'} fact {number} of {task.passage.title}."
+            for number in range(self._documents)
+        ]
+        directive = types.Directive(learning_rate=dice.choice((1e-3, 3e-3)), epochs=dice.choice((4, 8)))
+        completion = f"directive: lr={directive.learning_rate:g} epochs={directive.epochs}\n" + "\n".join(documents)
+        return pb.WrittenSelfEdit(
+            index=index,
+            status=pb.SELF_EDIT_STATUS_VALID,
+            self_edit=types.SelfEdit(documents=documents, directive=directive),
+            completion=completion,
+            draws=1,
+        )

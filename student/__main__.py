@@ -1,0 +1,30 @@
+"""``python -m student``: the registry of students (gRPC). Holds no model; ``python -m student.worker`` does."""
+
+from __future__ import annotations
+
+import sys
+
+from preceptor.launch import launch
+from student.settings import StudentSettings
+
+
+def run(settings: StudentSettings) -> None:
+    """Puts the service together and serves it."""
+    from preceptor.server import serve
+    from preceptor.v1.student_pb2_grpc import add_StudentServiceServicer_to_server
+    from student.deployment import DeploymentBoard
+    from student.registry import Registry
+    from student.servicer import SERVICE, StudentServicer
+
+    registry = Registry(settings.database("student"))
+    servicer = StudentServicer(registry, DeploymentBoard(settings.broker_url), settings.watch_seconds)
+    serve(
+        [SERVICE],
+        lambda server: add_StudentServiceServicer_to_server(servicer, server),
+        settings,
+        on_drain=servicer.drain,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(launch("student", StudentSettings, run))

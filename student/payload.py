@@ -1,0 +1,111 @@
+"""The Celery payload at the worker's edge: proto in, trials; outcomes, proto out. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from preceptor.convert import question_from_proto
+from preceptor.errors import PreceptorError
+from preceptor.queue import PROTOCOL_VERSION
+from preceptor.tasks import LossMask, Question
+from preceptor.v1 import trial_pb2 as wire
+from preceptor.v1 import types_pb2 as types
+from student.trial import Answer, AnsweringSettings, TrainingSettings, Trial, TrialOutcome
+
+
+def trials_of(batch: wire.TrialBatch) -> tuple[list[Trial], list[list[Question]]]:
+    """The batch's trials and, for each, its questions.
+
+    Raises PreceptorError(INVALID_REQUEST) naming what a worker of this version cannot do.
+    """
+    if batch.protocol_version not in (0, PROTOCOL_VERSION):
+        raise _invalid("protocol_version", f"is {batch.protocol_version}, this worker understands {PROTOCOL_VERSION}")
+    if batch.student.adapters:
+        raise _invalid("student.adapters", "are not served yet: this worker trains on bases only")
+    if len({trial.id for trial in batch.trials}) < len(batch.trials):
+        raise _invalid("trials", "hold an id twice")
+    sets = [[question_from_proto(question) for question in one.questions] for one in batch.question_sets]
+    trials, questions = [], []
+    for trial in batch.trials:
+        if trial.question_set >= len(sets):
+            raise _invalid("question_set", f"of {trial.id} is {trial.question_set}, there are {len(sets)}")
+        trials.append(Trial(trial.id, tuple(trial.documents), trial.seed, settings_of(trial.settings)))
+        questions.append(sets[trial.question_set])
+    return trials, questions
+
+
+def settings_of(message: wire.TrainingSettings) -> TrainingSettings:
+    """Training settings; a zero that makes no sense is the default. Raises PreceptorError(INVALID_REQUEST)."""
+    default = TrainingSettings()
+    schedule = message.schedule or default.schedule
+    if schedule not in ("linear", "constant"):
+        raise _invalid("schedule", f"is {schedule!r}, known are linear and constant")
+    if not 0 <= message.replay_share < 1:
+        raise _invalid("replay_share", f"is {message.replay_share}, it must be at least 0 and below 1")
+    after_marker = message.loss_mask == types.LOSS_MASK_AFTER_MARKER
+    return TrainingSettings(
+        rank=message.rank or default.rank,
+        alpha=message.alpha or default.alpha,
+        target_modules=tuple(message.target_modules) or default.target_modules,
+        learning_rate=message.learning_rate or default.learning_rate,
+        epochs=message.epochs or default.epochs,
+        batch_size=message.batch_size or default.batch_size,
+        warmup_share=message.warmup_share,
+        schedule="linear" if schedule == "linear" else "constant",
+        weight_decay=message.weight_decay,
+        max_grad_norm=message.max_grad_norm or default.max_grad_norm,
+        replay_share=message.replay_share,
+        loss_mask=LossMask.AFTER_MARKER if after_marker else LossMask.ALL,
+        loss_marker=message.loss_marker or default.loss_marker,
+        max_train_tokens=message.max_train_tokens,
+        max_document_tokens=message.max_document_tokens,
+    )
+
+
+def answering_of(message: wire.AnswerSettings) -> AnsweringSettings:
+    """How questions are asked, with defaults where nothing is said."""
+    default = AnsweringSettings()
+    return AnsweringSettings(
+        prompt_template=message.prompt or default.prompt_template,
+        max_new_tokens=message.max_new_tokens or default.max_new_tokens,
+    )
+
+
+def probes_of(batch: wire.TrialBatch) -> list[Question]:
+    """The retention probes."""
+    return [question_from_proto(question) for question in batch.probes]
+
+
+def result_of(batch_id: str, outcomes: Sequence[TrialOutcome], worker: str, attempt: int) -> wire.TrialBatchResult:
+    """Outcomes as the message that goes back."""
+    result = wire.TrialBatchResult(batch_id=batch_id, worker=worker)
+    for outcome in outcomes:
+        one = result.results.add(
+            trial_id=outcome.trial_id,
+            answers=[_answer(answer) for answer in outcome.answers],
+            probe_answers=[_answer(answer) for answer in outcome.probe_answers],
+            steps=outcome.steps,
+            trained_tokens=outcome.trained_tokens,
+        )
+        if outcome.losses:
+            one.first_loss, one.final_loss = outcome.losses[0], outcome.losses[-1]
+        if outcome.failure is not None:
+            one.failure.reason, one.failure.message = outcome.failure
+            one.failure.attempts = attempt
+        result.train_seconds += outcome.train_seconds
+        result.answer_seconds += outcome.answer_seconds
+    return result
+
+
+def failed(batch_id: str, error: PreceptorError, worker: str, attempt: int) -> wire.TrialBatchResult:
+    """The result of a batch that failed as a whole."""
+    failure = types.Failure(reason=error.reason, message=str(error)[:2000], attempts=attempt)
+    return wire.TrialBatchResult(batch_id=batch_id, worker=worker, failure=failure)
+
+
+def _answer(answer: Answer) -> wire.Answer:
+    return wire.Answer(text=answer.text, gold_logprob=answer.gold_logprob, gold_tokens=answer.gold_tokens)
+
+
+def _invalid(field: str, message: str) -> PreceptorError:
+    return PreceptorError("INVALID_REQUEST", f"{field} {message}", field=field)

@@ -1,0 +1,165 @@
+"""Runs a batch of trials of one student: tokenise, train the bank, answer, hand back outcomes.
+
+Promises: one outcome per trial, in the order given. A trial that cannot be run (a document too long, targets that the
+student lacks, a divergence, no memory even alone) fails with its reason and its neighbours do not notice. The same
+batch on the same machine gives the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from preceptor.errors import PreceptorError
+from preceptor.tasks import Question
+from student.answering import Prompt, answer, encode_questions
+from student.base import Encoded, LoadedBase
+from student.lora_bank import LoraBank
+from student.plan import TrainingPlan, lesson, make_plan
+from student.trainer import TrainingResult, train_bank
+from student.trial import DEFAULT_ANSWERING, AnsweringSettings, Trial, TrialOutcome
+
+
+def run_trials(
+    base: LoadedBase,
+    trials: Sequence[Trial],
+    questions: Sequence[Sequence[Question]],
+    *,
+    probes: Sequence[Question] = (),
+    replay_documents: Sequence[str] = (),
+    answering: AnsweringSettings = DEFAULT_ANSWERING,
+    on_step: Callable[[int], None] | None = None,
+) -> list[TrialOutcome]:
+    """Trains and examines ``trials``; ``questions[k]`` are those of trial k, ``probes`` are asked of every trial.
+
+    ``on_step`` is called after each training step and after each chunk of answers with the number of steps so far; an
+    exception from it stops the batch and passes through, which is how a worker gives a batch up.
+    Raises PreceptorError(SEQUENCE_TOO_LONG) for a probe that the student's context cannot hold.
+    """
+    if len({trial.trial_id for trial in trials}) < len(trials):
+        raise ValueError("two trials of a batch have the same id")
+    batch = _Batch(base, answering, encode_questions(base, probes, answering), on_step)
+    replay = list(zip(replay_documents, base.encode(replay_documents), strict=True))
+    members: list[_Member] = []
+    for trial, asked in zip(trials, questions, strict=True):
+        try:
+            members.append(_Member(trial, _plan(base, trial, replay), encode_questions(base, asked, answering)))
+        except PreceptorError as error:
+            batch.fail(trial, error)
+    # One bank has one set of target layers.
+    for targets in dict.fromkeys(member.trial.settings.target_modules for member in members):
+        batch.run([member for member in members if member.trial.settings.target_modules == targets])
+    return [batch.outcomes[trial.trial_id] for trial in trials]
+
+
+def _plan(base: LoadedBase, trial: Trial, replay: Sequence[tuple[str, Encoded]]) -> TrainingPlan:
+    settings = trial.settings
+    own = list(zip(trial.documents, base.encode(trial.documents), strict=True))
+    old = replay if settings.replay_share > 0 and own else ()
+    lessons, replayed = (
+        [lesson(text, item.ids, item.starts, settings, base.eos_id, base.context) for text, item in pairs]
+        for pairs in (own, old)
+    )
+    return make_plan(lessons, replayed, settings, trial.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A trial that can be run."""
+
+    trial: Trial
+    plan: TrainingPlan
+    asked: list[Prompt]
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What the trials share, and the outcomes so far by trial id."""
+
+    base: LoadedBase
+    answering: AnsweringSettings
+    probes: list[Prompt]
+    on_step: Callable[[int], None] | None
+    outcomes: dict[str, TrialOutcome] = field(default_factory=dict)
+
+    def fail(self, trial: Trial, error: PreceptorError) -> None:
+        self.outcomes[trial.trial_id] = TrialOutcome(trial.trial_id, failure=(error.reason, error.message))
+
+    def run(self, members: Sequence[_Member]) -> None:
+        """Runs the members in one bank, or in halves where memory does not suffice."""
+        try:
+            self._run_together(members)
+            return
+        except PreceptorError as error:
+            for member in members:
+                self.fail(member.trial, error)
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if len(members) == 1:
+                reason = PreceptorError("TRIAL_OUT_OF_MEMORY", f"not even one adapter fits: {error}"[:500])
+                self.fail(members[0].trial, reason)
+                return
+        # outside the handler, so that the failed attempt's tensors are gone
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = len(members) // 2
+        self.run(members[:half])
+        self.run(members[half:])
+
+    def _run_together(self, members: Sequence[_Member]) -> None:
+        settings = [member.trial.settings for member in members]
+        bank = LoraBank(
+            self.base.model,
+            settings[0].target_modules,
+            [one.rank for one in settings],
+            [one.alpha for one in settings],
+            [member.trial.seed for member in members],
+        )
+        with bank.attached():
+            begun = time.perf_counter()
+            results = train_bank(self.base, bank, [member.plan for member in members], on_step=self.on_step)
+            trained = time.perf_counter()
+            sound = [seat for seat, result in enumerate(results) if not result.diverged]
+            rows = [_fresh(members[seat].asked) + _fresh(self.probes) for seat in sound]
+            steps = max(len(result.losses) for result in results)
+            tick = self.on_step
+            answers = answer(
+                self.base, bank, sound, rows, self.answering, on_chunk=(lambda: tick(steps)) if tick else None
+            )
+            answered = time.perf_counter()
+        all_tokens = sum(result.tokens for result in results) or 1
+        given = dict(zip(sound, answers, strict=True))
+        for seat, (member, result) in enumerate(zip(members, results, strict=True)):
+            outcome = _trained(member.trial, result, (trained - begun) * result.tokens / all_tokens)
+            if seat in given:
+                own = len(member.asked)
+                outcome = replace(
+                    outcome,
+                    answers=tuple(given[seat][:own]),
+                    probe_answers=tuple(given[seat][own:]),
+                    answer_seconds=(answered - trained) / len(sound),
+                )
+            self.outcomes[member.trial.trial_id] = outcome
+
+
+def _trained(trial: Trial, result: TrainingResult, seconds: float) -> TrialOutcome:
+    failure = None
+    if result.diverged:
+        failure = ("TRIAL_DIVERGED", f"the loss became {result.losses[-1]:g} in step {len(result.losses)}")
+    return TrialOutcome(
+        trial.trial_id, losses=result.losses, trained_tokens=result.tokens, train_seconds=seconds, failure=failure
+    )
+
+
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    # On the CPU torch raises a bare RuntimeError, known by its text only.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _fresh(rows: Sequence[Prompt]) -> list[Prompt]:
+    return [Prompt(row.question, row.prompt, row.gold) for row in rows]

@@ -1,0 +1,1 @@
+"""The teacher: writes self-edits and learns from rewards (gRPC TeacherService)."""

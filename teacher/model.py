@@ -1,0 +1,212 @@
+"""The base model of the teacher, and the models that its policies are.
+
+Promises: nothing but safetensors is ever loaded and no code from a checkpoint is run; the base's weights are never
+changed. A policy's model is a *shell* of the base: its modules are copies, its weights are shared, so that LoRA can
+be put around them and trained, or merged into new weights, while the base and all other policies stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from preceptor.artifacts import folder_sha256
+from preceptor.errors import PreceptorError
+from teacher.decoding import Decoder, GeneralDecoder
+from teacher.shared_prefix import SharedPrefixDecoder, is_supported
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # imported where it is used: it takes two seconds, and an untrained teacher needs none
+
+
+@dataclass(frozen=True)
+class TeacherBase:
+    """A frozen causal language model with its tokenizer. Raises PreceptorError(BAD_TEACHER_SOURCE)."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str  # folder or hub id
+    commit: str  # content hash of the folder, or the hub's commit
+    end_id: int = field(init=False)  # closes a completion in training
+    end_ids: frozenset[int] = field(init=False)  # end a completion in sampling
+    context: int = field(init=False)  # tokens
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.eos_token_id is None:
+            raise PreceptorError("BAD_TEACHER_SOURCE", "the tokenizer names no end-of-sequence token", file=self.source)
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        if not isinstance(context, int):
+            raise PreceptorError("BAD_TEACHER_SOURCE", "config.json gives no max_position_embeddings", file=self.source)
+        self.model.requires_grad_(False)
+        self.model.eval()
+        listed = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ends = listed if isinstance(listed, list) else [] if listed is None else [listed]
+        # frozen dataclass: derived once, here
+        object.__setattr__(self, "end_id", int(self.tokenizer.eos_token_id))
+        object.__setattr__(self, "end_ids", frozenset({int(self.tokenizer.eos_token_id), *map(int, ends)}))
+        object.__setattr__(self, "context", context)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Ids of a prompt, with the tokenizer's opening token if it has one and no closing one."""
+        ids: list[int] = list(self.tokenizer(prompt, return_attention_mask=False, verbose=False)["input_ids"])
+        while ids and ids[-1] == self.end_id:
+            ids.pop()
+        return ids
+
+    def completion_ids(self, completion: str) -> list[int]:
+        """Ids of what follows a prompt, closed by the end token."""
+        encoded = self.tokenizer(completion, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [*encoded["input_ids"], self.end_id]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What the ids of a completion say."""
+        decoded = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(decoded, str)
+        return decoded
+
+    def decoder(self, model: PreTrainedModel) -> Decoder:
+        """The fastest decoder that is right for a model of this kind."""
+        pad = self.tokenizer.pad_token_id
+        pad = self.end_id if pad is None else int(pad)
+        return SharedPrefixDecoder(model, pad) if is_supported(model) else GeneralDecoder(model, pad)
+
+    def shell(self) -> PreTrainedModel:
+        """A model with the base's weights in modules of its own: what is put around or in place of a weight there
+        does not reach the base."""
+        shared: dict[int, Any] = {
+            id(weight): nn.Parameter(weight.data, requires_grad=False) for weight in self.model.parameters()
+        }
+        shared |= {id(buffer): buffer for buffer in self.model.buffers()}
+        made: PreTrainedModel = copy.deepcopy(self.model, shared)
+        return made
+
+    def new_adapter(self, rank: int, alpha: float, seed: int) -> PeftModel:
+        """A shell with a fresh trainable LoRA adapter on every linear layer but the head. It changes nothing yet."""
+        from peft import LoraConfig, get_peft_model
+
+        head = self.model.get_output_embeddings()
+        # by their last names, as people write them and as vLLM expects them in the adapter's config
+        targets = sorted(
+            {
+                name.rpartition(".")[2]
+                for name, module in self.model.named_modules()
+                if isinstance(module, nn.Linear) and module is not head
+            }
+        )
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # a float works, and is what the contract says
+            target_modules=targets,
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        )
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            made: PeftModel = get_peft_model(self.shell(), config)
+        return made
+
+    def load_adapter(self, folder: Path, *, trainable: bool) -> PeftModel:
+        """A shell with the adapter in ``folder`` (PEFT's format, safetensors)."""
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(self.shell(), str(folder), is_trainable=trainable, use_safetensors=True)
+
+
+def save_adapter(model: PeftModel, folder: Path, base_source: str) -> None:
+    """Writes the adapter in PEFT's format. Equal adapters give equal bytes: PEFT writes a set in the order of its
+    hashes and a model card with versions, so the one is sorted here and the other left out."""
+    # "auto" would ask the hub whether the vocabulary has changed
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = base_source
+    for key, value in config.items():
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            config[key] = sorted(value)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+class PolicyModels:
+    """Policies ready for writing, the least recently used dropped first. Safe to use from several threads."""
+
+    def __init__(self, base: TeacherBase, capacity: int) -> None:
+        self._base = base
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        self._ready: OrderedDict[str, PreTrainedModel] = OrderedDict()
+
+    def get(self, key: str, adapter: Callable[[], Path | None]) -> PreTrainedModel:
+        """The model called ``key``: made of the adapter in the folder that ``adapter`` gives, or of the base alone
+        where it gives None.
+
+        The adapter is merged into new weights: on a small model, running it beside them costs a third more time.
+        """
+        with self._lock:
+            if key not in self._ready:
+                folder = adapter()
+                if folder is None:
+                    self._ready[key] = self._base.shell()
+                else:
+                    peft = self._base.load_adapter(folder, trainable=False)
+                    # safe: the product is made beside the shared weight and put in its place
+                    merged: PreTrainedModel = peft.merge_and_unload(safe_merge=True)
+                    self._ready[key] = merged.eval()
+            self._ready.move_to_end(key)
+            while len(self._ready) > self._capacity:
+                self._ready.popitem(last=False)
+            return self._ready[key]
+
+
+def load_teacher(source: str, *, revision: str = "", device: str = "auto") -> TeacherBase:
+    """Loads the base from a folder or the hub: float32 on the CPU, bfloat16 on a GPU.
+
+    Raises PreceptorError: BAD_TEACHER_SOURCE if transformers can make no model of it, UNSAFE_CHECKPOINT if it has
+    weights, but not as safetensors, MODEL_UNREACHABLE if it is no folder and the hub does not give it.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    folder = Path(source)
+    if folder.is_dir():
+        _check_folder(folder)
+    elif folder.is_absolute() or source.startswith("."):
+        raise PreceptorError("BAD_TEACHER_SOURCE", f"there is no folder {source}", file=source)
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if folder.is_dir():
+        options["local_files_only"] = True
+    else:
+        options["revision"] = revision or "main"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except OSError as error:
+        reason = "BAD_TEACHER_SOURCE" if folder.is_dir() else "MODEL_UNREACHABLE"
+        raise PreceptorError(reason, f"{source} cannot be loaded: {error}", file=source) from error
+    except (ValueError, KeyError, ImportError) as error:
+        raise PreceptorError("BAD_TEACHER_SOURCE", f"{source} cannot be loaded: {error}", file=source) from error
+    commit = folder_sha256(folder) if folder.is_dir() else str(model.config._commit_hash)
+    nn.Module.to(model, device)  # transformers' own wrapper of it is not typed
+    return TeacherBase(model, tokenizer, source, commit)
+
+
+def _check_folder(folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()}
+    if not any(name.endswith(".safetensors") for name in names):
+        if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
+            raise PreceptorError("UNSAFE_CHECKPOINT", f"{folder} has weights, but no *.safetensors", file=str(folder))
+        raise PreceptorError("BAD_TEACHER_SOURCE", f"{folder} has no *.safetensors", file=str(folder))
+    for needed in ("config.json", "tokenizer.json"):
+        if needed not in names:
+            raise PreceptorError("BAD_TEACHER_SOURCE", f"{folder} has no {needed}", file=str(folder))

@@ -1,0 +1,248 @@
+"""The teacher's policies: starts updates, trains them one after the other in the background, tells who watches.
+
+Promises: an accepted update ends READY or FAILED, whatever dies meanwhile; it never runs beside the writing of
+self-edits (both would want the device's memory); the parent is never changed.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from preceptor.artifacts import ArtifactStore
+from preceptor.errors import PreceptorError
+from preceptor.v1 import types_pb2 as types
+from teacher.model import TeacherBase, save_adapter
+from teacher.policy_store import Policy, PolicyState, PolicyStore
+from teacher.prompts import prompt_format
+from teacher.recipe import Rewarded, Update
+from teacher.update import Example, fine_tune
+
+log = logging.getLogger(__name__)
+
+# How often a watch looks whether its client is still there.
+_WATCH_POLL_SECONDS = 0.5
+
+
+class Policies:
+    """All policies of one base. ``device`` is held while the base or a policy of it computes."""
+
+    def __init__(self, base: TeacherBase, store: PolicyStore, artifacts: ArtifactStore, device: threading.Lock) -> None:
+        self._base = base
+        self._store = store
+        self._artifacts = artifacts
+        self._device = device
+        self._waiting: queue.Queue[str] = queue.Queue()
+        self._steps: dict[str, int] = {}  # of the policy in training
+        self._changed = threading.Condition()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._train_all, name="policy-training", daemon=True)
+        base_id = f"base-{base.commit[:32]}"
+        store.add_base(Policy(base_id, "", base.source, base.commit, PolicyState.READY, datetime.now(UTC)))
+
+    def start(self) -> None:
+        """Begins to train: first what a crash has left."""
+        for policy_id in self._store.unfinished():
+            log.info("training %s again: it was interrupted", policy_id)
+            self._waiting.put(policy_id)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends open watches and the training under way, which begins again at the next start."""
+        self._stopping.set()
+        with self._changed:
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the service is going down."""
+        return self._stopping.is_set()
+
+    def get(self, policy_id: str = "") -> Policy:
+        """A policy as it is now, the active one if no id is given. Raises POLICY_NOT_FOUND."""
+        policy = self._store.get(policy_id)
+        if policy.state is PolicyState.TRAINING:
+            policy = replace(policy, steps=self._steps.get(policy.id, 0))
+        return policy
+
+    def ready(self, policy_id: str = "") -> Policy:
+        """A policy that can write. Raises POLICY_NOT_FOUND, POLICY_NOT_READY."""
+        policy = self.get(policy_id)
+        if policy.state is not PolicyState.READY:
+            raise PreceptorError("POLICY_NOT_READY", f"policy {policy.id} is {policy.state}", field="policy_id")
+        if policy.base_commit != self._base.commit:
+            raise PreceptorError(
+                "POLICY_NOT_READY",
+                f"policy {policy.id} stands on {policy.base_source}, this service serves {self._base.source}",
+                field="policy_id",
+            )
+        return policy
+
+    def page(self, size: int, before: int = 0) -> tuple[list[Policy], int]:
+        """See PolicyStore.page."""
+        return self._store.page(size, before)
+
+    def update(self, update: Update, request_id: str, body: bytes) -> Policy:
+        """Starts an update (an empty parent_id: of the active policy) and returns the policy it makes.
+
+        Raises POLICY_NOT_FOUND, POLICY_NOT_READY (the parent), UNKNOWN_PROMPT_FORMAT, REQUEST_ID_REUSED.
+        """
+        if (known := self._store.answered(request_id, body)) is not None:
+            return known
+        for example in update.examples:
+            prompt_format(example.prompt_format)
+        parent = self.ready(update.parent_id)
+        update = replace(update, parent_id=parent.id)
+        kept = update.kept()
+        policy = Policy(
+            id=update.policy_id(self._base.commit),
+            parent_id=parent.id,
+            base_source=self._base.source,
+            base_commit=self._base.commit,
+            state=PolicyState.TRAINING,
+            created=datetime.now(UTC),
+            kept=len(kept),
+            offered=len(update.examples),
+            steps_planned=update.settings.tuning.steps(len(kept)),
+        )
+        policy, trains = self._store.start_update(policy, update.to_bytes(), request_id, body, activate=update.activate)
+        if trains:
+            self._waiting.put(policy.id)
+        self._tell()
+        return policy
+
+    def activate(self, policy_id: str, request_id: str, body: bytes) -> Policy:
+        """Makes a policy the active one. Raises POLICY_NOT_FOUND, POLICY_NOT_READY, REQUEST_ID_REUSED."""
+        if (known := self._store.answered(request_id, body)) is not None:
+            return known
+        policy = self._store.activate(self.ready(policy_id).id, request_id, body)
+        self._tell()
+        return policy
+
+    def watch(self, policy_id: str, stopped: Callable[[], bool]) -> Iterator[Policy]:
+        """The policy now and after every change, until it is READY or FAILED.
+
+        Raises POLICY_NOT_FOUND, and SHUTTING_DOWN when the service goes down first.
+        """
+        seen: Policy | None = None
+        while not stopped():
+            policy = self.get(policy_id)
+            if policy != seen:
+                yield policy
+                seen = policy
+            if policy.state is not PolicyState.TRAINING:
+                return
+            if self.stopping:
+                raise PreceptorError("SHUTTING_DOWN", "the teacher is going down; the update goes on when it is back")
+            with self._changed:
+                if self.get(policy_id) == seen and not self.stopping:
+                    self._changed.wait(_WATCH_POLL_SECONDS)
+
+    def adapter_folder(self, policy: Policy) -> Path | None:
+        """Where a policy's adapter lies, verified; None where its weights are the base's.
+
+        Raises ARTIFACT_NOT_FOUND, ARTIFACT_CORRUPT.
+        """
+        if not policy.adapter_uri:
+            return None
+        return self._artifacts.local_path(types.Artifact(uri=policy.adapter_uri, sha256=policy.adapter_sha256))
+
+    def _tell(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _train_all(self) -> None:
+        while not self.stopping:
+            try:
+                policy_id = self._waiting.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            self._train_one(policy_id)
+
+    def _train_one(self, policy_id: str) -> None:
+        """Trains, and writes how it ended. Every failure becomes a FAILED policy, which a new request can retry."""
+        began = time.monotonic()
+        policy = self._store.get(policy_id)
+        update = Update.from_bytes(self._store.update_of(policy_id))
+        try:
+            ended = self._train(policy, update)
+        except PreceptorError as error:
+            if error.reason == "SHUTTING_DOWN":
+                return  # stays TRAINING in the store
+            ended = _failed(policy, error)
+        except Exception as error:  # the thread must live on for the next update
+            log.exception("the update to %s failed", policy_id)
+            ended = _failed(policy, PreceptorError("UPDATE_FAILED", f"{type(error).__name__}: {error}"))
+        # Asked again: an activation may have been wished for meanwhile.
+        wished = Update.from_bytes(self._store.update_of(policy_id)).activate
+        ended = self._store.finish(replace(ended, seconds=time.monotonic() - began), activate=wished)
+        self._steps.pop(policy_id, None)
+        self._tell()
+        log.info(
+            "policy %s is %s: %d of %d self-edits kept, %d steps, loss %.3f -> %.3f, %.1f s",
+            *(ended.id, ended.state, ended.kept, ended.offered, ended.steps),
+            *(ended.first_loss, ended.final_loss, ended.seconds),
+        )
+
+    def _train(self, policy: Policy, update: Update) -> Policy:
+        parent = self.ready(update.parent_id)
+        kept = update.kept()
+        if not kept:  # nothing to learn from: the new policy is the parent under another id
+            return replace(
+                policy,
+                state=PolicyState.READY,
+                adapter_uri=parent.adapter_uri,
+                adapter_sha256=parent.adapter_sha256,
+            )
+        examples = [self._example(example) for example in kept]
+        settings = update.settings
+
+        def on_step(step: int) -> None:
+            self._steps[policy.id] = step
+            self._tell()
+
+        with self._device:
+            folder = self.adapter_folder(parent)
+            if folder is None:
+                model = self._base.new_adapter(settings.rank, settings.alpha, update.seed)
+            else:
+                model = self._base.load_adapter(folder, trainable=True)
+            trained = fine_tune(
+                model, examples, settings.tuning, update.seed, on_step=on_step, stopped=self._stopping.is_set
+            )
+            artifact = self._artifacts.write_folder(
+                policy.id, lambda draft: save_adapter(model, draft, self._base.source)
+            )
+        return replace(
+            policy,
+            state=PolicyState.READY,
+            adapter_uri=artifact.uri,
+            adapter_sha256=artifact.sha256,
+            first_loss=trained.first_loss,
+            final_loss=trained.final_loss,
+            steps=trained.steps,
+        )
+
+    def _example(self, example: Rewarded) -> Example:
+        prompt = prompt_format(example.prompt_format).render(example.title, example.text)
+        made = Example(tuple(self._base.prompt_ids(prompt)), tuple(self._base.completion_ids(example.completion)))
+        tokens = len(made.prompt) + len(made.completion)
+        if tokens > self._base.context:
+            raise PreceptorError(
+                "SEQUENCE_TOO_LONG",
+                f"a self-edit of group {example.group} has {tokens} tokens with its prompt, the teacher's context is "
+                f"{self._base.context}",
+            )
+        return made
+
+
+def _failed(policy: Policy, error: PreceptorError) -> Policy:
+    return replace(policy, state=PolicyState.FAILED, failure_reason=error.reason, failure_message=error.message)

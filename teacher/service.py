@@ -1,0 +1,61 @@
+"""Puts the teacher together and serves it. Imported after the settings are read: torch comes with it."""
+
+from __future__ import annotations
+
+import threading
+
+import grpc
+from transformers.utils import logging as transformers_logging
+
+from preceptor.artifacts import ArtifactStore
+from preceptor.server import serve
+from preceptor.stack import shipped_models
+from preceptor.v1 import teacher_pb2_grpc
+from teacher.model import PolicyModels, TeacherBase, load_teacher
+from teacher.policies import Policies
+from teacher.policy_store import PolicyStore
+from teacher.servicer import TeacherServicer
+from teacher.settings import TeacherSettings
+from teacher.writing import Writer
+
+SERVICE = "preceptor.v1.TeacherService"
+
+
+class Teacher:
+    """The parts of a teacher service, put together; ``add_to`` makes a gRPC server answer for it."""
+
+    def __init__(self, base: TeacherBase, settings: TeacherSettings) -> None:
+        device = threading.Lock()
+        self.store = PolicyStore(settings.database("teacher"))
+        self.policies = Policies(base, self.store, ArtifactStore(settings.artifacts / "policies"), device)
+        self.writer = Writer(
+            base,
+            self.policies,
+            PolicyModels(base, settings.teacher_cached_policies),
+            self.store,
+            device,
+            rows=settings.teacher_rows,
+            answer_room=settings.teacher_answer_room,
+        )
+        self.policies.start()
+
+    def add_to(self, server: grpc.Server) -> None:
+        """Adds the servicer."""
+        teacher_pb2_grpc.add_TeacherServiceServicer_to_server(TeacherServicer(self.policies, self.writer), server)
+
+    def stop(self) -> None:
+        """Ends watches, writing and training; what was being trained begins again at the next start."""
+        self.policies.stop()
+
+
+def run(settings: TeacherSettings) -> None:
+    """Serves until SIGTERM. Raises PreceptorError: what ``load_teacher`` raises, PORT_IN_USE."""
+    source = settings.teacher_source or str(shipped_models() / "teacher")
+    transformers_logging.disable_progress_bar()  # a log is no terminal
+    base = load_teacher(source, revision=settings.teacher_revision, device=settings.teacher_device)
+    teacher = Teacher(base, settings)
+    try:
+        serve([SERVICE], teacher.add_to, settings, on_drain=teacher.stop)
+    finally:
+        teacher.stop()
+        teacher.store.close()

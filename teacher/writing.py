@@ -1,0 +1,231 @@
+"""Writes self-edits: tasks in, groups of parsed completions out, batch after batch.
+
+Promises: a prompt is made of a passage's title and text and of nothing else; the same request gives the same groups;
+groups come in the order of the tasks, as soon as their batch is written; a malformed completion is drawn again a
+bounded number of times and then reported with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from preceptor.errors import PreceptorError
+from preceptor.names import canonical_json, content_id
+from teacher.decoding import Decoder
+from teacher.model import PolicyModels, TeacherBase
+from teacher.parsing import Limits, MalformedSelfEdit, parse
+from teacher.policies import Policies
+from teacher.policy_store import PolicyStore
+from teacher.prompts import PromptFormat, prompt_format
+from teacher.sampling import Completion, SamplingSettings, sample, uniforms
+
+# Changes whenever the same request would be answered with other completions.
+_VERSION = "writing/1"
+
+
+@dataclass(frozen=True, slots=True)
+class TaskText:
+    """All that the teacher may see of a passage."""
+
+    id: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class WritingRequest:
+    """What to write. An empty ``policy_id`` means the active policy."""
+
+    policy_id: str
+    tasks: tuple[TaskText, ...]
+    samples: int
+    prompt_format: str
+    sampling: SamplingSettings
+    seed: int
+    limits: Limits
+    max_resamples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One completion; a self-edit (``parse`` gives it) where ``malformed_reason`` is empty."""
+
+    completion: str
+    malformed_reason: str
+    draws: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenGroup:
+    """The completions of one task. ``seconds`` is its share of its batch's time."""
+
+    task_id: str
+    policy_id: str
+    written: tuple[Written, ...]
+    seconds: float
+
+
+class Writer:
+    """Writes with any policy. ``device`` is held while a batch is decoded; ``rows`` is the size of a batch."""
+
+    def __init__(
+        self,
+        base: TeacherBase,
+        policies: Policies,
+        models: PolicyModels,
+        store: PolicyStore,
+        device: threading.Lock,
+        *,
+        rows: int,
+        answer_room: int,
+    ) -> None:
+        self._base = base
+        self._policies = policies
+        self._models = models
+        self._store = store
+        self._device = device
+        self._rows = rows
+        self._answer_room = answer_room
+
+    def write(self, request: WritingRequest, stopped: Callable[[], bool]) -> Iterator[WrittenGroup]:
+        """Yields one group per task. Everything about the request is checked before the first.
+
+        Raises PreceptorError: POLICY_NOT_FOUND, POLICY_NOT_READY, UNKNOWN_PROMPT_FORMAT, PASSAGE_TOO_LONG, and
+        CANCELLED when ``stopped`` says so.
+        """
+        policy = self._policies.ready(request.policy_id)
+        form = prompt_format(request.prompt_format)
+        prompts = [self._prompt(form, task, request.sampling.max_new_tokens) for task in request.tasks]
+        for batch in batches(len(prompts), request.samples, self._rows):
+            began = time.monotonic()
+            tasks = request.tasks[batch]
+            keys = [_key(request, policy.id, form, task) for task in tasks]
+            known = self._store.written(keys)
+            if len(known) < len(set(keys)):
+                with _hold(self._device, stopped):
+                    model = self._models.get(policy.adapter_sha256, lambda: self._policies.adapter_folder(policy))
+                    decoder = self._base.decoder(model)
+                    groups = self._batch(decoder, request, tasks, prompts[batch], stopped)
+                made = {key: _to_bytes(group) for key, group in zip(keys, groups, strict=True)}
+                self._store.keep_written(made)
+                known = made | known
+            seconds = (time.monotonic() - began) / len(tasks)
+            for key, task in zip(keys, tasks, strict=True):
+                yield WrittenGroup(task.id, policy.id, _from_bytes(known[key]), seconds)
+
+    def _prompt(self, form: PromptFormat, task: TaskText, max_new_tokens: int) -> list[int]:
+        ids = self._base.prompt_ids(form.render(task.title, task.text))
+        room = min(max_new_tokens, self._answer_room)
+        if len(ids) + room > self._base.context:
+            raise PreceptorError(
+                "PASSAGE_TOO_LONG",
+                f"task {task.id} ({task.title!r}): its prompt has {len(ids)} tokens; with {room} for an answer that is "
+                f"more than the teacher's context of {self._base.context}",
+                field="tasks",
+                task=task.id,
+                tokens=len(ids),
+                limit=self._base.context,
+            )
+        return ids
+
+    def _batch(
+        self,
+        decoder: Decoder,
+        request: WritingRequest,
+        tasks: Sequence[TaskText],
+        prompts: Sequence[list[int]],
+        stopped: Callable[[], bool],
+    ) -> list[tuple[Written, ...]]:
+        """Draws every completion of a batch, and the malformed ones again, together."""
+        wanted = [(task, index) for task in range(len(tasks)) for index in range(request.samples)]
+        written: dict[tuple[int, int], Written] = {}
+        for draw in range(1, request.max_resamples + 2):
+            drawn = self._draw(decoder, request, tasks, prompts, wanted, draw, stopped)
+            for row, completion in zip(wanted, drawn, strict=True):
+                written[row] = self._read(completion, request.limits, draw)
+            wanted = [row for row in wanted if written[row].malformed_reason]
+            if not wanted:
+                break
+        return [tuple(written[task, index] for index in range(request.samples)) for task in range(len(tasks))]
+
+    def _draw(
+        self,
+        decoder: Decoder,
+        request: WritingRequest,
+        tasks: Sequence[TaskText],
+        prompts: Sequence[list[int]],
+        rows: Sequence[tuple[int, int]],
+        draw: int,
+        stopped: Callable[[], bool],
+    ) -> list[Completion]:
+        present = sorted({task for task, _ in rows})
+        length = request.sampling.max_new_tokens
+        numbers = np.stack([uniforms(request.seed, tasks[task].id, index, draw, length) for task, index in rows])
+        return sample(
+            decoder,
+            [prompts[task] for task in present],
+            [present.index(task) for task, _ in rows],
+            torch.from_numpy(numbers),
+            request.sampling,
+            self._base.end_ids,
+            [min(length, self._base.context - len(prompts[task])) for task, _ in rows],
+            stopped,
+        )
+
+    def _read(self, completion: Completion, limits: Limits, draw: int) -> Written:
+        text = self._base.text(completion.tokens)
+        reason = ""
+        try:
+            parse(text, limits, finished=completion.finished)
+        except MalformedSelfEdit as error:
+            reason = str(error)
+        return Written(text, reason, draw, len(completion.tokens))
+
+
+def batches(tasks: int, samples: int, rows: int) -> Iterator[slice]:
+    """Which tasks are written together: about ``rows`` completions, but only an eighth of that at first.
+
+    A batch takes as long as its longest completion, whatever its size, so large ones are cheap; the small first one
+    gives the evaluator work while the second is written.
+    """
+    start = 0
+    while start < tasks:
+        size = max(1, (rows if start else rows // 8) // samples)
+        yield slice(start, min(start + size, tasks))
+        start += size
+
+
+def _key(request: WritingRequest, policy_id: str, form: PromptFormat, task: TaskText) -> str:
+    """Names what a group is a function of (but for its neighbours in the batch, which only change rounding)."""
+    parts = [_VERSION, policy_id, [task.id, task.title, task.text], [form.name, form.version], request.samples]
+    parts += [asdict(request.sampling), request.seed, asdict(request.limits), request.max_resamples]
+    return content_id("group", parts)
+
+
+def _to_bytes(group: tuple[Written, ...]) -> bytes:
+    return canonical_json([asdict(written) for written in group]).encode()
+
+
+def _from_bytes(data: bytes) -> tuple[Written, ...]:
+    return tuple(Written(**values) for values in json.loads(data))
+
+
+@contextmanager
+def _hold(lock: threading.Lock, stopped: Callable[[], bool]) -> Iterator[None]:
+    """The lock, waited for only as long as somebody wants the result."""
+    while not lock.acquire(timeout=0.1):
+        if stopped():
+            raise PreceptorError("CANCELLED", "the client went away while it waited for the teacher")
+    try:
+        yield
+    finally:
+        lock.release()

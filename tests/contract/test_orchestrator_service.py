@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from preceptor.channel import call, new_request_id, stream
+from preceptor.errors import PreceptorError
+from preceptor.names import task_id
+from preceptor.testing.scripted_evaluator import ScriptedEvaluator
+from preceptor.testing.scripted_house import ScriptedHouse
+from preceptor.v1 import orchestrator_pb2 as pb
+from preceptor.v1 import types_pb2 as types
+from tests.orchestrated import Orchestrator, create_request, orchestrator_here, passage, run_config
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[ScriptedHouse]:
+    with ScriptedHouse(tmp_path) as standing:
+        yield standing
+
+
+@pytest.fixture
+def orchestrator(house: ScriptedHouse, tmp_path: Path) -> Iterator[Orchestrator]:
+    with orchestrator_here(house, tmp_path, max_running_runs=1) as client:
+        yield client
+
+
+def refused(orchestrator: Orchestrator, request: pb.CreateRunRequest) -> PreceptorError:
+    with pytest.raises(PreceptorError) as caught:
+        orchestrator.create(request)
+    assert not call(orchestrator.stub.ListRuns, pb.ListRunsRequest()).runs
+    return caught.value
+
+
+def test_the_same_request_makes_one_run_and_another_body_is_refused(orchestrator: Orchestrator) -> None:
+    request = create_request()
+    first = orchestrator.create(request)
+    assert orchestrator.create(request) == first
+    request.tasks.pop()
+    with pytest.raises(PreceptorError) as caught:
+        orchestrator.create(request)
+    assert caught.value.reason == "REQUEST_ID_REUSED"
+    assert len(call(orchestrator.stub.ListRuns, pb.ListRunsRequest()).runs) == 1
+
+
+def test_one_request_id_is_not_for_two_kinds_of_request(orchestrator: Orchestrator) -> None:
+    run_id, request_id = orchestrator.create(create_request()), new_request_id()
+    call(orchestrator.stub.CancelRun, pb.CancelRunRequest(request_id=request_id, run_id=run_id))
+    call(orchestrator.stub.CancelRun, pb.CancelRunRequest(request_id=request_id, run_id=run_id))
+    with pytest.raises(PreceptorError) as caught:
+        call(orchestrator.stub.ResumeRun, pb.ResumeRunRequest(request_id=request_id, run_id=run_id))
+    assert caught.value.reason == "REQUEST_ID_REUSED"
+
+
+def test_a_bad_config_is_named_by_its_key(orchestrator: Orchestrator) -> None:
+    request = create_request()
+    request.config_json = '{"tasks": {"world": "almanac"}, "rounds": {"cuont": 3}}'
+    error = refused(orchestrator, request)
+    assert error.reason == "BAD_CONFIG"
+    assert "rounds.cuont" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        (types.Task(passage=types.Passage(title="t", text="  ")), "empty text"),
+        (
+            types.Task(passage=types.Passage(text="x", questions=[types.Question(text="why?")])),
+            "question without an answer: 'why?'",
+        ),
+        (types.Task(passage=types.Passage(text="x")), "no reward question"),
+        (types.Task(few_shot=types.FewShotTask(name="f")), "is no passage"),
+        (passage("town 0"), "is the same as task 1"),
+    ],
+)
+def test_a_bad_task_is_named_by_its_place(orchestrator: Orchestrator, task: types.Task, words: str) -> None:
+    request = create_request()
+    task.id = task_id(task)
+    request.tasks.append(task)
+    error = refused(orchestrator, request)
+    assert error.reason == "BAD_TASK_FILE"
+    assert words in error.message
+    assert "task 6" in error.message
+    assert error.metadata["field"].startswith("tasks[5]")
+
+
+def test_a_heldout_passage_that_is_trained_on_is_refused(orchestrator: Orchestrator) -> None:
+    request = create_request()
+    seen = passage("town 2", questions=1)  # other questions, the same text
+    request.heldout_tasks.append(seen)
+    assert "among the training tasks" in refused(orchestrator, request).message
+
+
+def test_unknown_student_and_unknown_prompt_format_are_found_before_the_run_exists(orchestrator: Orchestrator) -> None:
+    request = create_request(run_config(student={"name": "nobody"}))
+    assert refused(orchestrator, request).reason == "STUDENT_NOT_FOUND"
+    request = create_request(run_config(teacher={"prompt_format": "sonnet"}))
+    error = refused(orchestrator, request)
+    assert error.reason == "UNKNOWN_PROMPT_FORMAT"
+    assert error.metadata["field"] == "teacher.prompt_format"
+
+
+def test_a_run_pins_the_active_student_and_a_swap_is_for_the_next_run(
+    house: ScriptedHouse, orchestrator: Orchestrator
+) -> None:
+    first = orchestrator.create(create_request())
+    house.students.active = "second"
+    second = orchestrator.create(create_request())
+    named = orchestrator.create(create_request(run_config(student={"name": "first"})))
+    for run_id, commit in ((first, "commit-of-first"), (second, "commit-of-second"), (named, "commit-of-first")):
+        assert orchestrator.finish(run_id).student.commit == commit
+        asked = {r.student.commit for r in house.evaluator.requests if r.owner == run_id}
+        assert asked == {commit}
+
+
+def test_runs_beyond_the_bound_wait_and_then_run(tmp_path: Path) -> None:
+    slow = ScriptedEvaluator(seconds=0.3)
+    with ScriptedHouse(tmp_path, evaluator=slow) as house, orchestrator_here(house, tmp_path, max_running_runs=1) as o:
+        first, second = o.create(create_request()), o.create(create_request())
+        assert o.run(second).state == pb.RUN_STATE_PENDING
+        assert o.finish(first).state == pb.RUN_STATE_SUCCEEDED
+        assert o.finish(second).state == pb.RUN_STATE_SUCCEEDED
+
+
+def test_lists_are_paged_newest_first(orchestrator: Orchestrator) -> None:
+    made = [orchestrator.create(create_request(run_config(rounds={"count": 0}))) for _ in range(3)]
+    page = call(orchestrator.stub.ListRuns, pb.ListRunsRequest(page_size=2))
+    rest = call(orchestrator.stub.ListRuns, pb.ListRunsRequest(page_size=2, page_token=page.next_page_token))
+    assert [run.id for run in (*page.runs, *rest.runs)] == made[::-1]
+    assert not rest.next_page_token
+    with pytest.raises(PreceptorError) as caught:
+        call(orchestrator.stub.ListRuns, pb.ListRunsRequest(page_token="x"))
+    assert caught.value.metadata["field"] == "page_token"
+
+
+def test_a_watch_ends_with_the_final_state_and_sees_rewards_on_the_way(tmp_path: Path) -> None:
+    slow = ScriptedEvaluator(seconds=0.3)
+    with ScriptedHouse(tmp_path, evaluator=slow) as house, orchestrator_here(house, tmp_path) as o:
+        run_id = o.create(create_request())
+        seen = list(stream(o.stub.WatchRun, pb.WatchRunRequest(run_id=run_id), deadline=60))
+    assert seen[-1].run.state == seen[-1].progress.state == pb.RUN_STATE_SUCCEEDED
+    assert seen[-1].progress.done_share == 1
+    shares = [watched.progress.done_share for watched in seen]
+    assert shares == sorted(shares)
+    assert any(0 < share < 1 for share in shares)
+    assert any(watched.progress.phase.startswith("round 1") for watched in seen)
+    assert any(watched.progress.evaluations_running for watched in seen)
+    assert seen[-1].progress.first_reward_seconds > 0
+    assert {reward.round for reward in seen[-1].progress.rewards} == {1, 2}
+
+
+def test_what_is_not_there_is_said(orchestrator: Orchestrator) -> None:
+    for method, request in (
+        (orchestrator.stub.GetRun, pb.GetRunRequest(run_id="x")),
+        (orchestrator.stub.GetRunReport, pb.GetRunReportRequest(run_id="x")),
+        (orchestrator.stub.CancelRun, pb.CancelRunRequest(request_id="1", run_id="x")),
+    ):
+        with pytest.raises(PreceptorError) as caught:
+            call(method, request)
+        assert caught.value.reason == "RUN_NOT_FOUND"
+
+
+def test_a_report_comes_only_from_a_run_that_succeeded(tmp_path: Path) -> None:
+    slow = ScriptedEvaluator(seconds=5)
+    with ScriptedHouse(tmp_path, evaluator=slow) as house, orchestrator_here(house, tmp_path) as o:
+        run_id = o.create(create_request())
+        with pytest.raises(PreceptorError) as caught:
+            o.summary(run_id)
+    assert caught.value.reason == "RUN_NOT_FINISHED"
+
+
+def test_a_finished_run_is_neither_cancelled_nor_resumed(orchestrator: Orchestrator) -> None:
+    run_id = orchestrator.create(create_request())
+    orchestrator.finish(run_id)
+    for act in (orchestrator.cancel, orchestrator.resume):
+        with pytest.raises(PreceptorError) as caught:
+            act(run_id)
+        assert caught.value.reason == "RUN_ALREADY_FINISHED"
+
+
+def test_the_ledger_lists_every_self_edit_of_the_rounds_with_what_became_of_it(orchestrator: Orchestrator) -> None:
+    run_id = orchestrator.create(create_request())
+    orchestrator.finish(run_id)
+    lines = orchestrator.self_edits(run_id)
+    assert len(lines) == 2 * 3 * 4
+    assert all(line.task_title.startswith("town") for line in lines)
+    for line in lines:
+        assert line.malformed != line.HasField("reward")
+        assert bool(line.malformed_reason) == line.malformed == (not line.evaluation_id)
+    second = call(orchestrator.stub.ListSelfEdits, pb.ListSelfEditsRequest(run_id=run_id, round=2)).self_edits
+    assert list(second) == lines[12:]
+    assert len({line.policy_id for line in lines}) == 2

@@ -1,0 +1,86 @@
+"""A queue in memory for tests that hold the clock: workers take what waits, and may die, be slow or forget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from preceptor.errors import PreceptorError
+from preceptor.leases import WorkerStatus
+from preceptor.queue import celery_task_id
+from preceptor.v1 import trial_pb2 as trial
+from tests.scripted_trials import answer_batch
+
+
+class FakeBroker:
+    """Keeps what the real one keeps in Redis. ``down``: it does not answer."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, trial.TrialBatch] = {}
+        self.taken: dict[str, trial.TrialBatch] = {}
+        self.leased: set[str] = set()
+        self.done: dict[str, trial.TrialBatchResult] = {}
+        self.submitted: list[str] = []
+        self.revoked: list[str] = []
+        self.trained: list[str] = []  # trial ids, once for each training
+        self.down = False
+
+    def submit(self, batch: trial.TrialBatch, attempt: int) -> None:
+        self._answer()
+        task_id = celery_task_id(batch.id, attempt)
+        self.waiting[task_id] = batch
+        self.submitted.append(task_id)
+
+    def results(self, task_ids: Sequence[str]) -> dict[str, trial.TrialBatchResult]:
+        self._answer()
+        return {task_id: self.done[task_id] for task_id in task_ids if task_id in self.done}
+
+    def holders(self, task_ids: Sequence[str]) -> dict[str, str]:
+        self._answer()
+        return {task_id: "fake:1" for task_id in task_ids if task_id in self.leased}
+
+    def depth(self) -> int:
+        self._answer()
+        return len(self.waiting)
+
+    def revoke(self, task_ids: Sequence[str]) -> None:
+        self._answer()
+        self.revoked.extend(task_ids)
+        for task_id in task_ids:
+            self.waiting.pop(task_id, None)
+
+    def workers(self) -> list[WorkerStatus]:
+        self._answer()
+        return [WorkerStatus("fake:1", peak_memory_bytes=500)]
+
+    def take(self) -> list[str]:
+        """A worker takes all that waits and holds the leases."""
+        tasks = list(self.waiting)
+        self.taken |= self.waiting
+        self.leased |= set(tasks)
+        self.waiting = {}
+        return tasks
+
+    def finish(self, rule: Callable[[trial.TrialBatch], trial.TrialBatchResult] = answer_batch) -> None:
+        """The worker answers what it has taken."""
+        for task_id, batch in self.taken.items():
+            self.done[task_id] = rule(batch)
+            self.trained.extend(item.id for item in batch.trials)
+        self.die()
+
+    def die(self) -> None:
+        """The worker is gone and its leases have expired."""
+        self.leased -= set(self.taken)
+        self.taken = {}
+
+    def work(self, rule: Callable[[trial.TrialBatch], trial.TrialBatchResult] = answer_batch) -> None:
+        """Takes and answers all that waits."""
+        self.take()
+        self.finish(rule)
+
+    def flush(self) -> None:
+        """Redis loses its data."""
+        self.waiting, self.done, self.leased = {}, {}, set()
+
+    def _answer(self) -> None:
+        if self.down:
+            raise PreceptorError("BROKER_UNREACHABLE", "Redis does not answer: scripted")

@@ -1,0 +1,134 @@
+"""The orchestrator's clients against scripted services that die, refuse and repeat themselves."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.entries import EditKey
+from orchestrator.evaluator_client import FINAL, EvaluatorClient, Reported, Submission
+from orchestrator.stop import Stop, Stopped
+from orchestrator.teacher_client import TeacherClient
+from preceptor.channel import connect
+from preceptor.errors import PreceptorError
+from preceptor.testing.scripted_evaluator import ScriptedEvaluator
+from preceptor.testing.scripted_house import ScriptedHouse
+from preceptor.testing.scripted_teacher import ScriptedTeacher
+from preceptor.v1 import evaluator_pb2 as evaluator
+from preceptor.v1 import evaluator_pb2_grpc, teacher_pb2_grpc
+from preceptor.v1 import teacher_pb2 as teacher
+from preceptor.v1 import types_pb2 as types
+from tests.orchestrated import passage
+
+
+def submission(task: int, documents: list[str]) -> Submission:
+    request = evaluator.CreateEvaluationsRequest(
+        request_id=f"request-{task}",
+        owner="run",
+        task=passage(f"town {task}"),
+        self_edits=[types.SelfEdit(documents=[document]) for document in documents],
+        protocol=evaluator.EvaluationProtocol(seeds=[1]),
+    )
+    return Submission(tuple(EditKey("round-00001", "", task, i) for i in range(len(documents))), request)
+
+
+def evaluator_client(house: ScriptedHouse, stop: Stop, patience: float = 10) -> EvaluatorClient:
+    stub = connect(house.address("evaluator"), evaluator_pb2_grpc.EvaluatorServiceStub)
+    return EvaluatorClient(stub, patience, stop)
+
+
+def teacher_client(house: ScriptedHouse, stop: Stop, patience: float = 10) -> TeacherClient:
+    return TeacherClient(connect(house.address("teacher"), teacher_pb2_grpc.TeacherServiceStub), patience, stop)
+
+
+def final(reports: Iterator[Reported]) -> list[EditKey]:
+    return [key for report in reports if report.evaluation.state in FINAL for key in report.keys]
+
+
+def test_every_self_edit_is_reported_final_once_also_where_the_same_was_written_twice(tmp_path: Path) -> None:
+    groups = [submission(task, ["good a", "poor b", "good a"]) for task in range(4)]
+    with ScriptedHouse(tmp_path, evaluator=ScriptedEvaluator(seconds=0.2)) as house:
+        keys = final(evaluator_client(house, Stop()).evaluate(groups))
+    assert sorted(keys) == sorted(key for group in groups for key in group.keys)
+
+
+def test_groups_are_evaluated_while_later_ones_are_still_being_written(tmp_path: Path) -> None:
+    written: list[float] = []
+
+    def slowly() -> Iterator[Submission]:
+        for task in range(3):
+            time.sleep(0.5)
+            written.append(time.monotonic())
+            yield submission(task, ["good a", "poor b"])
+
+    with ScriptedHouse(tmp_path, evaluator=ScriptedEvaluator(seconds=0.05)) as house:
+        for report in evaluator_client(house, Stop()).evaluate(slowly()):
+            if report.evaluation.state in FINAL:
+                break
+    assert len(written) < 3
+
+
+def test_what_the_writer_raises_reaches_the_caller(tmp_path: Path) -> None:
+    def broken() -> Iterator[Submission]:
+        yield submission(0, ["good a"])
+        raise PreceptorError("POLICY_NOT_FOUND", "gone")
+
+    with (
+        ScriptedHouse(tmp_path, evaluator=ScriptedEvaluator(seconds=0.1)) as house,
+        pytest.raises(PreceptorError) as caught,
+    ):
+        final(evaluator_client(house, Stop()).evaluate(broken()))
+    assert caught.value.reason == "POLICY_NOT_FOUND"
+
+
+def test_a_refusal_is_raised_at_once_and_not_waited_out(tmp_path: Path) -> None:
+    reused = submission(0, ["poor b"])
+    start = time.monotonic()
+    with ScriptedHouse(tmp_path) as house:
+        client = evaluator_client(house, Stop(), patience=60)
+        final(client.evaluate([submission(0, ["good a"])]))
+        with pytest.raises(PreceptorError) as caught:
+            final(client.evaluate([reused]))
+    assert caught.value.reason == "REQUEST_ID_REUSED"
+    assert time.monotonic() - start < 10
+
+
+def test_a_stop_ends_a_wait_in_a_silent_stream(tmp_path: Path) -> None:
+    stop = Stop()
+    with ScriptedHouse(tmp_path, evaluator=ScriptedEvaluator(seconds=60)) as house:
+        threading.Timer(0.5, stop.set).start()
+        start = time.monotonic()
+        with pytest.raises(Stopped):
+            final(evaluator_client(house, stop).evaluate([submission(0, ["good a"])]))
+        assert time.monotonic() - start < 5
+
+
+def test_a_generation_that_breaks_gives_each_group_once_and_in_order(tmp_path: Path) -> None:
+    tasks = [types.Task(id=f"task {i}", passage=types.Passage(title=str(i), text="x")) for i in range(6)]
+    request = teacher.GenerateSelfEditsRequest(tasks=tasks, samples_per_task=2, prompt_format="open", seed=1)
+    with ScriptedHouse(tmp_path, ScriptedTeacher(group_seconds=0.15)) as house:
+        client = teacher_client(house, Stop())
+        undisturbed = list(client.generate(request))
+        groups = []
+        for group in client.generate(request):
+            groups.append(group)
+            if len(groups) in (2, 4):
+                house.stop("teacher")
+                house.start("teacher")
+    assert [group.task_id for group in groups] == [task.id for task in tasks]
+    assert groups == undisturbed
+
+
+def test_patience_ends(tmp_path: Path) -> None:
+    with ScriptedHouse(tmp_path) as house:
+        house.stop("teacher")
+        start = time.monotonic()
+        with pytest.raises(PreceptorError) as caught:
+            teacher_client(house, Stop(), patience=1.5).base_policy()
+    assert caught.value.reason == "SERVICE_UNREACHABLE"
+    assert "teacher" in caught.value.message
+    assert 1 < time.monotonic() - start < 10

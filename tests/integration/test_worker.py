@@ -1,0 +1,271 @@
+"""A real worker process on a real Redis: what it promises to those who put batches on the queue."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import redis
+import torch
+
+from preceptor.artifacts import folder_sha256
+from preceptor.leases import LEASE_SECONDS, LeaseBoard, WorkerStatus
+from preceptor.queue import TRIAL_BATCH_TASK, TRIAL_QUEUE, celery_task_id, fetch_result, make_app, submit
+from preceptor.redis_server import EmbeddedRedis
+from preceptor.v1 import trial_pb2 as wire
+from preceptor.v1 import types_pb2 as types
+from student.base_cache import BaseCache
+from student.deployment import DeploymentBoard
+from student.worker_job import TrialJob
+from tests.unit.tiny_students import save_student
+
+# A machine that is busy with other things imports torch slowly.
+START_SECONDS = 120.0
+Found = TypeVar("Found")
+
+FACTS = ("Ada is in Rome.", "Tom is a smith.", "Question: Where is Ada?\nAnswer: Rome")
+
+
+def wait_for(what: Callable[[], Found | None], seconds: float) -> Found:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"not within {seconds} s")
+
+
+class Queue:
+    """The other side of the queue."""
+
+    def __init__(self, url: str, student: Path) -> None:
+        self.url = url
+        self.app = make_app(url)
+        self.leases = LeaseBoard(url)
+        self.student = types.PinnedStudent(name="tiny", source=str(student), commit=folder_sha256(student))
+
+    def batch(self, name: str, epochs: int = 4) -> wire.TrialBatch:
+        settings = wire.TrainingSettings(epochs=epochs, learning_rate=1e-2, batch_size=2)
+        questions = wire.QuestionSet(questions=[types.Question(text="Where is Ada?", answer="Rome")])
+        return wire.TrialBatch(
+            id=name,
+            student=self.student,
+            trials=[
+                wire.Trial(id="baseline"),
+                wire.Trial(id="edit", documents=FACTS, settings=settings, seed=7),
+                wire.Trial(id="too long", documents=["word " * 100], settings=settings),
+            ],
+            question_sets=[questions],
+            probes=[types.Question(text="Who is Tom?", answer="a smith")],
+            protocol_version=1,
+        )
+
+    def run(self, batch: wire.TrialBatch, attempt: int = 1) -> wire.TrialBatchResult:
+        task_id = submit(self.app, batch, attempt)
+        return wait_for(lambda: fetch_result(self.app, task_id), 60)
+
+    def worker(self) -> WorkerStatus | None:
+        return next(iter(self.leases.workers()), None)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_student(tmp_path_factory.mktemp("student"))
+
+
+@contextmanager
+def redis_server(folder: Path) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = EmbeddedRedis(folder, port)
+    process = subprocess.Popen(server.command)
+    try:
+        client = redis.Redis.from_url(server.url)
+
+        def answers() -> bool:
+            try:
+                return bool(client.ping())
+            except redis.ConnectionError:
+                return False
+
+        wait_for(answers, 20)
+        client.close()
+        yield server.url
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@contextmanager
+def worker_process(url: str, log: Path, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
+    environment = {**os.environ, "PRECEPTOR_BROKER_URL": url, **settings}
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "student.worker"], env=environment, stdout=output, stderr=output
+        )
+    try:
+        yield process
+    except BaseException:
+        print(log.read_text()[-5000:])
+        raise
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def queue(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Queue]:
+    """A queue with one worker."""
+    folder = tmp_path_factory.mktemp("queue")
+    with redis_server(folder / "redis") as url, worker_process(url, folder / "worker.log"):
+        made = Queue(url, student)
+        wait_for(made.worker, START_SECONDS)
+        yield made
+
+
+def without_times(result: wire.TrialBatchResult) -> wire.TrialBatchResult:
+    bare = wire.TrialBatchResult()
+    bare.CopyFrom(result)
+    for field in ("worker", "load_seconds", "train_seconds", "answer_seconds", "peak_memory_bytes"):
+        bare.ClearField(field)  # type: ignore[arg-type]
+    return bare
+
+
+def test_a_batch_comes_back_answered_and_a_failed_trial_fails_alone(queue: Queue) -> None:
+    result = queue.run(queue.batch("answered"))
+    assert not result.HasField("failure"), result.failure
+    assert [one.trial_id for one in result.results] == ["baseline", "edit", "too long"]
+    baseline, edit, too_long = result.results
+    assert (baseline.steps, edit.steps) == (0, 8)
+    assert edit.answers[0].gold_logprob > baseline.answers[0].gold_logprob
+    assert edit.answers[0].gold_tokens == len(" Rome")
+    assert len(edit.probe_answers) == 1
+    assert edit.final_loss < edit.first_loss
+    assert too_long.failure.reason == "SEQUENCE_TOO_LONG"
+    assert not too_long.answers
+    assert result.peak_memory_bytes > 10**7
+
+
+def test_the_queue_changes_no_bit(queue: Queue) -> None:
+    batch = queue.batch("bits", epochs=12)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the worker
+    try:
+        here = TrialJob(BaseCache(1, "cpu"), "here", 60).run(batch, 1, lambda _step: None, _never())
+    finally:
+        torch.set_num_threads(threads)
+    assert without_times(queue.run(batch)) == without_times(here)
+
+
+def _never() -> object:
+    import threading
+
+    return threading.Event()
+
+
+def test_work_that_was_done_is_not_done_again(queue: Queue) -> None:
+    batch = queue.batch("once")
+    del batch.trials[2]  # the one that fails
+    first = queue.run(batch)
+    done = wait_for(lambda: status if (status := queue.worker()) and not status.task_id else None, 10).trials_done
+    # delivered once more, and asked for once more under a new attempt
+    assert queue.run(batch) == first
+    assert queue.run(batch, attempt=2) == first
+    time.sleep(0.5)
+    assert wait_for(queue.worker, 10).trials_done == done
+
+
+def test_an_earlier_attempt_that_failed_is_no_reason_not_to_try(queue: Queue, student: Path) -> None:
+    batch = queue.batch("second try")
+    batch.student.source += "-not-there"
+    assert queue.run(batch).failure.reason == "BAD_STUDENT_SOURCE"
+    batch.student.source = str(student)
+    assert not queue.run(batch, attempt=2).HasField("failure")
+
+
+def test_a_changed_student_is_refused_and_the_worker_lives_on(queue: Queue, student: Path, tmp_path: Path) -> None:
+    changed = shutil.copytree(student, tmp_path / "changed")
+    (changed / "generation_config.json").write_text("{}")
+    batch = queue.batch("changed")
+    batch.student.source = str(changed)
+    result = queue.run(batch)
+    assert result.failure.reason == "STUDENT_CHANGED"
+    assert result.failure.attempts == 1
+    assert not result.results
+    assert not queue.run(queue.batch("after the change")).HasField("failure")
+
+
+def test_a_batch_that_this_worker_cannot_read_or_do_is_a_failure(queue: Queue) -> None:
+    task_id = celery_task_id("unreadable", 1)
+    payload = {"id": "unreadable", "quantum_trials": 3}
+    queue.app.send_task(TRIAL_BATCH_TASK, args=[payload], task_id=task_id, queue=TRIAL_QUEUE)
+    unreadable = wait_for(lambda: fetch_result(queue.app, task_id), 30)
+    assert unreadable.failure.reason == "INVALID_REQUEST"
+    assert "quantum_trials" in unreadable.failure.message
+    later = queue.batch("of a later version")
+    later.protocol_version = 99
+    assert queue.run(later).failure.reason == "INVALID_REQUEST"
+
+
+def test_the_active_student_is_loaded_before_any_job(queue: Queue, tmp_path: Path) -> None:
+    second = save_student(tmp_path / "second", "qwen2")
+    commit = folder_sha256(second)
+    DeploymentBoard(queue.url).publish(types.PinnedStudent(name="second", source=str(second), commit=commit))
+    wait_for(lambda: DeploymentBoard(queue.url).status(commit).state == "READY", 30)
+
+
+def test_a_student_that_cannot_be_loaded_is_reported(queue: Queue, tmp_path: Path) -> None:
+    pinned = types.PinnedStudent(name="gone", source=str(tmp_path / "gone"), commit="0" * 64)
+    board = DeploymentBoard(queue.url)
+    board.publish(pinned)
+    wait_for(lambda: board.status(pinned.commit).state == "FAILED", 30)
+    failure = board.status(pinned.commit).failure
+    assert failure is not None
+    assert failure.reason == "BAD_STUDENT_SOURCE"
+
+
+def test_a_batch_survives_its_worker(student: Path, tmp_path: Path) -> None:
+    """SIGKILL: the lease ends, the next attempt succeeds. SIGTERM: the batch itself goes back to the queue."""
+    with redis_server(tmp_path / "redis") as url:
+        queue = Queue(url, student)
+        endless = queue.batch("endless", epochs=1024)
+        task_id = celery_task_id(endless.id, 1)
+        log = tmp_path / "worker.log"
+
+        with worker_process(url, log) as killed:
+            wait_for(queue.worker, START_SECONDS)
+            submit(queue.app, endless, 1)
+            wait_for(lambda: queue.leases.holders([task_id]), 30)
+            wait_for(lambda: (status := queue.worker()) and status.steps_done > 0, 30)
+            killed.send_signal(signal.SIGKILL)
+            killed.wait(10)
+            wait_for(lambda: not queue.leases.holders([task_id]), LEASE_SECONDS + 3)
+            assert fetch_result(queue.app, task_id) is None
+
+        with worker_process(url, log) as ended:
+            wait_for(queue.worker, START_SECONDS)
+            second = submit(queue.app, endless, 2)
+            wait_for(lambda: queue.leases.holders([second]), 30)
+            wait_for(lambda: (status := queue.worker()) and status.steps_done > 0, 30)
+            begun = time.monotonic()
+            ended.send_signal(signal.SIGTERM)
+            assert ended.wait(20) == 0
+            assert time.monotonic() - begun < 10, "a worker that is to end does not finish a long batch first"
+            assert fetch_result(queue.app, second) is None
+
+        with worker_process(url, log, PRECEPTOR_BATCH_SECONDS="2"):
+            result = wait_for(lambda: fetch_result(queue.app, second), START_SECONDS)
+            # it is the same work, and too much for the time limit that this worker has
+            assert result.failure.reason == "TRIAL_TIMEOUT"
+            assert result.failure.attempts == 2

@@ -1,0 +1,228 @@
+"""What makes two evaluations the same, and what does not."""
+
+from collections.abc import Callable
+
+import pytest
+
+from evaluator.identity import Plan, group_trials, plan
+from evaluator.request import read_request
+from preceptor.errors import PreceptorError
+from preceptor.v1 import evaluator_pb2 as pb
+from preceptor.v1 import types_pb2 as types
+from tests.evaluation_requests import STUDENT, group
+
+Change = Callable[[pb.CreateEvaluationsRequest], object]
+
+
+def planned(change: Change = lambda request: None) -> Plan:
+    request = group("Ada lives in Lisbon.", seeds=(1, 2))
+    request.protocol.replay_documents.append("old0")
+    change(request)
+    return plan(read_request(request), request.student)
+
+
+def identity(change: Change = lambda request: None) -> str:
+    return planned(change).evaluations[0].id
+
+
+DIFFERENT: dict[str, Change] = {
+    "student commit": lambda r: setattr(r.student, "commit", "beef"),
+    "adapters": lambda r: r.student.adapters.add(uri="file:///a", sha256="aa"),
+    "document": lambda r: r.self_edits[0].documents.append("More."),
+    "directive": lambda r: setattr(r.self_edits[0].directive, "learning_rate", 0.01),
+    "epochs": lambda r: setattr(r.protocol.training, "epochs", 3),
+    "warm-up": lambda r: r.protocol.training.ClearField("warmup_share"),
+    "question": lambda r: setattr(r.task.passage.questions[0], "text", "Ada's town?"),
+    "gold answer": lambda r: setattr(r.task.passage.questions[0], "answer", "Porto"),
+    "alias": lambda r: r.task.passage.questions[0].aliases.append("Lisboa"),
+    "bank": lambda r: setattr(r.protocol, "bank", types.QUESTION_BANK_GATE),
+    "probe": lambda r: r.protocol.probes.add(text="Old fact 9?", answer="old9"),
+    "no probes": lambda r: r.protocol.ClearField("probes"),
+    "replay": lambda r: r.protocol.replay_documents.append("old1"),
+    "prompt": lambda r: setattr(r.protocol.answers, "prompt", "Q: {question} A:"),
+    "answer length": lambda r: setattr(r.protocol.answers, "max_new_tokens", 5),
+    "weights": lambda r: setattr(r.protocol.weights, "retention_loss", 0.25),
+    "seeds": lambda r: r.protocol.seeds.append(3),
+    "passage trained on": lambda r: setattr(r.protocol, "include_passage", True),
+}
+
+SAME: dict[str, Change] = {
+    "student name": lambda r: setattr(r.student, "name", "other"),
+    "student place": lambda r: setattr(r.student, "source", "/elsewhere"),
+    "title": lambda r: setattr(r.task.passage, "title", "Other"),
+    "task id": lambda r: setattr(r.task, "id", "task-other"),
+    "labels": lambda r: r.task.labels.update({"a": "1", "b": "2"}),
+    "reference edits": lambda r: r.task.reference_edits["oracle"].documents.append("x"),
+    "owner": lambda r: setattr(r, "owner", "run-2"),
+    "passage not trained on": lambda r: setattr(r.task.passage, "text", "Anything."),
+    "questions of another bank": lambda r: setattr(r.task.passage.questions[2], "text", "Home?"),
+    "order of seeds": lambda r: r.protocol.seeds.__setitem__(slice(None), [2, 1]),
+    "a default said": lambda r: setattr(r.protocol.training, "learning_rate", 3e-3),
+    "a grader's default said": lambda r: setattr(r.protocol, "grader", "exact"),
+    "the default's modules in another order": lambda r: r.protocol.training.target_modules.extend(
+        ["v_proj", "q_proj", "k_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
+    ),
+    "a directive that says what holds anyway": lambda r: setattr(r.self_edits[0].directive, "epochs", 2),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_what_the_reward_depends_on_changes_the_id(name: str) -> None:
+    assert identity(DIFFERENT[name]) != identity()
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_the_reward_does_not_depend_on_leaves_the_id(name: str) -> None:
+    assert identity(SAME[name]) == identity()
+
+
+def test_the_ids_are_the_same_in_every_process() -> None:
+    """A golden value: when it changes, every stored evaluation of every user is done again. Mean it."""
+    found = planned()
+    assert found.evaluations[0].id == GOLDEN_EVALUATION
+    assert found.baseline.id == GOLDEN_BASELINE
+
+
+def test_the_baseline_is_shared_by_all_self_edits_settings_and_seeds() -> None:
+    shared = ("document", "directive", "epochs", "seeds", "weights", "replay", "passage trained on", "alias")
+    assert {planned(DIFFERENT[name]).baseline.id for name in shared} == {planned().baseline.id}
+    for name in ("student commit", "question", "gold answer", "probe", "prompt"):
+        assert planned(DIFFERENT[name]).baseline.id != planned().baseline.id
+    assert not planned().baseline.documents
+
+
+def test_a_trial_is_reused_where_only_grading_or_further_seeds_differ() -> None:
+    for name in ("weights", "alias", "seeds"):
+        assert planned(DIFFERENT[name]).evaluations[0].trials[:2] == planned().evaluations[0].trials
+
+
+def test_a_worker_sees_no_alias_and_no_bank() -> None:
+    found = planned(DIFFERENT["alias"])
+    batch = found.batch(found.evaluations[0].trials)
+    assert [question.text for question in batch.question_sets[0].questions] == [
+        "Where does Ada live?",
+        "What is Ada's trade?",
+    ]
+    assert not any(question.aliases or question.bank for question in batch.question_sets[0].questions)
+
+
+def test_a_trial_carries_resolved_settings_under_its_directive() -> None:
+    def directive(request: pb.CreateEvaluationsRequest) -> None:
+        request.self_edits[0].directive.CopyFrom(types.Directive(rank=8, learning_rate=0.02, replay_share=0.25))
+
+    found = planned(directive)
+    settings = found.evaluations[0].trials[0].settings
+    assert (settings.rank, settings.alpha, settings.epochs, settings.batch_size) == (8, 32.0, 2, 8)
+    assert (settings.learning_rate, settings.replay_share, settings.schedule) == (0.02, 0.25, "linear")
+    assert settings.warmup_share == 0
+    assert settings.max_grad_norm == 1
+    assert settings.loss_mask == types.LOSS_MASK_ALL
+    assert list(found.batch(found.evaluations[0].trials).replay_documents) == ["old0"]
+    assert not planned().batch(planned().evaluations[0].trials).replay_documents  # nothing draws from it
+
+
+def test_a_directive_of_zero_is_meant() -> None:
+    def change(request: pb.CreateEvaluationsRequest) -> None:
+        request.protocol.training.replay_share = 0.5
+        request.self_edits[0].directive.replay_share = 0.0
+
+    assert planned(change).evaluations[0].trials[0].settings.replay_share == 0
+
+
+def test_the_passage_comes_before_the_documents() -> None:
+    found = planned(DIFFERENT["passage trained on"]).evaluations[0].trials[0]
+    assert list(found.documents) == ["Ada lives in Lisbon. She is a baker.", "Ada lives in Lisbon."]
+
+
+def test_the_same_work_makes_the_same_batch_and_groups_keep_evaluations_whole() -> None:
+    request = group("a", "b", "c", "a", seeds=(1, 2))
+    found = plan(read_request(request), STUDENT)
+    every = {item.id: True for evaluation in found.evaluations for item in evaluation.trials}
+    groups = group_trials(found.evaluations, every, 4)
+    assert [[item.documents[0] for item in one] for one in groups] == [["a", "a", "b", "b"], ["c", "c"]]
+    assert [len(one) for one in group_trials(found.evaluations, every, 1)] == [2, 2, 2]
+    known = every | {found.evaluations[1].trials[0].id: False}
+    assert [[item.documents[0] for item in one] for one in group_trials(found.evaluations, known, 9)] == [list("aabcc")]
+    assert found.batch(groups[0]).id == found.batch(groups[0]).id != found.batch(groups[1]).id
+
+
+REFUSED: dict[str, tuple[Change, str, str]] = {
+    "no questions in the bank": (
+        lambda r: setattr(r.protocol, "bank", types.QUESTION_BANK_SEALED),
+        "task.passage.questions",
+        "task-ada.*sealed",
+    ),
+    "few-shot": (lambda r: r.task.few_shot.SetInParent(), "task.few_shot", "few-shot tasks are not evaluated yet"),
+    "no task": (lambda r: r.ClearField("task"), "task", "no passage"),
+    "no seeds": (lambda r: r.protocol.ClearField("seeds"), "protocol.seeds", "1..64"),
+    "a seed twice": (lambda r: r.protocol.seeds.append(1), "protocol.seeds", "same trial"),
+    "no self-edits": (lambda r: r.ClearField("self_edits"), "self_edits", "1..1024"),
+    "no request id": (lambda r: r.ClearField("request_id"), "request_id", "characters"),
+    "no owner": (lambda r: r.ClearField("owner"), "owner", "characters"),
+    "an empty document": (lambda r: r.self_edits[0].documents.append(" "), r"self_edits[0].documents[1]", "empty"),
+    "an endless document": (lambda r: r.self_edits[0].documents.append("x" * 10**6), "self_edits[0].documents", "more"),
+    "a question without answer": (
+        lambda r: setattr(r.task.passage.questions[1], "answer", ""),
+        "task.passage.questions[1]",
+        "no answer",
+    ),
+    "a rate out of range": (
+        lambda r: setattr(r.self_edits[0].directive, "learning_rate", 9.0),
+        "self_edits[0].directive.learning_rate",
+        "9.0",
+    ),
+    "a rate of NaN": (
+        lambda r: setattr(r.protocol.training, "learning_rate", float("nan")),
+        "protocol.training.learning_rate",
+        "must be",
+    ),
+    "rank zero": (lambda r: setattr(r.self_edits[0].directive, "rank", 0), "self_edits[0].directive.rank", "1..1024"),
+    "all replay": (
+        lambda r: setattr(r.self_edits[0].directive, "replay_share", 1.0),
+        "self_edits[0].directive.replay_share",
+        "must be",
+    ),
+    "an unknown schedule": (
+        lambda r: setattr(r.protocol.training, "schedule", "cosine"),
+        "protocol.training.schedule",
+        "cosine",
+    ),
+    "a prompt without place": (
+        lambda r: setattr(r.protocol.answers, "prompt", "Q:"),
+        "protocol.answers.prompt",
+        "{question}",
+    ),
+    "a weight of infinity": (
+        lambda r: setattr(r.protocol.weights, "gain", float("inf")),
+        "protocol.weights.gain",
+        "finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bad_request_is_refused_with_its_place(name: str) -> None:
+    change, field, message = REFUSED[name]
+    with pytest.raises(PreceptorError, match=message) as raised:
+        planned(change)
+    assert raised.value.reason == "INVALID_REQUEST"
+    assert raised.value.metadata["field"] == field
+
+
+def test_an_unknown_grader_is_refused() -> None:
+    with pytest.raises(PreceptorError) as raised:
+        planned(lambda r: setattr(r.protocol, "grader", "judge"))
+    assert raised.value.reason == "GRADER_UNKNOWN"
+
+
+def test_weights_of_zero_mean_the_gain_alone_and_others_are_taken_as_they_are() -> None:
+    assert planned(lambda r: r.protocol.ClearField("weights")).exam.weights.gain == 1
+
+    def dense(request: pb.CreateEvaluationsRequest) -> None:
+        request.protocol.weights.CopyFrom(pb.RewardWeights(gold_logprob_gain=1))
+
+    assert planned(dense).exam.weights.gain == 0
+
+
+GOLDEN_EVALUATION = "eval-d30f77faa1a7a6a6dd1f6bc328104d53"
+GOLDEN_BASELINE = "baseline-063f49f5936909d043cde6398e651dcf"

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.entries import EditKey, Entry, round_stage
+from orchestrator.plan import RunPlan, heldout_bank, own_text, under
+from preceptor.config import FixedStrategy, TrainingConfig
+from preceptor.v1 import evaluator_pb2 as evaluator
+from preceptor.v1 import types_pb2 as types
+from tests.orchestrated import passage, run_config
+
+TASKS = tuple(passage(f"town {i}") for i in range(7))
+HELDOUT = tuple(passage(f"river {i}") for i in range(3))
+PROBES = tuple(types.Question(text=f"old {i}?", answer="x") for i in range(50))
+
+
+def plan(run_id: str = "run-a", resumes: int = 0, **changes: Any) -> RunPlan:
+    return RunPlan(
+        run_id=run_id,
+        config=run_config(**changes),
+        student=types.PinnedStudent(name="first", source="/s", commit="c"),
+        tasks=TASKS,
+        heldout_tasks=HELDOUT,
+        probes=PROBES,
+        replay_documents=("old",),
+        resumes=resumes,
+    )
+
+
+def entry(number: int, task: int, index: int = 0, **fields: Any) -> Entry:
+    tasks = plan().tasks_of_round(number)
+    values = {"self_edit": types.SelfEdit(documents=[f"document {task} {index}"]), "completion": "text", **fields}
+    return Entry(EditKey(round_stage(number), "", task, index), tasks[task].id, "base", **values)
+
+
+def done(value: float) -> evaluator.Evaluation:
+    return evaluator.Evaluation(
+        state=evaluator.EVALUATION_STATE_SUCCEEDED, reward=types.Reward(value=value, stderr=0.1)
+    )
+
+
+@given(st.integers(1, 9), st.integers(0, 1000))
+def test_tasks_come_in_turn_and_none_twice_in_a_round(per_round: int, seed: int) -> None:
+    plan_ = plan(seed=seed, rounds={"tasks": per_round})
+    drawn = [[task.id for task in plan_.tasks_of_round(number)] for number in range(1, 15)]
+    assert all(len(set(ids)) == len(ids) == min(per_round, len(TASKS)) for ids in drawn)
+    flat = [name for ids in drawn for name in ids]
+    counts = [flat.count(task.id) for task in TASKS]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_another_seed_draws_other_tasks_and_asks_with_other_seeds() -> None:
+    one, two = plan(seed=1), plan(seed=2)
+    assert [t.id for t in one.tasks_of_round(1)] != [t.id for t in two.tasks_of_round(1)]
+    assert one.round_generation(1, "p").seed != two.round_generation(1, "p").seed
+    assert one.round_generation(1, "p").seed != one.round_generation(2, "p").seed
+
+
+def test_what_is_asked_depends_on_the_run_only_by_owner_and_request_id() -> None:
+    entries = [entry(1, 0, 0), entry(1, 0, 1)]
+    one = plan("run-a").round_submission(1, entries).request
+    two = plan("run-b").round_submission(1, entries).request
+    assert one.request_id != two.request_id
+    for request in (one, two):
+        request.ClearField("request_id")
+        request.ClearField("owner")
+    assert one == two
+    assert plan("run-a").round_generation(1, "p") == plan("run-b").round_generation(1, "p")
+
+
+def test_candidates_of_a_round_share_trial_seeds_and_rounds_do_not() -> None:
+    plan_ = plan(reward={"seeds": 3})
+    first = plan_.round_submission(1, [entry(1, 0)]).request.protocol.seeds
+    other_task = plan_.round_submission(1, [entry(1, 1)]).request.protocol.seeds
+    next_round = plan_.round_submission(2, [entry(2, 0)]).request.protocol.seeds
+    assert list(first) == list(other_task)
+    assert len(set(first)) == 3
+    assert not set(first) & set(next_round)
+
+
+def test_the_teacher_is_shown_neither_questions_nor_reference_edits() -> None:
+    entries = [entry(1, 0, evaluation=done(1))]
+    shown = [
+        *plan().round_generation(1, "p").tasks,
+        *plan().heldout_generation("p", "open").tasks,
+        *(example.task for example in plan().update(1, "p", entries).examples),
+    ]
+    assert shown
+    assert not any(task.passage.questions or task.reference_edits for task in shown)
+
+
+def test_only_rewarded_self_edits_reach_the_update() -> None:
+    failed = evaluator.Evaluation(state=evaluator.EVALUATION_STATE_FAILED)
+    entries = [
+        entry(1, 0, 0, evaluation=done(-0.5)),
+        entry(1, 0, 1, malformed="no document", self_edit=None),
+        entry(1, 0, 2, evaluation=failed),
+        entry(1, 1, 0, evaluation=done(0.25)),
+    ]
+    request = plan().update(1, "parent", entries)
+    assert [example.reward for example in request.examples] == [-0.5, 0.25]
+    assert len({example.group_id for example in request.examples}) == 2
+    assert not request.activate
+
+
+def test_training_rounds_ask_the_reward_bank_and_some_probes_and_the_measurement_the_sealed_bank_and_all() -> None:
+    plan_ = plan(reward={"probes": 8})
+    training = plan_.round_submission(1, [entry(1, 0)]).request.protocol
+    again = plan_.round_submission(2, [entry(2, 1)]).request.protocol
+    assert training.bank == types.QUESTION_BANK_REWARD
+    assert len(training.probes) == 8
+    assert list(training.probes) == list(again.probes)
+    heldout_entry = Entry(EditKey("heldout", "oracle", 1, 0), HELDOUT[1].id, "", "", self_edit=types.SelfEdit())
+    measured = plan_.heldout_submission("given", [heldout_entry]).request
+    assert measured.protocol.bank == types.QUESTION_BANK_SEALED
+    assert len(measured.protocol.probes) == len(PROBES)
+    assert not measured.task.reference_edits
+
+
+def test_a_task_without_sealed_questions_is_measured_with_its_reward_questions() -> None:
+    assert heldout_bank(passage("own", sealed=False)) == types.QUESTION_BANK_REWARD
+    assert heldout_bank(passage("own")) == types.QUESTION_BANK_SEALED
+
+
+def test_malformed_self_edits_are_not_sent_to_the_evaluator() -> None:
+    submission = plan().round_submission(1, [entry(1, 0, 0, malformed="bad", self_edit=None), entry(1, 0, 1)])
+    assert [key.index for key in submission.keys] == [1]
+    assert len(submission.request.self_edits) == 1
+
+
+def test_a_run_resumed_on_request_asks_under_new_ids_and_one_that_goes_on_under_the_same() -> None:
+    def request_id(resumes: int) -> str:
+        return plan(resumes=resumes).round_submission(1, [entry(1, 0)]).request.request_id
+
+    assert request_id(0) == request_id(0)
+    assert request_id(0) != request_id(1)
+
+
+def test_reference_arms_need_an_edit_in_every_task() -> None:
+    assert plan().reference_arms == ["oracle", "shuffled_facts"]
+    some = RunPlan(**{**plan().__dict__, "heldout_tasks": (*HELDOUT, passage("own", references=False))})
+    assert some.reference_arms == []
+
+
+def test_the_fixed_strategy_replaces_the_whole_directive() -> None:
+    written = types.SelfEdit(documents=["a"], directive=types.Directive(rank=4, epochs=2))
+    edit = under(FixedStrategy(prompt_format="open", learning_rate=0.01, epochs=9), written)
+    assert list(edit.documents) == ["a"]
+    assert not edit.directive.HasField("rank")
+    assert edit.directive.epochs == 9
+
+
+def test_the_raw_passage_is_a_document_a_line_and_fills_the_token_budget() -> None:
+    task = passage("own")
+    assert list(own_text(task, TrainingConfig()).documents) == ["All about own.", "More about own."]
+    assert not own_text(task, TrainingConfig()).directive.HasField("epochs")
+    assert own_text(task, TrainingConfig(max_train_tokens=1000)).directive.epochs == 1024

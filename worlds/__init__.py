@@ -1,0 +1,1 @@
+"""Small generated worlds, and the tiny models that ship with them."""
