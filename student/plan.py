@@ -18,15 +18,21 @@ from student.trial import TrainingSettings
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """One tokenised document, closed by end-of-sequence. Token i > 0 carries loss iff i >= ``loss_from``."""
+    """One tokenised document. Token i > 0 carries loss iff i >= ``loss_from``.
+
+    Without pads the last of ``ids`` is the end-of-sequence token. With pads it is the document's last own token, and
+    ``pads`` end-of-sequence tokens stand behind it: each carries loss (the last own token is asked for the first of
+    them), and no token sees any, not even itself, because the attention mask hides them. Their positions count on.
+    """
 
     ids: tuple[int, ...]
     loss_from: int = 1
+    pads: int = 0
 
     @property
     def labels(self) -> int:
-        """Number of tokens that carry loss."""
-        return len(self.ids) - self.loss_from
+        """Number of tokens that carry loss, pads included."""
+        return len(self.ids) - self.loss_from + self.pads
 
 
 @dataclass(frozen=True, slots=True)
