@@ -100,7 +100,6 @@ def answer(
         longest = max(prompts[start].length for prompts in grid if len(prompts) > start)
         width = max(1, _CHUNK_TOKENS.get(base.device.type, 4_096) // (len(grid) * longest))
         chunk = [prompts[start : start + width] for prompts in grid]
-        bank.seat(adapters, [len(prompts) for prompts in chunk], values)
         _answer_chunk(base, bank, adapters, values, chunk, settings)
         start += width
         if on_chunk is not None:
@@ -124,6 +123,7 @@ def _answer_chunk(
     settings: AnsweringSettings,
 ) -> None:
     length = max(prompt.length for prompts in grid for prompt in prompts)
+    bank.seat(adapters, [len(prompts) * length for prompts in grid], values)
     ids: list[int] = []
     positions: list[int] = []
     targets: list[int] = []

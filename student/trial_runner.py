@@ -152,7 +152,11 @@ def _trained(trial: Trial, result: TrainingResult, seconds: float) -> TrialOutco
     if result.diverged:
         failure = ("TRIAL_DIVERGED", f"the loss became {result.losses[-1]:g} in step {len(result.losses)}")
     return TrialOutcome(
-        trial.trial_id, losses=result.losses, trained_tokens=result.tokens, train_seconds=seconds, failure=failure
+        trial.trial_id,
+        losses=tuple(result.losses),
+        trained_tokens=result.tokens,
+        train_seconds=seconds,
+        failure=failure,
     )
 
 

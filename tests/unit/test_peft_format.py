@@ -43,7 +43,7 @@ def moved_bank(base: LoadedBase, targets: tuple[str, ...] = ALL_LINEAR) -> LoraB
 
 def bank_logits(base: LoadedBase, bank: LoraBank, slot: int) -> torch.Tensor:
     with bank.attached(), torch.no_grad():
-        bank.seat([slot], [1])
+        bank.seat([slot], [IDS.numel()])
         logits: torch.Tensor = base.model(IDS).logits
     return logits
 

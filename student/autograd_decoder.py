@@ -1,0 +1,93 @@
+"""A training step through transformers' own modules and autograd: for every student that the packed decoder does not
+know, and for lessons whose pads carry loss.
+
+Lessons of like length go through the student together, padded on the right to the longest of them; the gradients of
+a step's passes add up. Attention is causal, so a pad is seen by no real token, and only labelled positions reach the
+head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from student.base import LoadedBase
+from student.buckets import like_lengths
+from student.lora_bank import LoraBank
+from student.plan import Lesson
+
+
+class AutogradDecoder:
+    """Losses of lessons and the gradients of the seated adapters' values. The bank must be attached."""
+
+    def __init__(self, base: LoadedBase, bank: LoraBank) -> None:
+        self._base, self._bank = base, bank
+
+    def bind(self, adapters: Sequence[int], values_SP: Tensor, gradient_SP: Tensor) -> None:
+        """Seats these adapters with these values, and writes their gradients there from now on."""
+        self._adapters, self._values, self._gradient = tuple(adapters), values_SP, gradient_SP
+
+    def differentiate(self, lessons_S: Sequence[Sequence[Lesson]]) -> Tensor:
+        """Mean loss of each seat's lessons [S]; its gradient is in the matrix that was bound."""
+        items = [(seat, item) for seat, lessons in enumerate(lessons_S) for item in lessons]
+        loss_S = self._values.new_zeros(len(lessons_S))
+        self._gradient.zero_()
+        for group in like_lengths([len(item.ids) + item.pads for _, item in items]):
+            of_seat: dict[int, list[Lesson]] = {}
+            for index in group:
+                seat, item = items[index]
+                of_seat.setdefault(seat, []).append(item)
+            seats = list(of_seat)
+            weights = [1 / sum(item.labels for item in lessons_S[seat]) for seat in seats]
+            part_S, gradient = self._pass(seats, list(of_seat.values()), weights)
+            loss_S[seats] += part_S
+            if gradient is not self._gradient:
+                self._gradient[seats] += gradient
+        return loss_S
+
+    def _pass(
+        self, seats: Sequence[int], lessons: Sequence[Sequence[Lesson]], weights: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        everyone = len(seats) == len(self._adapters)
+        values = self._values if everyone else self._values[list(seats)]
+        gradient = self._gradient if everyone else torch.zeros_like(values)
+        length = max(len(item.ids) + item.pads for some in lessons for item in some) - 1  # the last is only a label
+        self._bank.seat_for_training(
+            [self._adapters[seat] for seat in seats], [len(some) * length for some in lessons], values
+        )
+        part_S = self._losses(lessons, weights, length)
+        self._bank.add_gradient(part_S.sum(), gradient)
+        return part_S.detach(), gradient
+
+    def _losses(self, lessons: Sequence[Sequence[Lesson]], weights: Sequence[float], length: int) -> Tensor:
+        """For each seat the sum of its labelled tokens' losses times its weight, [S]."""
+        base = self._base
+        ids: list[int] = []
+        seen: list[int] = []  # 0: a pad, which no token looks at
+        positions: list[int] = []  # into the flattened [rows * length]
+        targets: list[int] = []
+        for item in (item for some in lessons for item in some):
+            start, pads = len(ids), (base.eos_id,) * (length + 1 - len(item.ids))
+            whole = (*item.ids, *pads)
+            end = len(item.ids) + item.pads
+            ids += whole[:-1]
+            seen += (*(1,) * len(item.ids), *(0,) * len(pads))[:-1]
+            positions += range(start + item.loss_from - 1, start + end - 1)
+            targets += whole[item.loss_from : end]
+        device = base.device
+        mask = (
+            torch.tensor(seen, device=device).view(-1, length)
+            if any(i.pads for some in lessons for i in some)
+            else None
+        )
+        hidden = base.decoder(torch.tensor(ids, device=device).view(-1, length), attention_mask=mask, use_cache=False)[
+            0
+        ]
+        labelled = hidden.reshape(-1, hidden.shape[-1]).index_select(0, torch.tensor(positions, device=device))
+        nll_N = functional.cross_entropy(base.logits(labelled), torch.tensor(targets, device=device), reduction="none")
+        parts = nll_N.split([sum(item.labels for item in some) for some in lessons])
+        # each adapter's own sum: a broken one (NaN) does not reach the others
+        return torch.stack([weight * part.sum() for weight, part in zip(weights, parts, strict=True)])
