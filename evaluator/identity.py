@@ -29,6 +29,10 @@ from preceptor.tasks import Question
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
 
+# Settings that came after evaluations were first stored, with what holds where they are not used. They are part of an
+# identity only where they differ from that, so that what was known stays known.
+_LATER = {"gradient_accumulation": 1, "max_steps": 0, "pad_to": 0}
+
 
 @dataclass(frozen=True, slots=True)
 class Exam:
@@ -153,5 +157,6 @@ def _asked(questions: Sequence[Question]) -> list[types.Question]:
 
 
 def _values(message: trial.TrainingSettings | trial.AnswerSettings) -> dict[str, object]:
-    """Every field with its value, also zeros."""
-    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    """Every field with its value, also zeros; later settings only where they are used."""
+    values = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    return {name: value for name, value in values.items() if name not in _LATER or value != _LATER[name]}

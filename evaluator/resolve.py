@@ -7,9 +7,11 @@ default does (it changes because the resolved number does).
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 from evaluator.reward import Weights
 from preceptor.errors import PreceptorError
+from preceptor.tasks import Schedule
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
@@ -46,6 +48,9 @@ def resolve_training(given: trial.TrainingSettings, directive: types.Directive, 
         loss_marker=given.loss_marker or "Answer:",
         max_train_tokens=given.max_train_tokens,
         max_document_tokens=given.max_document_tokens,
+        gradient_accumulation=given.gradient_accumulation or 1,
+        max_steps=given.max_steps,
+        pad_to=given.pad_to,
     )
     _check_training(settings, "protocol.training")
     if directive.HasField("rank"):
@@ -59,6 +64,9 @@ def resolve_training(given: trial.TrainingSettings, directive: types.Directive, 
     if directive.HasField("replay_share"):
         settings.replay_share = directive.replay_share
     if directive.loss_mask:
+        # Not OUTPUTS_ONLY: where a document lacks the marker, the choice would be a failure instead of a bad score.
+        known = directive.loss_mask in (types.LOSS_MASK_ALL, types.LOSS_MASK_AFTER_MARKER)
+        _check(known, f"{place}.directive.loss_mask", "must be all or after_marker", directive.loss_mask)
         settings.loss_mask = directive.loss_mask
     _check_training(settings, f"{place}.directive")
     return settings
@@ -94,20 +102,20 @@ def _check_training(settings: trial.TrainingSettings, place: str) -> None:
     _check(1 <= settings.epochs <= MAX_EPOCHS, f"{place}.epochs", f"must be 1..{MAX_EPOCHS}", settings.epochs)
     share = settings.replay_share
     _check(0 <= share <= MAX_REPLAY_SHARE, f"{place}.replay_share", f"must be 0..{MAX_REPLAY_SHARE}", share)
-    mask = settings.loss_mask
-    _check(
-        mask in (types.LOSS_MASK_ALL, types.LOSS_MASK_AFTER_MARKER), f"{place}.loss_mask", "is not a known mask", mask
-    )
     if place != "protocol.training":
         return  # the rest is not a directive's to change
+    mask = settings.loss_mask
+    _check(mask in types.LossMask.values(), f"{place}.loss_mask", "is not a known mask", mask)
     _check(settings.rank <= MAX_RANK, f"{place}.rank", f"must be 1..{MAX_RANK}", settings.rank)
     _check(0 < settings.alpha < math.inf, f"{place}.alpha", "must be above 0", settings.alpha)
     size = settings.batch_size
     _check(size <= MAX_BATCH_SIZE, f"{place}.batch_size", f"must be 1..{MAX_BATCH_SIZE}", size)
     warmup = settings.warmup_share
     _check(0 <= warmup <= 1, f"{place}.warmup_share", "must be 0..1", warmup)
-    schedule = settings.schedule
-    _check(schedule in ("linear", "constant"), f"{place}.schedule", "must be 'linear' or 'constant'", schedule)
+    accumulated = settings.gradient_accumulation
+    _check(accumulated <= MAX_BATCH_SIZE, f"{place}.gradient_accumulation", f"must be 1..{MAX_BATCH_SIZE}", accumulated)
+    schedule, schedules = settings.schedule, get_args(Schedule)
+    _check(schedule in schedules, f"{place}.schedule", f"must be one of {', '.join(schedules)}", schedule)
     decay = settings.weight_decay
     _check(0 <= decay < math.inf, f"{place}.weight_decay", "must be 0 or more", decay)
     norm = settings.max_grad_norm

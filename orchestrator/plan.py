@@ -15,14 +15,14 @@ from orchestrator.entries import SELECTION, Entry, round_stage
 from orchestrator.evaluator_client import Submission
 from orchestrator.run_store import RunRecord
 from preceptor.config import FixedStrategy, RunConfig, TrainingConfig
-from preceptor.convert import for_teacher
+from preceptor.convert import for_teacher, mask_to_proto
 from preceptor.names import derived_seed
+from preceptor.tasks import LossMask
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import teacher_pb2 as teacher
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
 
-_MASKS = {"all": types.LOSS_MASK_ALL, "after_marker": types.LOSS_MASK_AFTER_MARKER}
 # Arms whose edits need no teacher; those of Task.reference_edits are left out where the tasks bring none.
 REFERENCE_ARMS = ("oracle", "shuffled_facts")
 # The most that a directive may ask for.
@@ -187,12 +187,16 @@ class RunPlan:
             request_id=self._request_id(stage, part, task.id),
             owner=self.run_id,
             task=task,
-            self_edits=[entry.self_edit for entry in valid if entry.self_edit is not None],
+            self_edits=[self._as_trained(entry.self_edit) for entry in valid if entry.self_edit is not None],
             protocol=protocol,
             student=self.student,
         )
         request.task.ClearField("reference_edits")
         return Submission(tuple(entry.key for entry in valid), request)
+
+    def _as_trained(self, self_edit: types.SelfEdit) -> types.SelfEdit:
+        """A recipe is followed as published: no directive changes it."""
+        return types.SelfEdit(documents=self_edit.documents) if self.config.training.recipe else self_edit
 
     def _training_protocol(self, purpose: str, number: int) -> evaluator.EvaluationProtocol:
         probes = self.probes
@@ -210,10 +214,11 @@ class RunPlan:
         number: int,
         seeds: int,
     ) -> evaluator.EvaluationProtocol:
-        training = self.config.training.model_dump(exclude={"include_passage", "loss_mask"})
+        training = self.config.training.model_dump(exclude={"recipe", "include_passage", "loss_mask"})
+        loss_mask = mask_to_proto(LossMask(self.config.training.loss_mask))
         reward = self.config.reward
         return evaluator.EvaluationProtocol(
-            training=trial.TrainingSettings(**training, loss_mask=_MASKS[self.config.training.loss_mask]),
+            training=trial.TrainingSettings(**training, loss_mask=loss_mask),
             answers=trial.AnswerSettings(**self.config.answers.model_dump()),
             probes=probes,
             replay_documents=self.replay_documents,

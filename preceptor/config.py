@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from preceptor.errors import PreceptorError
 from preceptor.names import canonical_json, sha256
+from preceptor.recipes import RECIPES
+from preceptor.tasks import Schedule
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -80,24 +82,45 @@ class UpdateConfig(Section):
 
 
 class TrainingConfig(Section):
-    """How the student is fine-tuned; a directive overrides rank, learning rate, epochs, replay and loss mask."""
+    """How the student is fine-tuned; a directive overrides rank, learning rate, epochs, replay and loss mask.
 
+    With a recipe nothing does: it sets every key but ``loss_marker`` and ``include_passage``, directives are not
+    followed, and a key beside it must say what the recipe says.
+    """
+
+    recipe: Literal["seal-compat"] | None = Field(None, description="a published way to fine-tune (preceptor.recipes)")
     rank: int = Field(8, ge=1, le=1024)
     alpha: float = Field(16.0, gt=0)
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     learning_rate: float = Field(3e-3, gt=0, le=1)
     epochs: int = Field(8, ge=1, le=1024)
-    batch_size: Count = 8
+    batch_size: int = Field(8, ge=1, le=4096, description="documents of one optimiser step")
+    gradient_accumulation: int = Field(1, ge=1, le=4096, description="a step takes batch_size x so many documents")
+    max_steps: int = Field(0, ge=0, lt=2**32, description="optimiser steps of a trial, at most; 0: no limit")
     warmup_share: Share = 0.1
-    schedule: Literal["linear", "constant"] = "linear"
+    schedule: Schedule = "linear"
     weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="a very large number switches clipping off")
     replay_share: float = Field(0.0, ge=0, le=0.9)
-    loss_mask: Literal["all", "after_marker"] = "all"
-    loss_marker: str = "Answer:"
+    loss_mask: Literal["all", "after_marker", "outputs_only"] = "all"
+    loss_marker: str = Field("Answer:", min_length=1)
     max_train_tokens: int = Field(0, ge=0, description="training budget of a trial in tokens; 0: none")
     max_document_tokens: int = Field(0, ge=0, description="0: the student's context")
+    pad_to: int = Field(0, ge=0, lt=2**32, description="cut or pad documents, pads in the loss; at most the context")
     include_passage: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, values: Any) -> Any:
+        recipe = values.get("recipe") if isinstance(values, dict) else None
+        return {**RECIPES[recipe], **values} if isinstance(recipe, str) and recipe in RECIPES else values
+
+    @model_validator(mode="after")
+    def _keeps_to_the_recipe(self) -> TrainingConfig:
+        for name, value in RECIPES[self.recipe].items() if self.recipe else ():
+            if (given := getattr(self, name)) != value:
+                raise ValueError(f"the recipe {self.recipe} has {name} = {value!r}, not {given!r}; leave one out")
+        return self
 
 
 class AnswerConfig(Section):
@@ -164,6 +187,12 @@ class RunConfig(Section):
     answers: AnswerConfig = AnswerConfig()
     reward: RewardConfig = RewardConfig()
     heldout: HeldoutConfig = HeldoutConfig()
+
+    @model_validator(mode="after")
+    def _recipe_is_the_only_strategy(self) -> RunConfig:
+        if self.training.recipe and self.heldout.fixed_strategies:
+            raise ValueError("heldout.fixed_strategies set rate and epochs, which training.recipe fixes; leave one out")
+        return self
 
     def to_json(self) -> str:
         """Canonical JSON of the resolved config."""

@@ -12,7 +12,11 @@ _BANKS = {
     Bank.SEALED: types.QUESTION_BANK_SEALED,
 }
 _BANK_OF = {value: key for key, value in _BANKS.items()} | {types.QUESTION_BANK_UNSPECIFIED: Bank.REWARD}
-_MASKS = {LossMask.ALL: types.LOSS_MASK_ALL, LossMask.AFTER_MARKER: types.LOSS_MASK_AFTER_MARKER}
+_MASKS = {
+    LossMask.ALL: types.LOSS_MASK_ALL,
+    LossMask.AFTER_MARKER: types.LOSS_MASK_AFTER_MARKER,
+    LossMask.OUTPUTS_ONLY: types.LOSS_MASK_OUTPUTS_ONLY,
+}
 _MASK_OF = {value: key for key, value in _MASKS.items()}
 
 
@@ -24,6 +28,16 @@ def bank_to_proto(bank: Bank) -> types.QuestionBank.ValueType:
 def bank_from_proto(bank: types.QuestionBank.ValueType) -> Bank:
     """The bank of a wire value; unspecified means reward."""
     return _BANK_OF[bank]
+
+
+def mask_to_proto(mask: LossMask) -> types.LossMask.ValueType:
+    """The wire value of a loss mask."""
+    return _MASKS[mask]
+
+
+def mask_from_proto(mask: types.LossMask.ValueType) -> LossMask | None:
+    """The loss mask of a wire value; None where it is unspecified or not known."""
+    return _MASK_OF.get(mask)
 
 
 def question_to_proto(question: Question) -> types.Question:
@@ -46,7 +60,7 @@ def directive_to_proto(directive: Directive) -> types.Directive:
         if value is not None:
             setattr(message, name, value)
     if directive.loss_mask is not None:
-        message.loss_mask = _MASKS[directive.loss_mask]
+        message.loss_mask = mask_to_proto(directive.loss_mask)
     return message
 
 
@@ -57,7 +71,7 @@ def directive_from_proto(message: types.Directive) -> Directive:
         epochs=message.epochs if message.HasField("epochs") else None,
         replay_share=message.replay_share if message.HasField("replay_share") else None,
         rank=message.rank if message.HasField("rank") else None,
-        loss_mask=_MASK_OF.get(message.loss_mask),
+        loss_mask=mask_from_proto(message.loss_mask),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Literal
 
 
 class Bank(StrEnum):
@@ -23,7 +24,12 @@ class LossMask(StrEnum):
     """Which tokens of a study document carry loss."""
 
     ALL = "all"
-    AFTER_MARKER = "after_marker"  # only what follows the document's marker (e.g. the answer of a Q/A line)
+    AFTER_MARKER = "after_marker"  # only what follows the marker (the answer of a Q/A line); all where there is none
+    OUTPUTS_ONLY = "outputs_only"  # only what follows the marker; nothing where there is none
+
+
+# How the learning rate goes on after the warm-up.
+Schedule = Literal["linear", "constant", "cosine"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast, get_args
 
-from preceptor.convert import question_from_proto
+from preceptor.convert import mask_from_proto, question_from_proto
 from preceptor.errors import PreceptorError
 from preceptor.queue import PROTOCOL_VERSION
-from preceptor.tasks import LossMask, Question
+from preceptor.tasks import Question, Schedule
 from preceptor.v1 import trial_pb2 as wire
 from preceptor.v1 import types_pb2 as types
 from student.trial import Answer, AnsweringSettings, TrainingSettings, Trial, TrialOutcome
@@ -38,11 +39,10 @@ def settings_of(message: wire.TrainingSettings) -> TrainingSettings:
     """Training settings; a zero that makes no sense is the default. Raises PreceptorError(INVALID_REQUEST)."""
     default = TrainingSettings()
     schedule = message.schedule or default.schedule
-    if schedule not in ("linear", "constant"):
-        raise _invalid("schedule", f"is {schedule!r}, known are linear and constant")
+    if schedule not in (known := get_args(Schedule)):
+        raise _invalid("schedule", f"is {schedule!r}, known are {', '.join(known)}")
     if not 0 <= message.replay_share < 1:
         raise _invalid("replay_share", f"is {message.replay_share}, it must be at least 0 and below 1")
-    after_marker = message.loss_mask == types.LOSS_MASK_AFTER_MARKER
     return TrainingSettings(
         rank=message.rank or default.rank,
         alpha=message.alpha or default.alpha,
@@ -50,15 +50,18 @@ def settings_of(message: wire.TrainingSettings) -> TrainingSettings:
         learning_rate=message.learning_rate or default.learning_rate,
         epochs=message.epochs or default.epochs,
         batch_size=message.batch_size or default.batch_size,
+        gradient_accumulation=message.gradient_accumulation or default.gradient_accumulation,
+        max_steps=message.max_steps,
         warmup_share=message.warmup_share,
-        schedule="linear" if schedule == "linear" else "constant",
+        schedule=cast(Schedule, schedule),
         weight_decay=message.weight_decay,
         max_grad_norm=message.max_grad_norm or default.max_grad_norm,
         replay_share=message.replay_share,
-        loss_mask=LossMask.AFTER_MARKER if after_marker else LossMask.ALL,
+        loss_mask=mask_from_proto(message.loss_mask) or default.loss_mask,
         loss_marker=message.loss_marker or default.loss_marker,
         max_train_tokens=message.max_train_tokens,
         max_document_tokens=message.max_document_tokens,
+        pad_to=message.pad_to,
     )
 
 

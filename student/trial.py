@@ -8,9 +8,8 @@ settings alone, never on the trials it happens to share a batch with.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
-from preceptor.tasks import Directive, LossMask
+from preceptor.tasks import Directive, LossMask, Schedule
 
 # Every linear layer of a Llama-, Qwen- or Mistral-shaped block. Named in full, because PEFT's own default for these
 # models is q_proj and v_proj only, and a silent default is a silent change of the experiment.
@@ -26,16 +25,19 @@ class TrainingSettings:
     target_modules: tuple[str, ...] = ALL_LINEAR  # matched by suffix of the module's dotted name
     learning_rate: float = 3e-3  # AdamW peak
     epochs: int = 8
-    batch_size: int = 8  # documents in one optimiser step, replayed ones included
-    schedule: Literal["linear", "constant"] = "linear"  # after the warm-up
+    batch_size: int = 8  # documents in one optimiser step, replayed ones included ...
+    gradient_accumulation: int = 1  # ... times this
+    max_steps: int = 0  # no more optimiser steps than this, whatever the epochs; 0 = no limit
+    schedule: Schedule = "linear"  # after the warm-up
     warmup_share: float = 0.1  # share of the steps in which the learning rate rises; at least one step if above 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0  # per adapter; 0 = no clipping
     replay_share: float = 0.0  # share of an epoch's documents drawn from the replay corpus
     loss_mask: LossMask = LossMask.ALL
-    loss_marker: str = "Answer:"  # with AFTER_MARKER: where the loss begins (its last occurrence in the document)
+    loss_marker: str = "Answer:"  # unless ALL: the loss begins behind its last occurrence in the document
     max_train_tokens: int = 0  # no step begins once this many tokens are trained; 0 = no limit
     max_document_tokens: int = 0  # 0 = the student's context
+    pad_to: int = 0  # cut or pad every document to so many tokens, at most the context, pads in the loss; 0 = neither
 
     def under(self, directive: Directive) -> TrainingSettings:
         """These settings with what ``directive`` says in place of the defaults."""

@@ -26,12 +26,13 @@ class MalformedSelfEdit(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a teacher may ask for. Bounds are inclusive."""
+    """What a teacher may ask for. Pairs of numbers are bounds, inclusive."""
 
     learning_rate: tuple[float, float] = (1e-6, 1e-1)
     epochs: tuple[int, int] = (1, 64)
     replay_share: tuple[float, float] = (0.0, 0.9)
     rank: tuple[int, int] = (1, 128)
+    loss_mask: tuple[LossMask, ...] = (LossMask.ALL, LossMask.AFTER_MARKER)
     documents: int = 512
     document_chars: int = 8_192
 
@@ -87,7 +88,10 @@ def _parse_directive(text: str, limits: Limits) -> Directive:
             value = read(raw)
         except ValueError:
             raise MalformedSelfEdit(f"directive: {key}={raw} has no valid value") from None
-        if isinstance(value, int | float) and not isinstance(value, LossMask):
+        if isinstance(value, LossMask):
+            if value not in limits.loss_mask:
+                raise MalformedSelfEdit(f"directive: {key}={raw} is not one of {', '.join(limits.loss_mask)}")
+        elif isinstance(value, int | float):
             low, high = getattr(limits, name)
             if not low <= value <= high:
                 raise MalformedSelfEdit(f"directive: {key}={raw} is outside {low}..{high}")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from preceptor.v1 import types_pb2 as preceptor_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18preceptor/v1/trial.proto\x12\x0cpreceptor.v1\x1a\x18preceptor/v1/types.proto\"\xfa\x02\n\x10TrainingSettings\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x16\n\x0etarget_modules\x18\x03 \x03(\t\x12\x15\n\rlearning_rate\x18\x04 \x01(\x01\x12\x0e\n\x06\x65pochs\x18\x05 \x01(\r\x12\x12\n\nbatch_size\x18\x06 \x01(\r\x12\x19\n\x0cwarmup_share\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08schedule\x18\x08 \x01(\t\x12\x14\n\x0cweight_decay\x18\t \x01(\x01\x12\x15\n\rmax_grad_norm\x18\n \x01(\x01\x12\x14\n\x0creplay_share\x18\x0b \x01(\x01\x12)\n\tloss_mask\x18\x0c \x01(\x0e\x32\x16.preceptor.v1.LossMask\x12\x13\n\x0bloss_marker\x18\r \x01(\t\x12\x18\n\x10max_train_tokens\x18\x0e \x01(\x04\x12\x1b\n\x13max_document_tokens\x18\x0f \x01(\rB\x0f\n\r_warmup_share\"8\n\x0e\x41nswerSettings\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x16\n\x0emax_new_tokens\x18\x02 \x01(\r\"|\n\x05Trial\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tdocuments\x18\x02 \x03(\t\x12\x30\n\x08settings\x18\x03 \x01(\x0b\x32\x1e.preceptor.v1.TrainingSettings\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x14\n\x0cquestion_set\x18\x05 \x01(\r\"8\n\x0bQuestionSet\x12)\n\tquestions\x18\x01 \x03(\x0b\x32\x16.preceptor.v1.Question\"\xa8\x02\n\nTrialBatch\x12\n\n\x02id\x18\x01 \x01(\t\x12,\n\x07student\x18\x02 \x01(\x0b\x32\x1b.preceptor.v1.PinnedStudent\x12#\n\x06trials\x18\x03 \x03(\x0b\x32\x13.preceptor.v1.Trial\x12\x30\n\rquestion_sets\x18\x04 \x03(\x0b\x32\x19.preceptor.v1.QuestionSet\x12&\n\x06probes\x18\x05 \x03(\x0b\x32\x16.preceptor.v1.Question\x12\x18\n\x10replay_documents\x18\x06 \x03(\t\x12-\n\x07\x61nswers\x18\x07 \x01(\x0b\x32\x1c.preceptor.v1.AnswerSettings\x12\x18\n\x10protocol_version\x18\x08 \x01(\r\"A\n\x06\x41nswer\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x14\n\x0cgold_logprob\x18\x02 \x01(\x01\x12\x13\n\x0bgold_tokens\x18\x03 \x01(\r\"\xea\x01\n\x0bTrialResult\x12\x10\n\x08trial_id\x18\x01 \x01(\t\x12%\n\x07\x61nswers\x18\x02 \x03(\x0b\x32\x14.preceptor.v1.Answer\x12+\n\rprobe_answers\x18\x03 \x03(\x0b\x32\x14.preceptor.v1.Answer\x12&\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x15.preceptor.v1.Failure\x12\x12\n\nfirst_loss\x18\x05 \x01(\x01\x12\x12\n\nfinal_loss\x18\x06 \x01(\x01\x12\r\n\x05steps\x18\x07 \x01(\r\x12\x16\n\x0etrained_tokens\x18\x08 \x01(\x04\"\xe8\x01\n\x10TrialBatchResult\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\x12*\n\x07results\x18\x02 \x03(\x0b\x32\x19.preceptor.v1.TrialResult\x12\x0e\n\x06worker\x18\x03 \x01(\t\x12\x14\n\x0cload_seconds\x18\x04 \x01(\x01\x12\x15\n\rtrain_seconds\x18\x05 \x01(\x01\x12\x16\n\x0e\x61nswer_seconds\x18\x06 \x01(\x01\x12\x19\n\x11peak_memory_bytes\x18\x07 \x01(\x04\x12&\n\x07\x66\x61ilure\x18\x08 \x01(\x0b\x32\x15.preceptor.v1.Failureb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18preceptor/v1/trial.proto\x12\x0cpreceptor.v1\x1a\x18preceptor/v1/types.proto\"\xbc\x03\n\x10TrainingSettings\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x16\n\x0etarget_modules\x18\x03 \x03(\t\x12\x15\n\rlearning_rate\x18\x04 \x01(\x01\x12\x0e\n\x06\x65pochs\x18\x05 \x01(\r\x12\x12\n\nbatch_size\x18\x06 \x01(\r\x12\x19\n\x0cwarmup_share\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08schedule\x18\x08 \x01(\t\x12\x14\n\x0cweight_decay\x18\t \x01(\x01\x12\x15\n\rmax_grad_norm\x18\n \x01(\x01\x12\x14\n\x0creplay_share\x18\x0b \x01(\x01\x12)\n\tloss_mask\x18\x0c \x01(\x0e\x32\x16.preceptor.v1.LossMask\x12\x13\n\x0bloss_marker\x18\r \x01(\t\x12\x18\n\x10max_train_tokens\x18\x0e \x01(\x04\x12\x1b\n\x13max_document_tokens\x18\x0f \x01(\r\x12\x1d\n\x15gradient_accumulation\x18\x10 \x01(\r\x12\x11\n\tmax_steps\x18\x11 \x01(\r\x12\x0e\n\x06pad_to\x18\x12 \x01(\rB\x0f\n\r_warmup_share\"8\n\x0e\x41nswerSettings\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x16\n\x0emax_new_tokens\x18\x02 \x01(\r\"|\n\x05Trial\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tdocuments\x18\x02 \x03(\t\x12\x30\n\x08settings\x18\x03 \x01(\x0b\x32\x1e.preceptor.v1.TrainingSettings\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x14\n\x0cquestion_set\x18\x05 \x01(\r\"8\n\x0bQuestionSet\x12)\n\tquestions\x18\x01 \x03(\x0b\x32\x16.preceptor.v1.Question\"\xa8\x02\n\nTrialBatch\x12\n\n\x02id\x18\x01 \x01(\t\x12,\n\x07student\x18\x02 \x01(\x0b\x32\x1b.preceptor.v1.PinnedStudent\x12#\n\x06trials\x18\x03 \x03(\x0b\x32\x13.preceptor.v1.Trial\x12\x30\n\rquestion_sets\x18\x04 \x03(\x0b\x32\x19.preceptor.v1.QuestionSet\x12&\n\x06probes\x18\x05 \x03(\x0b\x32\x16.preceptor.v1.Question\x12\x18\n\x10replay_documents\x18\x06 \x03(\t\x12-\n\x07\x61nswers\x18\x07 \x01(\x0b\x32\x1c.preceptor.v1.AnswerSettings\x12\x18\n\x10protocol_version\x18\x08 \x01(\r\"A\n\x06\x41nswer\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x14\n\x0cgold_logprob\x18\x02 \x01(\x01\x12\x13\n\x0bgold_tokens\x18\x03 \x01(\r\"\xea\x01\n\x0bTrialResult\x12\x10\n\x08trial_id\x18\x01 \x01(\t\x12%\n\x07\x61nswers\x18\x02 \x03(\x0b\x32\x14.preceptor.v1.Answer\x12+\n\rprobe_answers\x18\x03 \x03(\x0b\x32\x14.preceptor.v1.Answer\x12&\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x15.preceptor.v1.Failure\x12\x12\n\nfirst_loss\x18\x05 \x01(\x01\x12\x12\n\nfinal_loss\x18\x06 \x01(\x01\x12\r\n\x05steps\x18\x07 \x01(\r\x12\x16\n\x0etrained_tokens\x18\x08 \x01(\x04\"\xe8\x01\n\x10TrialBatchResult\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\x12*\n\x07results\x18\x02 \x03(\x0b\x32\x19.preceptor.v1.TrialResult\x12\x0e\n\x06worker\x18\x03 \x01(\t\x12\x14\n\x0cload_seconds\x18\x04 \x01(\x01\x12\x15\n\rtrain_seconds\x18\x05 \x01(\x01\x12\x16\n\x0e\x61nswer_seconds\x18\x06 \x01(\x01\x12\x19\n\x11peak_memory_bytes\x18\x07 \x01(\x04\x12&\n\x07\x66\x61ilure\x18\x08 \x01(\x0b\x32\x15.preceptor.v1.Failureb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,19 +33,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'preceptor.v1.trial_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TRAININGSETTINGS']._serialized_start=69
-  _globals['_TRAININGSETTINGS']._serialized_end=447
-  _globals['_ANSWERSETTINGS']._serialized_start=449
-  _globals['_ANSWERSETTINGS']._serialized_end=505
-  _globals['_TRIAL']._serialized_start=507
-  _globals['_TRIAL']._serialized_end=631
-  _globals['_QUESTIONSET']._serialized_start=633
-  _globals['_QUESTIONSET']._serialized_end=689
-  _globals['_TRIALBATCH']._serialized_start=692
-  _globals['_TRIALBATCH']._serialized_end=988
-  _globals['_ANSWER']._serialized_start=990
-  _globals['_ANSWER']._serialized_end=1055
-  _globals['_TRIALRESULT']._serialized_start=1058
-  _globals['_TRIALRESULT']._serialized_end=1292
-  _globals['_TRIALBATCHRESULT']._serialized_start=1295
-  _globals['_TRIALBATCHRESULT']._serialized_end=1527
+  _globals['_TRAININGSETTINGS']._serialized_end=513
+  _globals['_ANSWERSETTINGS']._serialized_start=515
+  _globals['_ANSWERSETTINGS']._serialized_end=571
+  _globals['_TRIAL']._serialized_start=573
+  _globals['_TRIAL']._serialized_end=697
+  _globals['_QUESTIONSET']._serialized_start=699
+  _globals['_QUESTIONSET']._serialized_end=755
+  _globals['_TRIALBATCH']._serialized_start=758
+  _globals['_TRIALBATCH']._serialized_end=1054
+  _globals['_ANSWER']._serialized_start=1056
+  _globals['_ANSWER']._serialized_end=1121
+  _globals['_TRIALRESULT']._serialized_start=1124
+  _globals['_TRIALRESULT']._serialized_end=1358
+  _globals['_TRIALBATCHRESULT']._serialized_start=1361
+  _globals['_TRIALBATCHRESULT']._serialized_end=1593
 # @@protoc_insertion_point(module_scope)

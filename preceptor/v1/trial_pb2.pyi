@@ -42,6 +42,9 @@ class TrainingSettings(google.protobuf.message.Message):
     LOSS_MARKER_FIELD_NUMBER: builtins.int
     MAX_TRAIN_TOKENS_FIELD_NUMBER: builtins.int
     MAX_DOCUMENT_TOKENS_FIELD_NUMBER: builtins.int
+    GRADIENT_ACCUMULATION_FIELD_NUMBER: builtins.int
+    MAX_STEPS_FIELD_NUMBER: builtins.int
+    PAD_TO_FIELD_NUMBER: builtins.int
     rank: builtins.int
     """LoRA rank. Default 8."""
     alpha: builtins.float
@@ -51,25 +54,33 @@ class TrainingSettings(google.protobuf.message.Message):
     epochs: builtins.int
     """Passes over the documents. Default 8."""
     batch_size: builtins.int
-    """Documents per optimiser step. Default 8."""
+    """Documents per optimiser step (times gradient_accumulation). Default 8."""
     warmup_share: builtins.float
     """Share of the steps over which the learning rate rises. Default 0.1; an explicit 0 means no warm-up."""
     schedule: builtins.str
-    """"linear" (to zero) or "constant". Default "linear"."""
+    """After the warm-up: "linear" or "cosine" (both fall towards zero), or "constant". Default "linear"."""
     weight_decay: builtins.float
     """Default 0."""
     max_grad_norm: builtins.float
-    """Gradient norm at which an adapter's gradient is clipped. Default 1."""
+    """Gradient norm at which an adapter's gradient is clipped. Default 1; a very large number switches clipping off."""
     replay_share: builtins.float
     """Default 0."""
     loss_mask: preceptor.v1.types_pb2.LossMask.ValueType
     """Default LOSS_MASK_ALL."""
     loss_marker: builtins.str
-    """Where LOSS_MASK_AFTER_MARKER starts to count. Default "Answer:"."""
+    """Behind its last occurrence in a document LOSS_MASK_AFTER_MARKER and _OUTPUTS_ONLY start to count. Default "Answer:"."""
     max_train_tokens: builtins.int
     """Training stops after so many trained tokens, replay included; 0 means no limit."""
     max_document_tokens: builtins.int
     """A longer document fails the trial. 0 means the student's context."""
+    gradient_accumulation: builtins.int
+    """One optimiser step takes batch_size times so many documents. Default 1."""
+    max_steps: builtins.int
+    """Training ends after so many optimiser steps, whatever the epochs; 0 means no limit."""
+    pad_to: builtins.int
+    """Every document is cut or padded to so many tokens (at most the student's context); the pads carry loss. 0 means
+    neither: pads cost time and teach nothing but silence. For SEAL's published recipe.
+    """
     @property
     def target_modules(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Suffixes of the module names that get an adapter. Default: all linear layers of a Llama-shaped block."""
@@ -92,9 +103,12 @@ class TrainingSettings(google.protobuf.message.Message):
         loss_marker: builtins.str = ...,
         max_train_tokens: builtins.int = ...,
         max_document_tokens: builtins.int = ...,
+        gradient_accumulation: builtins.int = ...,
+        max_steps: builtins.int = ...,
+        pad_to: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_warmup_share", b"_warmup_share", "warmup_share", b"warmup_share"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_warmup_share", b"_warmup_share", "alpha", b"alpha", "batch_size", b"batch_size", "epochs", b"epochs", "learning_rate", b"learning_rate", "loss_marker", b"loss_marker", "loss_mask", b"loss_mask", "max_document_tokens", b"max_document_tokens", "max_grad_norm", b"max_grad_norm", "max_train_tokens", b"max_train_tokens", "rank", b"rank", "replay_share", b"replay_share", "schedule", b"schedule", "target_modules", b"target_modules", "warmup_share", b"warmup_share", "weight_decay", b"weight_decay"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_warmup_share", b"_warmup_share", "alpha", b"alpha", "batch_size", b"batch_size", "epochs", b"epochs", "gradient_accumulation", b"gradient_accumulation", "learning_rate", b"learning_rate", "loss_marker", b"loss_marker", "loss_mask", b"loss_mask", "max_document_tokens", b"max_document_tokens", "max_grad_norm", b"max_grad_norm", "max_steps", b"max_steps", "max_train_tokens", b"max_train_tokens", "pad_to", b"pad_to", "rank", b"rank", "replay_share", b"replay_share", "schedule", b"schedule", "target_modules", b"target_modules", "warmup_share", b"warmup_share", "weight_decay", b"weight_decay"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_warmup_share", b"_warmup_share"]) -> typing.Literal["warmup_share"] | None: ...
 
 Global___TrainingSettings: typing_extensions.TypeAlias = TrainingSettings

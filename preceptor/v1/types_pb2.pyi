@@ -58,7 +58,9 @@ class _LossMaskEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """The run's default."""
     LOSS_MASK_ALL: _LossMask.ValueType  # 1
     LOSS_MASK_AFTER_MARKER: _LossMask.ValueType  # 2
-    """Only what follows the marker (TrainingSettings.loss_marker)."""
+    """Only what follows the marker (TrainingSettings.loss_marker); all tokens of a document without it."""
+    LOSS_MASK_OUTPUTS_ONLY: _LossMask.ValueType  # 3
+    """Only what follows the marker; nothing of a document without it. For documents that are prompt and completion."""
 
 class LossMask(_LossMask, metaclass=_LossMaskEnumTypeWrapper):
     """Which tokens of a study document carry loss."""
@@ -67,7 +69,9 @@ LOSS_MASK_UNSPECIFIED: LossMask.ValueType  # 0
 """The run's default."""
 LOSS_MASK_ALL: LossMask.ValueType  # 1
 LOSS_MASK_AFTER_MARKER: LossMask.ValueType  # 2
-"""Only what follows the marker (TrainingSettings.loss_marker)."""
+"""Only what follows the marker (TrainingSettings.loss_marker); all tokens of a document without it."""
+LOSS_MASK_OUTPUTS_ONLY: LossMask.ValueType  # 3
+"""Only what follows the marker; nothing of a document without it. For documents that are prompt and completion."""
 Global___LossMask: typing_extensions.TypeAlias = LossMask
 
 @typing.final

@@ -43,6 +43,13 @@ DIFFERENT: dict[str, Change] = {
     "answer length": lambda r: setattr(r.protocol.answers, "max_new_tokens", 5),
     "weights": lambda r: setattr(r.protocol.weights, "retention_loss", 0.25),
     "seeds": lambda r: r.protocol.seeds.append(3),
+    "schedule": lambda r: setattr(r.protocol.training, "schedule", "cosine"),
+    "loss mask": lambda r: setattr(r.protocol.training, "loss_mask", types.LOSS_MASK_OUTPUTS_ONLY),
+    "weight decay": lambda r: setattr(r.protocol.training, "weight_decay", 0.1),
+    "clipping": lambda r: setattr(r.protocol.training, "max_grad_norm", 0.5),
+    "accumulation": lambda r: setattr(r.protocol.training, "gradient_accumulation", 2),
+    "step limit": lambda r: setattr(r.protocol.training, "max_steps", 5),
+    "padding": lambda r: setattr(r.protocol.training, "pad_to", 2048),
     "passage trained on": lambda r: setattr(r.protocol, "include_passage", True),
 }
 
@@ -58,6 +65,7 @@ SAME: dict[str, Change] = {
     "questions of another bank": lambda r: setattr(r.task.passage.questions[2], "text", "Home?"),
     "order of seeds": lambda r: r.protocol.seeds.__setitem__(slice(None), [2, 1]),
     "a default said": lambda r: setattr(r.protocol.training, "learning_rate", 3e-3),
+    "no accumulation said": lambda r: setattr(r.protocol.training, "gradient_accumulation", 1),
     "a grader's default said": lambda r: setattr(r.protocol, "grader", "exact"),
     "the default's modules in another order": lambda r: r.protocol.training.target_modules.extend(
         ["v_proj", "q_proj", "k_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
@@ -119,6 +127,19 @@ def test_a_trial_carries_resolved_settings_under_its_directive() -> None:
     assert settings.loss_mask == types.LOSS_MASK_ALL
     assert list(found.batch(found.evaluations[0].trials).replay_documents) == ["old0"]
     assert not planned().batch(planned().evaluations[0].trials).replay_documents  # nothing draws from it
+
+
+def test_a_directive_leaves_alone_what_is_not_its_own() -> None:
+    def change(request: pb.CreateEvaluationsRequest) -> None:
+        training = request.protocol.training
+        training.loss_mask, training.max_steps, training.pad_to = types.LOSS_MASK_OUTPUTS_ONLY, 5, 64
+        training.gradient_accumulation, training.schedule = 2, "cosine"
+        request.self_edits[0].directive.epochs = 9
+
+    settings = planned(change).evaluations[0].trials[0].settings
+    assert (settings.loss_mask, settings.epochs) == (types.LOSS_MASK_OUTPUTS_ONLY, 9)
+    assert (settings.max_steps, settings.pad_to, settings.gradient_accumulation) == (5, 64, 2)
+    assert settings.schedule == "cosine"
 
 
 def test_a_directive_of_zero_is_meant() -> None:
@@ -183,9 +204,24 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
         "must be",
     ),
     "an unknown schedule": (
-        lambda r: setattr(r.protocol.training, "schedule", "cosine"),
+        lambda r: setattr(r.protocol.training, "schedule", "polynomial"),
         "protocol.training.schedule",
-        "cosine",
+        "polynomial",
+    ),
+    "endless accumulation": (
+        lambda r: setattr(r.protocol.training, "gradient_accumulation", 4097),
+        "protocol.training.gradient_accumulation",
+        "4097",
+    ),
+    "an unknown mask": (
+        lambda r: setattr(r.protocol.training, "loss_mask", 9),
+        "protocol.training.loss_mask",
+        "not a known mask",
+    ),
+    "a directive that could leave nothing to train": (
+        lambda r: setattr(r.self_edits[0].directive, "loss_mask", types.LOSS_MASK_OUTPUTS_ONLY),
+        "self_edits[0].directive.loss_mask",
+        "all or after_marker",
     ),
     "a prompt without place": (
         lambda r: setattr(r.protocol.answers, "prompt", "Q:"),
