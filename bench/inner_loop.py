@@ -10,8 +10,9 @@ How to read it
   the same recipe on the shipped world's question-answer lines of about 15 tokens (q_proj and v_proj).
 - ``ours_kN``: N adapters in a bank. ``bare_peft``: one adapter after the other, each sequence as long as it is, a plain
   AdamW loop. ``peft_trainer``: the same with a transformers Trainer per trial. ``trl_sft``: the same with TRL's
-  SFTTrainer; needs ``trl``, and has not been run by us yet. ``padded_2048``: as published, every sequence padded to
-  2,048 tokens with the pads in the loss; few steps are measured and scaled (``scaled_from_steps``).
+  SFTTrainer, without its activation checkpointing; measured where ``trl`` is installed, see below. ``padded_2048``: as
+  published, every sequence padded to 2,048 tokens with the pads in the loss; few steps are measured and scaled
+  (``scaled_from_steps``).
 - ``trials_per_second`` and ``tokens_per_second`` count training alone, with what it needs before its first step; tokens
   are real ones, pads do not count. What a trial's answers (5 questions, 16 tokens) and its adapter folder cost is under
   ``details``, in seconds per trial.
@@ -21,6 +22,12 @@ How to read it
 - ``peak_memory_bytes``: the process's on a CPU, the allocator's on a GPU.
 - Weights are random; speed does not depend on their values.
 - Fewer ``--trials`` make the one-after-the-other arms shorter; each candidate is then trained with one seed.
+
+TRL is no dependency of the project. To measure ``trl_sft`` too, give it an environment of its own:
+
+    python -m venv .venv-trl
+    .venv-trl/bin/pip install -c constraints.txt -e '.[embedded]' trl==1.16.0
+    .venv-trl/bin/python -m bench.inner_loop ...
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -266,21 +267,37 @@ def peft_trainer(base: LoadedBase, work: Sequence[Work], targets: Sequence[str])
 
 def trl_sft(base: LoadedBase, work: Sequence[Work], targets: Sequence[str]) -> Measurement:
     """PEFT and a TRL SFTTrainer of its own for every trial. Needs ``trl``; see ``why_no_trl``."""
-    from datasets import Dataset  # type: ignore[import-not-found]  # comes with trl
-    from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
 
     def train(item: Work) -> None:
-        model = _with_peft(base, targets, item.seed)
-        with tempfile.TemporaryDirectory() as scratch:
-            SFTTrainer(
-                model=model,
-                args=SFTConfig(**_arguments(scratch, item, base.device.type), max_length=None),
-                train_dataset=Dataset.from_list(_dataset(item)),
-                processing_class=base.tokenizer,
-            ).train()
-        model.unload()
+        with tempfile.TemporaryDirectory() as scratch, sft_trainer(base, item, targets, scratch) as trainer:
+            trainer.train()
 
     return _trained_by(train, base, work)
+
+
+@contextmanager
+def sft_trainer(base: LoadedBase, item: Work, targets: Sequence[str], folder: str) -> Iterator[Any]:
+    """TRL's SFTTrainer, ready to train one trial; afterwards the model is as it was."""
+    from datasets import Dataset  # type: ignore[import-not-found]  # comes with trl
+    from transformers import PrinterCallback
+    from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
+
+    model = _with_peft(base, targets, item.seed)
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            # TRL's own defaults would cut long documents and compute every layer twice; no other arm does.
+            args=SFTConfig(
+                **_arguments(folder, item, base.device.type), max_length=None, activation_checkpointing=False
+            ),
+            train_dataset=Dataset.from_list(_dataset(item)),
+            processing_class=base.tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        yield trainer
+    finally:
+        model.unload()
+        vars(base.model).pop("forward", None)  # TRL wraps it, once more with every trainer
 
 
 def why_no_trl() -> str | None:
@@ -307,6 +324,7 @@ def _arguments(folder: str, item: Work, device: str) -> dict[str, Any]:
         "num_train_epochs": item.epochs,
         "learning_rate": RECIPE.learning_rate,
         "lr_scheduler_type": "linear",
+        "train_sampling_strategy": "sequential",  # the first epoch is the other arms' first epoch
         "max_grad_norm": RECIPE.max_grad_norm,
         "weight_decay": RECIPE.weight_decay,
         "seed": item.seed,

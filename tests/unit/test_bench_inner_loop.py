@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,3 +76,46 @@ def test_the_model_is_left_as_it_was() -> None:
         arm()
         assert [name for name, _ in base.model.named_modules()] == before
     assert matmul_flops("cpu") > 0
+
+
+def test_trl_trains_the_same_documents_at_the_same_rates_as_the_plain_loop(tmp_path: Path) -> None:
+    if reason := arms.why_no_trl():
+        pytest.skip(f"{reason}: the docstring of bench/inner_loop.py says how to install it")
+    base = random_base("minute", "cpu")
+    item, targets = self_edit_workload(1, epochs=2)[0], TARGETS["qv"]
+    plain, theirs, rates = [], [], []
+
+    model = arms._with_peft(base, targets, item.seed)
+    model.register_forward_hook(lambda *called: plain.append(float(called[2].loss.detach())))
+    arms._train_peft(model, item.plan, base.device)
+    model.unload()
+
+    with arms.sft_trainer(base, item, targets, str(tmp_path)) as trainer:
+        loss_of = trainer.compute_loss
+
+        def recorded(*given: Any, **named: Any) -> Any:
+            rates.append(trainer.lr_scheduler.get_last_lr()[0])
+            loss = loss_of(*given, **named)
+            theirs.append(float(loss.detach()))
+            return loss
+
+        trainer.compute_loss = recorded
+        trainer.train()
+
+    documents = len(item.documents)
+    assert len(theirs) == trainer.state.global_step == len(plain) == len(item.plan.steps) == 2 * documents
+    assert rates == pytest.approx(item.plan.learning_rates)
+    # later epochs come in another order
+    assert theirs[:documents] == pytest.approx(plain[:documents], abs=1e-5)
+    assert max(plain[:documents]) - min(plain[:documents]) > 1e-2, "another order would show"
+
+
+def test_trl_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    if reason := arms.why_no_trl():
+        pytest.skip(f"{reason}: the docstring of bench/inner_loop.py says how to install it")
+    base = random_base("minute", "cpu")
+    before, forward = [name for name, _ in base.model.named_modules()], base.model.forward
+    arms.trl_sft(base, self_edit_workload(1, epochs=1), TARGETS["qv"])
+    assert [name for name, _ in base.model.named_modules()] == before
+    assert base.model.forward == forward
+    assert not base.model.is_gradient_checkpointing
