@@ -117,9 +117,13 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _keeps_to_the_recipe(self) -> TrainingConfig:
-        for name, value in RECIPES[self.recipe].items() if self.recipe else ():
-            if (given := getattr(self, name)) != value:
-                raise ValueError(f"the recipe {self.recipe} has {name} = {value!r}, not {given!r}; leave one out")
+        fixed = RECIPES[self.recipe] if self.recipe else {}
+        if other := [name for name, value in fixed.items() if getattr(self, name) != value]:
+            raise ValueError(
+                f"the recipe {self.recipe} has "
+                + ", ".join(f"{name} = {fixed[name]!r} (not {getattr(self, name)!r})" for name in other)
+                + "; leave out these keys or the recipe"
+            )
         return self
 
 

@@ -26,15 +26,22 @@ class MalformedSelfEdit(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a teacher may ask for. Pairs of numbers are bounds, inclusive."""
+    """What a teacher may ask for. Bounds are inclusive."""
 
     learning_rate: tuple[float, float] = (1e-6, 1e-1)
     epochs: tuple[int, int] = (1, 64)
     replay_share: tuple[float, float] = (0.0, 0.9)
     rank: tuple[int, int] = (1, 128)
-    loss_mask: tuple[LossMask, ...] = (LossMask.ALL, LossMask.AFTER_MARKER)
     documents: int = 512
     document_chars: int = 8_192
+
+
+def _mask(raw: str) -> LossMask:
+    """A mask that leaves something to train whatever the documents are. Raises ValueError."""
+    mask = LossMask(raw)
+    if mask is LossMask.OUTPUTS_ONLY:
+        raise ValueError(raw)
+    return mask
 
 
 _KEYS: dict[str, tuple[str, Callable[[str], object]]] = {
@@ -42,7 +49,7 @@ _KEYS: dict[str, tuple[str, Callable[[str], object]]] = {
     "epochs": ("epochs", int),
     "replay": ("replay_share", float),
     "rank": ("rank", int),
-    "loss": ("loss_mask", LossMask),
+    "loss": ("loss_mask", _mask),
 }
 _DIRECTIVE = re.compile(r"^\s*directive\s*:(.*)$", re.IGNORECASE)
 
@@ -88,10 +95,7 @@ def _parse_directive(text: str, limits: Limits) -> Directive:
             value = read(raw)
         except ValueError:
             raise MalformedSelfEdit(f"directive: {key}={raw} has no valid value") from None
-        if isinstance(value, LossMask):
-            if value not in limits.loss_mask:
-                raise MalformedSelfEdit(f"directive: {key}={raw} is not one of {', '.join(limits.loss_mask)}")
-        elif isinstance(value, int | float):
+        if isinstance(value, int | float) and not isinstance(value, LossMask):
             low, high = getattr(limits, name)
             if not low <= value <= high:
                 raise MalformedSelfEdit(f"directive: {key}={raw} is outside {low}..{high}")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from preceptor.config import RunConfig, load_config, parse_config_json
 from preceptor.errors import PreceptorError
+from preceptor.recipes import SEAL_COMPAT
 
 GOOD = """\
 name = "mine"
@@ -143,6 +144,46 @@ def test_any_override_gives_a_config_or_a_clear_error(text: str) -> None:
         for override in (text, f"seed={text}", f"rounds.{text}=1", f"name={text}"):
             with suppress(PreceptorError):  # anything else fails the test
                 load_config(path, [override])
+
+
+def test_a_recipe_sets_every_key_and_a_key_beside_it_must_agree(tmp_path: Path) -> None:
+    path = write(tmp_path, 'name = "mine"\n[tasks]\nworld = "almanac"\n[training]\nrecipe = "seal-compat"\n')
+    training = load_config(path).training
+    assert {name: getattr(training, name) for name in SEAL_COMPAT} == SEAL_COMPAT
+    assert load_config(path, ["training.epochs=10", "training.include_passage=true"]).training.include_passage
+    error = error_of(path, "training.epochs=5", "training.pad_to=0")
+    assert error.metadata["field"] == "training"
+    assert "seal-compat has epochs = 10 (not 5), pad_to = 2048 (not 0)" in error.message
+    for wrong in ("seal", "[1]"):
+        assert (
+            f"training.recipe={wrong}: Input should be 'seal-compat'"
+            in error_of(path, f"training.recipe={wrong}").message
+        )
+
+
+def test_a_recipe_leaves_no_room_for_a_fixed_strategy(tmp_path: Path) -> None:
+    assert "heldout.fixed_strategies" in error_of(write(tmp_path, GOOD), "training.recipe=seal-compat").message
+
+
+def test_a_recipe_survives_the_way_through_json(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, GOOD), ["heldout.fixed_strategies=[]", "training.recipe=seal-compat"])
+    assert parse_config_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.schedule=polynomial",
+        "training.gradient_accumulation=0",
+        "training.max_steps=-1",
+        "training.pad_to=-1",
+        "training.loss_mask=outputs",
+        "training.loss_marker=''",
+        "training.max_grad_norm=0",
+    ],
+)
+def test_a_training_setting_out_of_range_is_named(tmp_path: Path, override: str) -> None:
+    assert override.split("=")[0] in error_of(write(tmp_path, GOOD), override).message
 
 
 def test_json_round_trip_keeps_the_config_and_its_digest(tmp_path: Path) -> None:

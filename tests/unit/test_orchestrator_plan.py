@@ -145,6 +145,32 @@ def test_reference_arms_need_an_edit_in_every_task() -> None:
     assert some.reference_arms == []
 
 
+def test_every_training_setting_of_the_config_is_asked_for() -> None:
+    training = {
+        "schedule": "cosine",
+        "gradient_accumulation": 2,
+        "max_steps": 40,
+        "pad_to": 64,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        "warmup_share": 0.25,
+        "loss_mask": "outputs_only",
+        "loss_marker": "A:",
+    }
+    sent = plan(training=training).round_submission(1, [entry(1, 0)]).request.protocol.training
+    assert sent.loss_mask == types.LOSS_MASK_OUTPUTS_ONLY
+    assert {name: getattr(sent, name) for name in training} == training | {"loss_mask": sent.loss_mask}
+
+
+def test_under_a_recipe_no_directive_reaches_the_evaluator() -> None:
+    written = types.SelfEdit(documents=["a"], directive=types.Directive(rank=4, epochs=2))
+    of_run = plan(training={"recipe": "seal-compat"}, heldout={"fixed_strategies": ()})
+    submission = of_run.round_submission(1, [entry(1, 0, self_edit=written)])
+    assert list(submission.request.self_edits) == [types.SelfEdit(documents=["a"])]
+    assert submission.request.protocol.training.pad_to == 2048
+    assert plan().round_submission(1, [entry(1, 0, self_edit=written)]).request.self_edits[0] == written
+
+
 def test_the_fixed_strategy_replaces_the_whole_directive() -> None:
     written = types.SelfEdit(documents=["a"], directive=types.Directive(rank=4, epochs=2))
     edit = under(FixedStrategy(prompt_format="open", learning_rate=0.01, epochs=9), written)
