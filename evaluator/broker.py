@@ -38,8 +38,9 @@ class Broker(Protocol):
         """How many tasks wait for a worker."""
         ...
 
-    def revoke(self, task_ids: Sequence[str]) -> None:
-        """Asks workers to skip tasks that they have not begun. They may run all the same."""
+    def cancel(self, task_id: str, trial_ids: Sequence[str]) -> None:
+        """Nobody wants these trials of the task any more, whether it is on the queue already, with a worker, or to
+        be submitted. They may be run all the same. Doing it twice is harmless."""
         ...
 
     def workers(self) -> list[WorkerStatus]:
@@ -77,10 +78,10 @@ class RedisBroker:
         with _unreachable():
             return int(self._redis.llen(TRIAL_QUEUE))
 
-    def revoke(self, task_ids: Sequence[str]) -> None:
+    def cancel(self, task_id: str, trial_ids: Sequence[str]) -> None:
         """See Broker."""
         with _unreachable():
-            self._app.control.revoke(list(task_ids))
+            self._leases.cancel(task_id, trial_ids)
 
     def workers(self) -> list[WorkerStatus]:
         """See Broker."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 
 from sqlalchemy import (
+    Boolean,
     Column,
     Connection,
     Float,
@@ -110,6 +111,16 @@ batches = Table(
     Column("tries", Integer, nullable=False),  # submissions spent on this work under the present request
     Column("payload", LargeBinary, nullable=False),  # preceptor.v1.TrialBatch; empty once final
     Index("batches_by_state", "state", "turn"),
+)
+
+# What was cancelled and is not yet told to those who may be at it. A row is deleted when it is.
+cancellations = Table(
+    "cancellations",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("task_id", String(96), nullable=False),  # one attempt at a batch
+    Column("trial_ids", Text, nullable=False),  # JSON
+    Column("whole", Boolean, nullable=False),  # nothing of the batch is wanted any more
 )
 
 owners = Table(

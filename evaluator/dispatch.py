@@ -11,22 +11,23 @@ What is promised:
 * After ``max_attempts`` submissions it FAILS with TRIAL_LOST, or with its own reason where that may pass by itself
   (``TRANSIENT``). Any other reason is final at once. Running out of memory together is tried again in halves.
 * While Redis is away nothing counts as lost, and nothing is.
+* Trials that nobody waits for any more are named to whoever holds their batch, or will: within a beat (2 s) they are
+  left. What an attempt was told to leave it leaves for good, so a trial that is asked for again meanwhile is run by
+  another attempt or another batch, and a result of the old one changes nothing.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from evaluator.batch_store import BatchRecord, BatchStore
+from evaluator.batch_store import BatchRecord, BatchStore, part_of
 from evaluator.broker import Broker
 from evaluator.database import BatchState
 from evaluator.feed import Feed
-from evaluator.identity import batch_id
 from evaluator.scoring import score
 from evaluator.store import EvaluationStore
 from preceptor.errors import PreceptorError
@@ -39,7 +40,8 @@ log = logging.getLogger(__name__)
 
 # Reasons that may be gone at the next try. The others are properties of the work: they would come back.
 TRANSIENT = frozenset(
-    {"MODEL_UNREACHABLE", "TRIAL_OUT_OF_MEMORY", "TRIAL_TIMEOUT", "TRIAL_FAILED", "ARTIFACT_NOT_FOUND"}
+    # CANCELLED: the trial is wanted, so it was another attempt that was told to leave it.
+    {"MODEL_UNREACHABLE", "TRIAL_OUT_OF_MEMORY", "TRIAL_TIMEOUT", "TRIAL_FAILED", "ARTIFACT_NOT_FOUND", "CANCELLED"}
 )
 # Leases are renewed every 2 s; looking more often than once a second shows nothing new.
 LEASE_LOOK_SECONDS = 1.0
@@ -93,7 +95,7 @@ class Dispatcher:
         self._work_may_wait = True  # spares SQL a look in every turn; only ever set by others, cleared before a look
         self._next_look = 0.0
         self._backoff = 0.0
-        self._dropped: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+        self._cancelled_may_wait = True  # likewise
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="dispatch", daemon=True)
         self.trials_done = 0
@@ -115,10 +117,9 @@ class Dispatcher:
         self._work_may_wait = True
         self._wake.set()
 
-    def drop(self, batches: Iterable[tuple[str, int]]) -> None:
-        """These batches (id, attempt) were cancelled."""
-        for dropped in batches:
-            self._dropped.put(dropped)
+    def tell_cancelled(self) -> None:
+        """There may be cancelled trials that a worker is at."""
+        self._cancelled_may_wait = True
         self._wake.set()
 
     def settle(self, evaluation_ids: Sequence[str]) -> None:
@@ -131,7 +132,7 @@ class Dispatcher:
                 pause = self.step()
             except Exception:  # the thread must live: each turn starts from SQL again, so the next one can succeed
                 log.exception("a turn of the dispatcher failed; trying again in %.0f s", MAX_BACKOFF_SECONDS)
-                self._flights, self._work_may_wait = None, True
+                self._flights, self._work_may_wait, self._cancelled_may_wait = None, True, True
                 pause = MAX_BACKOFF_SECONDS
             self._wake.wait(pause)
             self._wake.clear()
@@ -140,7 +141,7 @@ class Dispatcher:
         """One turn: results, leases, submissions. Returns how long to pause."""
         flights = self._recover() if self._flights is None else self._flights
         try:
-            self._drop_cancelled(flights)
+            self._tell_cancelled(flights)
             self._take_results(flights)
             if self._clock() >= self._next_look:
                 self._look_at_leases(flights)
@@ -163,7 +164,7 @@ class Dispatcher:
         return self._flights
 
     def _broker_away(self, error: PreceptorError, flights: dict[str, _Flight]) -> float:
-        self._work_may_wait = True  # a submission may have failed
+        self._work_may_wait = self._cancelled_may_wait = True  # what was to be sent may not have been
         if not self._backoff:
             log.warning("%s; waiting for it (%d batches under way)", error, len(flights))
         self._backoff = min(max(self._backoff * 2, FIRST_BACKOFF_SECONDS), MAX_BACKOFF_SECONDS)
@@ -171,16 +172,19 @@ class Dispatcher:
             flight.last_sign = self._clock() + self._backoff
         return self._backoff
 
-    def _drop_cancelled(self, flights: dict[str, _Flight]) -> None:
-        while True:
-            try:
-                batch, attempt = self._dropped.get_nowait()
-            except queue.Empty:
-                return
-            flight = flights.get(batch)
-            if flight is not None and flight.record.attempt == attempt:
+    def _tell_cancelled(self, flights: dict[str, _Flight]) -> None:
+        if not self._cancelled_may_wait:
+            return
+        self._cancelled_may_wait = False
+        told = self._batches.cancellations()
+        for cancellation in told:
+            self._broker.cancel(cancellation.task_id, cancellation.trial_ids)
+            batch, attempt = split_task_id(cancellation.task_id)
+            # A later attempt is somebody's who asked for the same again.
+            if cancellation.whole and batch in flights and flights[batch].record.attempt == attempt:
                 del flights[batch]
-                self._broker.revoke(flight.task_ids)
+        if told:
+            self._batches.told(told[-1].seq)
 
     def _take_results(self, flights: dict[str, _Flight]) -> None:
         task_ids = [task_id for flight in flights.values() for task_id in flight.task_ids]
@@ -192,7 +196,7 @@ class Dispatcher:
     def _take(self, flights: dict[str, _Flight], flight: _Flight, attempt: int, result: trial.TrialBatchResult) -> None:
         record = flight.record
         self.peak_memory_bytes = max(self.peak_memory_bytes, result.peak_memory_bytes)
-        payload = self._batches.payload(record.id)
+        payload = self._batches.wanted(record.id)
         if payload is None:  # cancelled meanwhile
             del flights[record.id]
             return
@@ -213,16 +217,16 @@ class Dispatcher:
             )
         memory = any(item.failure.reason == "TRIAL_OUT_OF_MEMORY" for item in outcomes)
         halves = 2 if memory and len(again) > 1 else 1
-        if len(again) == len(outcomes) and halves == 1:
+        if again and len(again) == len(outcomes) and halves == 1:
             self._batches.try_again(record.id, record.attempt, discard=True)
             self._work_may_wait = True
             return
         final = [item for item in outcomes if item.trial_id not in again]
         successors = [part_of(payload, part) for part in _split(again, halves)]
         self._work_may_wait = self._work_may_wait or bool(successors)
-        if self._batches.record(record.id, final, successors, record.tries):
-            self.trials_done += len(final)
-            self._score(self._evaluations.ready(trial_ids=[item.trial_id for item in final]))
+        recorded = self._batches.record(record.id, attempt, final, successors, record.tries)
+        self.trials_done += len(recorded)
+        self._score(self._evaluations.ready(trial_ids=recorded))
 
     def _look_at_leases(self, flights: dict[str, _Flight]) -> None:
         if not flights:
@@ -257,11 +261,10 @@ class Dispatcher:
             self._work_may_wait = True
             return
         log.error("batch %s: %s; given up after %d attempts", record.id, why, record.tries)
-        if (payload := self._batches.payload(record.id)) is not None:
+        if (payload := self._batches.wanted(record.id)) is not None:
             lost = types.Failure(reason="TRIAL_LOST", message=f"batch {record.id}: {why}", attempts=record.tries)
             results = [trial.TrialResult(trial_id=item.id, failure=lost) for item in payload.trials]
-            if self._batches.record(record.id, results):
-                self._score(self._evaluations.ready(trial_ids=[item.trial_id for item in results]))
+            self._score(self._evaluations.ready(trial_ids=self._batches.record(record.id, record.attempt, results)))
 
     def _submit_waiting(self, flights: dict[str, _Flight]) -> None:
         room = self._limits.in_flight - len(flights)
@@ -271,13 +274,15 @@ class Dispatcher:
         waiting = self._batches.waiting(room)
         if len(waiting) == room:
             self._work_may_wait = True
-        for record, payload in waiting:
-            self._broker.submit(payload, record.attempt)
+        for batch in waiting:
+            record = batch.record
+            if batch.unwanted:  # first, so that its worker knows from the first beat
+                self._broker.cancel(celery_task_id(record.id, record.attempt), batch.unwanted)
+            self._broker.submit(batch.payload, record.attempt)
+            # Where it is not marked it was cancelled between the look and now; its worker will be told.
             if self._batches.mark_submitted(record.id, record.attempt):
                 submitted = replace(record, state=BatchState.SUBMITTED, tries=record.tries + 1)
                 flights[record.id] = _Flight(submitted, self._clock())
-            else:  # cancelled between the look and now
-                self._broker.revoke([celery_task_id(record.id, record.attempt)])
 
     def _score(self, evaluation_ids: Sequence[str]) -> None:
         for start in range(0, len(evaluation_ids), SCORED_AT_ONCE):
@@ -306,17 +311,6 @@ def outcomes_of(payload: trial.TrialBatch, result: trial.TrialBatchResult, tries
             outcome.failure.attempts = max(tries, 1)
         outcomes.append(outcome)
     return outcomes
-
-
-def part_of(payload: trial.TrialBatch, trial_ids: Sequence[str]) -> trial.TrialBatch:
-    """The batch of some of a batch's trials, in its order."""
-    wanted = set(trial_ids)
-    part = trial.TrialBatch()
-    part.CopyFrom(payload)
-    del part.trials[:]
-    part.trials.extend(item for item in payload.trials if item.id in wanted)
-    part.id = batch_id(item.id for item in part.trials)
-    return part
 
 
 def _split(items: Sequence[str], parts: int) -> list[Sequence[str]]:

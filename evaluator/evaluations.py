@@ -110,10 +110,10 @@ class Evaluations:
         """Ends what an owner waits for and nobody else does; how many. Raises PreceptorError(INVALID_REQUEST)."""
         check_name("request_id", message.request_id)
         check_name("owner", message.owner)
-        number, cancelled = self._store.cancel(Request(message.request_id, _body_sha256(message), message.owner))
-        self._dispatcher.drop(cancelled.batches)
-        if cancelled.evaluation_ids:
-            self._feed.publish(self._store.get(cancelled.evaluation_ids))
+        number, ended = self._store.cancel(Request(message.request_id, _body_sha256(message), message.owner))
+        if ended:
+            self._dispatcher.tell_cancelled()
+            self._feed.publish(self._store.get(ended))
         return number
 
     def grade(self, message: pb.GradeAnswersRequest) -> tuple[list[bool], str]:

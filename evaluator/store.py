@@ -62,14 +62,6 @@ class Sitting:
     baseline: trial.TrialResult
 
 
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """What a cancellation ended."""
-
-    evaluation_ids: tuple[str, ...]
-    batches: tuple[tuple[str, int], ...]  # id and last attempt of those that need not run any more
-
-
 class EvaluationStore:
     """Every method is one transaction. ``clock`` gives unix seconds."""
 
@@ -204,14 +196,14 @@ class EvaluationStore:
             _set_time(evaluation.finish_time, now)
         return changed
 
-    def cancel(self, request: Request) -> tuple[int, Cancelled]:
-        """Ends the live evaluations of an owner that nobody else waits for; how many, and what that ended now.
+    def cancel(self, request: Request) -> tuple[int, list[str]]:
+        """Ends the live evaluations of an owner that nobody else waits for; how many, and which ended now.
 
         A repeated request answers with the first number and ends nothing. Raises PreceptorError(REQUEST_ID_REUSED).
         """
         with self._database.write() as tx:
             if (reply := _earlier_reply(tx, request)) is not None:
-                return int(json.loads(reply)), Cancelled((), ())
+                return int(json.loads(reply)), []
             mine = (
                 select(owners.c.evaluation_id)
                 .join(evaluations, evaluations.c.id == owners.c.evaluation_id)
@@ -232,9 +224,9 @@ class EvaluationStore:
                 .where(evaluations.c.id.in_(ended))
                 .values(state=State.CANCELLED, finished=self._clock())
             )
-            dropped = drop_unwanted(tx, ended)
+            drop_unwanted(tx, ended)
             _keep_reply(tx, request, len(ended))
-            return len(ended), Cancelled(tuple(ended), tuple(dropped))
+            return len(ended), ended
 
     def _put_batches(
         self, tx: Connection, plan: Plan, to_start: Sequence[PlannedEvaluation], batch_trials: int

@@ -1,12 +1,16 @@
-"""Who is alive and who works on what: short-lived keys in Redis.
+"""Who is alive, who works on what, and what of it nobody wants any more: short-lived keys in Redis.
 
 A worker announces itself and the task it holds every ``BEAT_SECONDS``; a key that is not renewed is gone after
 ``LEASE_SECONDS``. The evaluator gives a task to another worker when its lease was seen and is gone without a result.
+
+The answer to a beat is the trials of the task that were cancelled. A task id stands for one attempt, and what was
+cancelled of an attempt stays cancelled: who wants the trial again gets it from another attempt or another batch.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import redis
@@ -14,8 +18,11 @@ import redis
 BEAT_SECONDS = 2.0
 # Three missed beats and a bit: a paused machine is not a dead one, and a kill is noticed well within 15 s.
 LEASE_SECONDS = 8
+# A cancelled task is forgotten by the queue after the same time (preceptor.queue, result_expires).
+CANCELLED_SECONDS = 24 * 3600
 
 _LEASE = "preceptor:lease:"
+_CANCELLED = "preceptor:cancelled:"
 _WORKER = "preceptor:worker:"
 
 
@@ -39,12 +46,22 @@ class LeaseBoard:
             broker_url, socket_timeout=5, socket_connect_timeout=5, decode_responses=True
         )
 
-    def beat(self, status: WorkerStatus) -> None:
-        """Renews the worker's presence and the lease on its task."""
+    def beat(self, status: WorkerStatus) -> frozenset[str]:
+        """Renews the worker's presence and the lease on its task; returns the ids of the task's cancelled trials."""
         pipe = self._redis.pipeline()
         pipe.set(_WORKER + status.name, json.dumps(asdict(status)), ex=LEASE_SECONDS)
-        if status.task_id:
-            pipe.set(_LEASE + status.task_id, status.name, ex=LEASE_SECONDS)
+        if not status.task_id:
+            pipe.execute()
+            return frozenset()
+        pipe.set(_LEASE + status.task_id, status.name, ex=LEASE_SECONDS)
+        pipe.smembers(_CANCELLED + status.task_id)
+        return frozenset(pipe.execute()[-1])
+
+    def cancel(self, task_id: str, trial_ids: Sequence[str]) -> None:
+        """Nobody wants these trials of the task any more; whoever holds it hears of it with its next beat."""
+        pipe = self._redis.pipeline()
+        pipe.sadd(_CANCELLED + task_id, *trial_ids)
+        pipe.expire(_CANCELLED + task_id, CANCELLED_SECONDS)
         pipe.execute()
 
     def release(self, task_id: str) -> None:

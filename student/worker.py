@@ -9,6 +9,7 @@ Promises
   again.
 - SIGTERM ends the worker within a training step; its batch goes back to the queue. SIGKILL is noticed by the evaluator
   when the lease is not renewed.
+- Trials that were cancelled are left at the first step after the next beat; a batch of which nothing is left ends.
 - A batch that fails is a result that says so; the worker lives on.
 """
 
@@ -21,6 +22,7 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import redis
@@ -53,6 +55,15 @@ if TYPE_CHECKING:  # torch comes after the settings are known to be right
 log = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class _Held:
+    """The task that the worker holds; a beat of the one before cannot reach it."""
+
+    task_id: str
+    steps: int = 0
+    cancelled: frozenset[str] = frozenset()  # trials that nobody wants any more
+
+
 class TrialWorker:
     """The queue's side of a worker: leases, repeated deliveries, giving up."""
 
@@ -63,8 +74,7 @@ class TrialWorker:
         self._leases = LeaseBoard(broker_url)
         self._deployments = DeploymentBoard(broker_url)
         self._name = name
-        self._task_id = ""
-        self._steps = 0
+        self._held: _Held | None = None
         self._trials = 0
         self._beat_now = threading.Event()
         self.giving_up = threading.Event()
@@ -83,7 +93,7 @@ class TrialWorker:
         if (known := self._known_result(batch_id, attempt)) is not None:
             log.info("batch %s was done already", batch_id)
             return to_payload(known)
-        self._steps, self._task_id = 0, task_id
+        held = self._held = _Held(task_id)
         self._beat()
         try:
             batch = batch_from_payload(payload)
@@ -92,9 +102,12 @@ class TrialWorker:
             return to_payload(edge.failed(batch_id, unreadable, self._name, attempt))
         from student.worker_job import GivenUp
 
+        def on_step(step: int) -> None:
+            held.steps = step
+
         started = time.monotonic()
         try:
-            result = self._job.run(batch, attempt, self._on_step, self.giving_up)
+            result = self._job.run(batch, attempt, on_step, self.giving_up, lambda: held.cancelled)
         except GivenUp:
             log.info("batch %s goes back to the queue: the worker is to end", batch_id)
             raise Reject("the worker is to end", requeue=True) from None
@@ -104,12 +117,12 @@ class TrialWorker:
 
     def finished(self, **_: Any) -> None:
         """The result is stored (or the batch is back on the queue): only now the lease may go."""
-        task_id, self._task_id = self._task_id, ""
-        if task_id:
+        held, self._held = self._held, None
+        if held is not None:
             try:
-                self._leases.release(task_id)
+                self._leases.release(held.task_id)
             except redis.RedisError as error:
-                log.warning("lease of %s runs out by itself: %s", task_id, error)
+                log.warning("lease of %s runs out by itself: %s", held.task_id, error)
         self._beat_now.set()
 
     def _known_result(self, batch_id: str, attempt: int) -> wire.TrialBatchResult | None:
@@ -123,22 +136,24 @@ class TrialWorker:
             log.warning("cannot ask whether %s was done: %s", batch_id, error)
         return None
 
-    def _on_step(self, step: int) -> None:
-        self._steps = step
-
     def _beat(self) -> None:
+        held = self._held
         status = WorkerStatus(
             name=self._name,
             students=self._cache.commits(),
-            task_id=self._task_id,
-            steps_done=self._steps,
+            task_id=held.task_id if held else "",
+            steps_done=held.steps if held else 0,
             trials_done=self._trials,
             peak_memory_bytes=_peak_memory_bytes(),
         )
         try:
-            self._leases.beat(status)
+            cancelled = self._leases.beat(status)
         except redis.RedisError as error:  # Celery reconnects by itself; so does the next beat
             log.warning("no heartbeat: %s", error)
+            return
+        if held is not None and cancelled - held.cancelled:
+            log.info("%s: %d trials are cancelled", held.task_id, len(cancelled))
+            held.cancelled |= cancelled  # a Redis that forgets does not bring them back
 
     def _beat_for_ever(self) -> None:
         while True:

@@ -1,8 +1,9 @@
 """One trial batch on a worker: from the message to the result, with nothing of the queue in it.
 
 Promises: a result is always returned. What goes wrong for one trial is in that trial's result, what goes wrong for all
-is the batch's failure under a reason of the catalogue; neither is ever an answer. The exception is ``GivenUp``, which
-means that the batch is to be done by somebody else.
+is the batch's failure under a reason of the catalogue; neither is ever an answer. A cancelled trial is left at the next
+step, and a batch of cancelled trials ends there; both say CANCELLED. The exception is ``GivenUp``, which means that the
+batch is to be done by somebody else.
 """
 
 from __future__ import annotations
@@ -38,22 +39,37 @@ class TrialJob:
         self.exclusive = threading.Lock()
 
     def run(
-        self, batch: wire.TrialBatch, attempt: int, on_step: Callable[[int], None], giving_up: threading.Event
+        self,
+        batch: wire.TrialBatch,
+        attempt: int,
+        on_step: Callable[[int], None],
+        giving_up: threading.Event,
+        cancelled: Callable[[], frozenset[str]] = frozenset,
     ) -> wire.TrialBatchResult:
-        """The result of the batch. Raises GivenUp soon after ``giving_up`` is set."""
+        """The result of the batch. Raises GivenUp soon after ``giving_up`` is set.
+
+        ``cancelled`` is asked at every step for the ids of trials that nobody wants any more; it must not wait.
+        """
         started = time.monotonic()
         end = started + self._batch_seconds
+        trial_ids = frozenset(trial.id for trial in batch.trials)
 
-        def step(number: int) -> None:
+        def check(number: int) -> None:
             if giving_up.is_set():
                 raise GivenUp
+            if trial_ids and trial_ids <= cancelled():
+                raise _Stopped("CANCELLED", f"nobody waits for the batch any more (step {number})")
             if time.monotonic() > end:
-                message = f"after {self._batch_seconds:.0f} s, in step {number}"
-                raise _TimedOut(message)
+                message = f"the batch was stopped after {self._batch_seconds:.0f} s, in step {number}"
+                raise _Stopped("TRIAL_TIMEOUT", message)
+
+        def step(number: int) -> None:
+            check(number)
             on_step(number)
 
         with self.exclusive:
             try:
+                check(0)
                 base = self._cache.get(batch.student)
                 loaded = time.monotonic()
                 trials, questions = payload.trials_of(batch)
@@ -68,12 +84,12 @@ class TrialJob:
                 )
             except GivenUp:
                 raise
+            except _Stopped as stop:
+                log.info("batch %s ends: %s", batch.id, stop)
+                return payload.failed(batch.id, PreceptorError(*stop.args), self._worker, attempt)
             except PreceptorError as error:
                 log.warning("batch %s failed: %s", batch.id, error)
                 return payload.failed(batch.id, error, self._worker, attempt)
-            except _TimedOut as error:
-                timeout = PreceptorError("TRIAL_TIMEOUT", f"the batch was stopped {error}")
-                return payload.failed(batch.id, timeout, self._worker, attempt)
             except Exception as error:  # whatever it is: it is reported as this batch's failure and the worker lives on
                 log.exception("batch %s failed", batch.id)
                 unexpected = PreceptorError("TRIAL_FAILED", f"{type(error).__name__}: {error}"[:500])
@@ -84,8 +100,8 @@ class TrialJob:
         return result
 
 
-class _TimedOut(Exception):
-    """The batch's time is over."""
+class _Stopped(Exception):
+    """The batch ends here, with (reason, message) as its result; no PreceptorError, which would fail single trials."""
 
 
 def peak_memory_bytes() -> int:

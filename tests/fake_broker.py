@@ -8,7 +8,10 @@ from preceptor.errors import PreceptorError
 from preceptor.leases import WorkerStatus
 from preceptor.queue import celery_task_id
 from preceptor.v1 import trial_pb2 as trial
+from preceptor.v1 import types_pb2 as types
 from tests.scripted_trials import answer_batch
+
+CANCELLED = types.Failure(reason="CANCELLED", message="nobody wants it any more")
 
 
 class FakeBroker:
@@ -20,7 +23,8 @@ class FakeBroker:
         self.leased: set[str] = set()
         self.done: dict[str, trial.TrialBatchResult] = {}
         self.submitted: list[str] = []
-        self.revoked: list[str] = []
+        self.batches: list[trial.TrialBatch] = []  # of those
+        self.cancelled: dict[str, set[str]] = {}  # trials by task
         self.trained: list[str] = []  # trial ids, once for each training
         self.down = False
 
@@ -29,6 +33,7 @@ class FakeBroker:
         task_id = celery_task_id(batch.id, attempt)
         self.waiting[task_id] = batch
         self.submitted.append(task_id)
+        self.batches.append(batch)
 
     def results(self, task_ids: Sequence[str]) -> dict[str, trial.TrialBatchResult]:
         self._answer()
@@ -42,11 +47,9 @@ class FakeBroker:
         self._answer()
         return len(self.waiting)
 
-    def revoke(self, task_ids: Sequence[str]) -> None:
+    def cancel(self, task_id: str, trial_ids: Sequence[str]) -> None:
         self._answer()
-        self.revoked.extend(task_ids)
-        for task_id in task_ids:
-            self.waiting.pop(task_id, None)
+        self.cancelled.setdefault(task_id, set()).update(trial_ids)
 
     def workers(self) -> list[WorkerStatus]:
         self._answer()
@@ -61,10 +64,15 @@ class FakeBroker:
         return tasks
 
     def finish(self, rule: Callable[[trial.TrialBatch], trial.TrialBatchResult] = answer_batch) -> None:
-        """The worker answers what it has taken."""
+        """The worker answers what it has taken, but for what it was told to leave."""
         for task_id, batch in self.taken.items():
-            self.done[task_id] = rule(batch)
-            self.trained.extend(item.id for item in batch.trials)
+            left = self.cancelled.get(task_id, set())
+            result = rule(batch)
+            for item in result.results:
+                if item.trial_id in left:
+                    item.CopyFrom(trial.TrialResult(trial_id=item.trial_id, failure=CANCELLED))
+            self.done[task_id] = result
+            self.trained.extend(item.id for item in batch.trials if item.id not in left)
         self.die()
 
     def die(self) -> None:
@@ -79,7 +87,7 @@ class FakeBroker:
 
     def flush(self) -> None:
         """Redis loses its data."""
-        self.waiting, self.done, self.leased = {}, {}, set()
+        self.waiting, self.done, self.leased, self.cancelled = {}, {}, set(), {}
 
     def _answer(self) -> None:
         if self.down:

@@ -184,7 +184,7 @@ def test_cancelling_reaches_the_watchers(bench: Bench) -> None:
     request = pb.CancelEvaluationsRequest(request_id="c", owner="run-1")
     threading.Timer(0.2, lambda: call(bench.stub.CancelEvaluations, request)).start()
     assert [item.state for item in bench.watch([made[0].id])] == [pb.EVALUATION_STATE_CANCELLED]
-    bench.wait_until(lambda: bench.broker.revoked)
+    bench.wait_until(lambda: bench.broker.cancelled)
 
 
 def test_pages_go_through_all_evaluations_once(bench: Bench) -> None:

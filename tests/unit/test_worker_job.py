@@ -1,0 +1,81 @@
+"""A batch on a worker without the queue: when it ends early, and what its result then says."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from preceptor.artifacts import folder_sha256
+from preceptor.v1 import trial_pb2 as wire
+from preceptor.v1 import types_pb2 as types
+from student.base_cache import BaseCache
+from student.worker_job import GivenUp, TrialJob
+from tests.unit.tiny_students import save_student
+
+FACTS = ("Ada is in Rome.", "Tom is a smith.")
+
+
+@pytest.fixture(scope="module")
+def pinned(tmp_path_factory: pytest.TempPathFactory) -> types.PinnedStudent:
+    folder = save_student(tmp_path_factory.mktemp("student"))
+    return types.PinnedStudent(name="tiny", source=str(folder), commit=folder_sha256(folder))
+
+
+class Bench:
+    """A job, and what happens while it runs."""
+
+    def __init__(self, seconds: float = 60.0) -> None:
+        self.job = TrialJob(BaseCache(1, "cpu"), "here", seconds)
+        self.cancelled: frozenset[str] = frozenset()
+        self.giving_up = threading.Event()
+        self.cancel_at: dict[int, str] = {}  # a trial by the step during which it is cancelled
+        self.steps: list[int] = []
+
+    def on_step(self, step: int) -> None:
+        self.steps.append(step)
+        if step in self.cancel_at:
+            self.cancelled |= {self.cancel_at.pop(step)}
+
+    def run(self, batch: wire.TrialBatch) -> wire.TrialBatchResult:
+        return self.job.run(batch, 1, self.on_step, self.giving_up, lambda: self.cancelled)
+
+
+def batch_of(pinned: types.PinnedStudent, **epochs: int) -> wire.TrialBatch:
+    """One trial of two documents for each name, at one document a step."""
+    questions = wire.QuestionSet(questions=[types.Question(text="Where is Ada?", answer="Rome")])
+    trials = [
+        wire.Trial(id=name, documents=FACTS, settings=wire.TrainingSettings(epochs=count, batch_size=1), seed=7)
+        for name, count in epochs.items()
+    ]
+    return wire.TrialBatch(id="batch", student=pinned, trials=trials, question_sets=[questions], protocol_version=1)
+
+
+def test_a_batch_that_is_cancelled_before_it_begins_does_not_even_load_its_student() -> None:
+    bench = Bench()
+    bench.cancelled = frozenset({"a", "b", "of another batch"})
+    nowhere = types.PinnedStudent(name="gone", source="/nowhere", commit="0" * 64)
+    result = bench.run(batch_of(nowhere, a=2, b=2))
+    assert (result.failure.reason, len(result.results), bench.steps) == ("CANCELLED", 0, [])
+
+
+def test_a_batch_ends_within_a_step_of_its_last_trial_s_cancel(pinned: types.PinnedStudent) -> None:
+    bench = Bench()
+    bench.cancel_at = {2: "a", 5: "b"}
+    result = bench.run(batch_of(pinned, a=500, b=500))
+    assert result.failure.reason == "CANCELLED"
+    assert not result.results
+    assert bench.steps[-1] == 5
+
+
+def test_a_batch_whose_time_is_over_ends_within_a_step(pinned: types.PinnedStudent) -> None:
+    result = Bench(seconds=0.5).run(batch_of(pinned, a=1000))
+    assert result.failure.reason == "TRIAL_TIMEOUT"
+
+
+def test_a_worker_that_is_to_end_gives_the_batch_up(pinned: types.PinnedStudent) -> None:
+    bench = Bench()
+    bench.giving_up.set()
+    with pytest.raises(GivenUp):
+        bench.run(batch_of(pinned, a=2))
+    assert not bench.steps
