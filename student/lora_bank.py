@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 from preceptor.errors import PreceptorError
 
 # grouped_mm wants rows that begin at multiples of 16 bytes: 8 values in bfloat16, 4 in float32.
-_ALIGNED_BYTES, ALIGNED_VALUES = 16, 8
+_ALIGNED_BYTES, _ALIGNED_VALUES = 16, 8
 # Layers of a block that read the same input, in transformers' order.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -115,10 +115,9 @@ class LoraBank:
         self._model = model
         self.ranks = tuple(ranks)
         self.alphas = tuple(alphas)
-        self._r = -(-max(self.ranks) // ALIGNED_VALUES) * ALIGNED_VALUES
-        self.groups, size = _lay_out(_targets(model, target_modules), self._r)
+        self._r = _aligned(max(self.ranks))
+        self.groups, size = _lay_out(_targets(model, target_modules, max(self.ranks)), self._r)
         self._sites = [(group, site) for group in self.groups for site in group.sites]
-        self._check_ranks()
         self._banked = [BankedLinear(site.linear) for _, site in self._sites]
         device = self._sites[0][1].linear.weight.device
         self.scales_K = torch.tensor([a / r for a, r in zip(alphas, ranks, strict=True)], device=device)
@@ -126,13 +125,6 @@ class LoraBank:
         for adapter, (rank, seed) in enumerate(zip(ranks, seeds, strict=True)):
             self._initialise(adapter, rank, seed)
         self.values_KP = self.values_KP.to(device)
-
-    def _check_ranks(self) -> None:
-        for _, site in self._sites:
-            width = min(site.linear.in_features, site.linear.out_features)
-            if max(self.ranks) > width:
-                message = f"rank {max(self.ranks)} is above the width of {site.name}, which is {width}"
-                raise PreceptorError("RANK_TOO_LARGE", message, field="rank")
 
     def _initialise(self, adapter: int, rank: int, seed: int) -> None:
         # Drawn on the CPU, so that a seed means the same adapter on every device.
@@ -222,7 +214,16 @@ class LoraBank:
         return group.a_of(values_SP)[:, :, site.column : site.column + self._r]
 
 
-def _targets(model: PreTrainedModel, target_modules: Sequence[str]) -> list[tuple[str, nn.Linear]]:
+def adapter_values(model: PreTrainedModel, target_modules: Sequence[str], rank: int) -> int:
+    """How many numbers an adapter of this rank is. Raises as ``LoraBank`` does."""
+    return _lay_out(_targets(model, target_modules, rank), _aligned(rank))[1]
+
+
+def _aligned(rank: int) -> int:
+    return -(-rank // _ALIGNED_VALUES) * _ALIGNED_VALUES
+
+
+def _targets(model: PreTrainedModel, target_modules: Sequence[str], rank: int) -> list[tuple[str, nn.Linear]]:
     """The linear layers that the targets name, in the model's order."""
     found: list[tuple[str, nn.Linear]] = []
     unmatched = set(target_modules)
@@ -247,6 +248,9 @@ def _targets(model: PreTrainedModel, target_modules: Sequence[str]) -> list[tupl
         if any(width * size % _ALIGNED_BYTES for width in (module.in_features, module.out_features)):
             widths = f"{module.in_features} x {module.out_features}"
             raise _not_adaptable(name, f"is {widths}, no multiples of {_ALIGNED_BYTES // size}")
+        if rank > (width := min(module.in_features, module.out_features)):
+            message = f"rank {rank} is above the width of {name}, which is {width}"
+            raise PreceptorError("RANK_TOO_LARGE", message, field="rank")
         unmatched -= matched
         found.append((name, module))
     if unmatched or not found:

@@ -330,6 +330,7 @@ class _Kept:
     normed_middle: Tensor
     low_gate_up: Tensor | None
     gate_up: Tensor
+    opened: Tensor
     active: Tensor
     low_down: Tensor | None
 
@@ -385,12 +386,13 @@ class _Block:
         normed_middle, scale_middle = self._norm_middle.forward(x_middle)
         gate_up, low_gate_up = self._gate_up.forward(normed_middle, run)
         gate, up = gate_up.chunk(2, 1)
-        active = _activate(self._activation, gate).mul_(up)
+        opened = _activate(self._activation, gate)
+        active = opened * up
         y, low_down = self._down.forward(active, run)
         y.add_(x_middle)
         kept = _Kept(
             x, scale, normed, low_qkv, before, heads_scale, attention, mixed, low_o, x_middle, scale_middle,
-            normed_middle, low_gate_up, gate_up, active, low_down,
+            normed_middle, low_gate_up, gate_up, opened, active, low_down,
         )  # fmt: skip
         return y, kept
 
@@ -404,7 +406,7 @@ class _Block:
         gate, up = kept.gate_up.chunk(2, 1)
         gate_up = torch.empty_like(kept.gate_up)
         gate_gradient, up_gradient = gate_up.chunk(2, 1)
-        torch.mul(active, _activate(self._activation, gate), out=up_gradient)
+        torch.mul(active, kept.opened, out=up_gradient)
         gate_gradient.copy_(_activate_backward(self._activation, active.mul_(up), gate))
         normed = through(self._gate_up, gate_up, kept.normed_middle, kept.low_gate_up)
         gradient = self._norm_middle.backward(normed, kept.x_middle, kept.scale_middle).add_(gradient)

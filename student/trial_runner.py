@@ -7,8 +7,9 @@ batch on the same machine gives the same bits.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,10 +18,13 @@ from preceptor.errors import PreceptorError
 from preceptor.tasks import Question
 from student.answering import Prompt, answer, encode_questions
 from student.base import Encoded, LoadedBase
-from student.lora_bank import LoraBank
+from student.lora_bank import LoraBank, adapter_values
+from student.memory import free_bytes, plan_memory
 from student.plan import TrainingPlan, lesson, make_plan
-from student.trainer import TrainingResult, train_bank
+from student.trainer import StepLimits, TrainingResult, train_bank
 from student.trial import DEFAULT_ANSWERING, AnsweringSettings, Trial, TrialOutcome
+
+log = logging.getLogger(__name__)
 
 
 def run_trials(
@@ -32,16 +36,19 @@ def run_trials(
     replay_documents: Sequence[str] = (),
     answering: AnsweringSettings = DEFAULT_ANSWERING,
     on_step: Callable[[int], None] | None = None,
+    cancelled: Callable[[], Collection[str]] = tuple,
 ) -> list[TrialOutcome]:
     """Trains and examines ``trials``; ``questions[k]`` are those of trial k, ``probes`` are asked of every trial.
 
     ``on_step`` is called after each training step and after each chunk of answers with the number of steps so far; an
-    exception from it stops the batch and passes through, which is how a worker gives a batch up.
+    exception from it stops the batch and passes through, which is how a worker gives a batch up. ``cancelled`` is
+    asked before each step for the ids of trials that nobody wants any more: their adapters leave, and they end as
+    CANCELLED.
     Raises PreceptorError(SEQUENCE_TOO_LONG) for a probe that the student's context cannot hold.
     """
     if len({trial.trial_id for trial in trials}) < len(trials):
         raise ValueError("two trials of a batch have the same id")
-    batch = _Batch(base, answering, encode_questions(base, probes, answering), on_step)
+    batch = _Batch(base, answering, encode_questions(base, probes, answering), on_step, cancelled)
     replay = list(zip(replay_documents, base.encode(replay_documents), strict=True))
     members: list[_Member] = []
     for trial, asked in zip(trials, questions, strict=True):
@@ -57,6 +64,7 @@ def run_trials(
 
 def _plan(base: LoadedBase, trial: Trial, replay: Sequence[tuple[str, Encoded]]) -> TrainingPlan:
     settings = trial.settings
+    adapter_values(base.model, settings.target_modules, settings.rank)  # raises if the student cannot carry it
     own = list(zip(trial.documents, base.encode(trial.documents), strict=True))
     old = replay if settings.replay_share > 0 and own else ()
     lessons, replayed = (
@@ -83,19 +91,32 @@ class _Batch:
     answering: AnsweringSettings
     probes: list[Prompt]
     on_step: Callable[[int], None] | None
+    cancelled: Callable[[], Collection[str]]
     outcomes: dict[str, TrialOutcome] = field(default_factory=dict)
 
     def fail(self, trial: Trial, error: PreceptorError) -> None:
         self.outcomes[trial.trial_id] = TrialOutcome(trial.trial_id, failure=(error.reason, error.message))
 
     def run(self, members: Sequence[_Member]) -> None:
-        """Runs the members in one bank, or in halves where memory does not suffice."""
+        """Runs the members in as few banks as memory allows."""
+        settings = [member.trial.settings for member in members]
+        values = adapter_values(self.base.model, settings[0].target_modules, max(one.rank for one in settings))
         try:
-            self._run_together(members)
-            return
+            memory = plan_memory(self.base, values, [member.plan for member in members], free_bytes(self.base.device))
         except PreceptorError as error:
-            for member in members:
-                self.fail(member.trial, error)
+            if len(members) > 1:  # perhaps only one of them is too large
+                self._run_halves(members)
+            else:
+                self.fail(members[0].trial, error)
+            return
+        if memory.bank < len(members):
+            log.warning("memory holds %d adapters at a time, not %d", memory.bank, len(members))
+        for start in range(0, len(members), memory.bank):
+            self._run_or_halve(members[start : start + memory.bank], memory.limits)
+
+    def _run_or_halve(self, members: Sequence[_Member], limits: StepLimits) -> None:
+        try:
+            self._run_together(members, limits)
             return
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
@@ -104,14 +125,18 @@ class _Batch:
                 reason = PreceptorError("TRIAL_OUT_OF_MEMORY", f"not even one adapter fits: {error}"[:500])
                 self.fail(members[0].trial, reason)
                 return
+            log.warning("%d adapters did not fit into memory after all: going on with half as many", len(members))
         # outside the handler, so that the failed attempt's tensors are gone
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
+        self._run_halves(members)
+
+    def _run_halves(self, members: Sequence[_Member]) -> None:
         half = len(members) // 2
         self.run(members[:half])
         self.run(members[half:])
 
-    def _run_together(self, members: Sequence[_Member]) -> None:
+    def _run_together(self, members: Sequence[_Member], limits: StepLimits) -> None:
         settings = [member.trial.settings for member in members]
         bank = LoraBank(
             self.base.model,
@@ -122,9 +147,17 @@ class _Batch:
         )
         with bank.attached():
             begun = time.perf_counter()
-            results = train_bank(self.base, bank, [member.plan for member in members], on_step=self.on_step)
+            ids = {member.trial.trial_id: adapter for adapter, member in enumerate(members)}
+            results = train_bank(
+                self.base,
+                bank,
+                [member.plan for member in members],
+                limits,
+                on_step=self.on_step,
+                cancelled=lambda: [ids[one] for one in self.cancelled() if one in ids],
+            )
             trained = time.perf_counter()
-            sound = [seat for seat, result in enumerate(results) if not result.diverged]
+            sound = [seat for seat, result in enumerate(results) if not (result.diverged or result.cancelled)]
             rows = [_fresh(members[seat].asked) + _fresh(self.probes) for seat in sound]
             steps = max(len(result.losses) for result in results)
             tick = self.on_step
@@ -149,7 +182,9 @@ class _Batch:
 
 def _trained(trial: Trial, result: TrainingResult, seconds: float) -> TrialOutcome:
     failure = None
-    if result.diverged:
+    if result.cancelled:
+        failure = ("CANCELLED", f"nobody wanted it any more after step {len(result.losses)}")
+    elif result.diverged:
         failure = ("TRIAL_DIVERGED", f"the loss became {result.losses[-1]:g} in step {len(result.losses)}")
     return TrialOutcome(
         trial.trial_id,

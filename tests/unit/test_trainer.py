@@ -209,10 +209,10 @@ def test_a_batch_that_does_not_fit_is_run_in_halves(monkeypatch: pytest.MonkeyPa
     expected = run(trials())
     real = trial_runner.train_bank
 
-    def narrow(base: LoadedBase, bank: LoraBank, plans: list[TrainingPlan], **options: object) -> object:
+    def narrow(base: LoadedBase, bank: LoraBank, plans: list[TrainingPlan], *rest: object, **options: object) -> object:
         if len(plans) > 1:
             raise torch.OutOfMemoryError(f"{len(plans)} do not fit")
-        return real(base, bank, plans, **options)  # type: ignore[arg-type]
+        return real(base, bank, plans, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(trial_runner, "train_bank", narrow)
     for one, other in zip(run(trials()), expected, strict=True):
