@@ -8,11 +8,11 @@ How to read it
 - The workload: documents as long as those of 400 published self-edits; 5 candidates x 3 seeds per passage, 10 epochs
   at batch 1, rank 32. ``arms`` adapts q_proj and v_proj, as published; ``all_linear`` every linear layer. ``short`` is
   the same recipe on the shipped world's question-answer lines of about 15 tokens (q_proj and v_proj).
-- ``ours_kN``: N adapters in a bank. ``bare_peft``: one adapter after the other, each sequence as long as it is, a plain
-  AdamW loop. ``peft_trainer``: the same with a transformers Trainer per trial. ``trl_sft``: the same with TRL's
-  SFTTrainer, without its activation checkpointing; measured where ``trl`` is installed, see below. ``padded_2048``: as
-  published, every sequence padded to 2,048 tokens with the pads in the loss; few steps are measured and scaled
-  (``scaled_from_steps``).
+- ``ours_kN``: N adapters in a step, and four times as many trials, which take the seats that become free.
+  ``bare_peft``: one adapter after the other, each sequence as long as it is, a plain AdamW loop. ``peft_trainer``: the
+  same with a transformers Trainer per trial. ``trl_sft``: the same with TRL's SFTTrainer, without its activation
+  checkpointing; measured where ``trl`` is installed, see below. ``padded_2048``: as published, every sequence padded to
+  2,048 tokens with the pads in the loss; few steps are measured and scaled (``scaled_from_steps``).
 - ``trials_per_second`` and ``tokens_per_second`` count training alone, with what it needs before its first step; tokens
   are real ones, pads do not count. What a trial's answers (5 questions, 16 tokens) and its adapter folder cost is under
   ``details``, in seconds per trial.
@@ -21,6 +21,12 @@ How to read it
   N counts the linear layers and the head. The adapters' own work is not in it, so 1.0 cannot be reached.
 - ``peak_memory_bytes``: the process's on a CPU, the allocator's on a GPU.
 - Weights are random; speed does not depend on their values.
+- On a GPU, in under ten minutes (neither the network nor a tokenizer is needed; draw the picture anywhere, with
+  ``--measured FILE --plot FILE``):
+
+      python -m bench.inner_loop --shape 7b --device cuda --trials 5 --padded-steps 2 --targets qv \\
+          --arms ours_k1 ours_k15 ours_k30 bare_peft peft_trainer padded_2048 --json inner_loop_7b.json
+
 - Fewer ``--trials`` make the one-after-the-other arms shorter; each candidate is then trained with one seed.
 
 TRL is no dependency of the project. To measure ``trl_sft`` too, give it an environment of its own:
@@ -60,6 +66,8 @@ from student.base import LoadedBase
 
 TOGETHER = (1, 2, 4, 8, 15, 30)
 ARMS = (*(f"ours_k{together}" for together in TOGETHER), "bare_peft", "peft_trainer", "trl_sft", "padded_2048")
+# Trials of an arm of ours, for each of its seats: as in a worker, the steps stay full until the last trials end.
+QUEUE = 4
 SHORT_ARMS = ("ours_k15", "bare_peft")
 
 
@@ -84,7 +92,7 @@ def measure(
     """One arm."""
     if name.startswith("ours_k"):
         together = int(name.removeprefix("ours_k"))
-        return arms.ours(base, share_of(work, max(trials, together)), targets, together)
+        return arms.ours(base, share_of(work, max(trials, QUEUE * together)), targets, together)
     some = share_of(work, trials)
     if name == "padded_2048":
         return arms.padded(base, some, targets, padded_steps)
@@ -145,10 +153,11 @@ def ratios(title: str, results: dict[str, dict[str, Any]]) -> list[str]:
     return [f"{title}: ours_k15 = {rates['ours_k15'] / rates[name]:.1f} x {name}" for name in others]
 
 
-def plot(file: Path, sections: dict[str, dict[str, dict[str, Any]]], caption: str) -> None:
-    """Trials per second of every arm, one panel a section."""
+def draw(file: Path, written: dict[str, Any]) -> None:
+    """Trials per second of every arm, one panel a section of what a run has written."""
     from matplotlib.figure import Figure
 
+    sections = {name: written[name] for name in ("arms", "all_linear", "short") if name in written}
     rates = {
         title: {name: result["trials_per_second"] for name, result in results.items() if result["trials_per_second"]}
         for title, results in sections.items()
@@ -167,7 +176,7 @@ def plot(file: Path, sections: dict[str, dict[str, dict[str, Any]]], caption: st
         panel.invert_yaxis()
         panel.set(xscale="log", xlabel="trials per second", title=titles[title])
         panel.set_xlim(min(every) / 3, max(every) * 4)
-    figure.suptitle(caption)
+    figure.suptitle(f"{written['shape']} shape, {written['device']}, one workload, one run")
     figure.savefig(file, dpi=120)
 
 
@@ -183,8 +192,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--padded-steps", type=int, default=4, help="steps of padded_2048 that are measured")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--plot", type=Path, help="a picture; needs matplotlib")
+    parser.add_argument("--measured", type=Path, help="measure nothing: plot what an earlier run wrote with --json")
     given = parser.parse_args(arguments)
+    if given.measured:
+        earlier = json.loads(given.measured.read_text(encoding="utf-8"))
+        draw(given.plot or given.measured.with_suffix(".png"), earlier)
+        return
     torch.set_num_threads(given.threads)
     # PEFT asks transformers for something under its old name, once per trial
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -194,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parameters = base_parameters(base)
     peak = matmul_flops(given.device)
     print(f"{given.shape} on {given.device}: N = {parameters:,}, matrix products {peak / 1e9:,.0f} GFLOP/s")
-    trials = whole_passages(max(given.trials, max(TOGETHER)))
+    trials = whole_passages(max(given.trials, QUEUE * max(TOGETHER)))
     long = self_edit_workload(trials, epochs=given.epochs)
     sections: dict[str, dict[str, dict[str, Any]]] = {}
     details: dict[str, dict[str, dict[str, Any]]] = {}
@@ -213,16 +227,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = [name for name in given.arms if name != "padded_2048"]  # the published way knows q and v only
         add("all_linear", "self-edits, all linear layers", names, long, TARGETS["all"])
     if "qv" in given.targets:
-        short = short_workload(whole_passages(max(given.trials, 15)), epochs=given.epochs)
+        short = short_workload(whole_passages(max(given.trials, QUEUE * 15)), epochs=given.epochs)
         names = [name for name in SHORT_ARMS if name in given.arms]
         add("short", "the shipped world's short documents, q_proj and v_proj", names, short, TARGETS["qv"])
     print()
     print("\n".join(line for title, results in sections.items() for line in ratios(title, results)))
+    written = {**sections, "shape": given.shape, "device": given.device, "matmul_flops": peak, "details": details}
     if given.json:
-        written = {**sections, "shape": given.shape, "device": given.device, "matmul_flops": peak, "details": details}
         given.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     if given.plot:
-        plot(given.plot, sections, f"{given.shape} shape, {given.device}, one workload, one run")
+        draw(given.plot, written)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from student.base import LoadedBase
 from student.lora_bank import LoraBank
 from student.peft_format import export_adapter
 from student.plan import Lesson, TrainingPlan
-from student.trainer import train_bank
+from student.trainer import StepLimits, train_bank
 from student.trial import AnsweringSettings
 
 PADDED = 2_048
@@ -108,29 +108,29 @@ def _sums(work: Sequence[Work]) -> dict[str, int]:
 
 
 def ours(base: LoadedBase, work: Sequence[Work], targets: Sequence[str], together: int) -> Measurement:
-    """A bank of ``together`` adapters after the other; then their answers, then their folders."""
+    """One bank, ``together`` adapters in a step; the others wait for a seat. Then their answers, then their folders."""
 
     def bank_for(group: Sequence[Work]) -> LoraBank:
         each = len(group)
         return LoraBank(base.model, targets, [RECIPE.rank] * each, [RECIPE.alpha] * each, [item.seed for item in group])
 
+    limits = StepLimits(seats=together)
     warm = [_begun(item) for item in work[:together]]
     bank = bank_for(warm)
     with bank.attached():
-        train_bank(base, bank, [item.plan for item in warm])
-    train = answers = export = 0.0
+        train_bank(base, bank, [item.plan for item in warm], limits)
     clock = _Clock(base.device.type)
-    for start in range(0, len(work), together):
-        group = work[start : start + together]
-        bank = bank_for(group)
-        with bank.attached(), tempfile.TemporaryDirectory() as scratch:
-            train_bank(base, bank, [item.plan for item in group])
-            train += clock.lap()
-            answer(base, bank, range(len(group)), [_prompts() for _ in group], _ANSWERING)
-            answers += clock.lap()
-            for slot in range(len(group)):
-                export_adapter(base, bank, slot, Path(scratch) / str(slot))
-            export += clock.lap()
+    bank = bank_for(work)
+    with bank.attached(), tempfile.TemporaryDirectory() as scratch:
+        train_bank(base, bank, [item.plan for item in work], limits)
+        train = clock.lap()
+        for start in range(0, len(work), together):
+            group = range(start, min(start + together, len(work)))
+            answer(base, bank, group, [_prompts() for _ in group], _ANSWERING)
+        answers = clock.lap()
+        for slot in range(len(work)):
+            export_adapter(base, bank, slot, Path(scratch) / str(slot))
+        export = clock.lap()
     return Measurement(
         **_sums(work),
         train_seconds=train,
