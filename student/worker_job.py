@@ -81,6 +81,7 @@ class TrialJob:
                     replay_documents=batch.replay_documents,
                     answering=payload.answering_of(batch.answers),
                     on_step=step,
+                    cancelled=cancelled,
                 )
             except GivenUp:
                 raise

@@ -63,8 +63,7 @@ def test_a_batch_ends_within_a_step_of_its_last_trial_s_cancel(pinned: types.Pin
     bench = Bench()
     bench.cancel_at = {2: "a", 5: "b"}
     result = bench.run(batch_of(pinned, a=500, b=500))
-    assert result.failure.reason == "CANCELLED"
-    assert not result.results
+    assert [one.failure.reason for one in result.results] == ["CANCELLED", "CANCELLED"]
     assert bench.steps[-1] == 5
 
 
@@ -79,3 +78,13 @@ def test_a_worker_that_is_to_end_gives_the_batch_up(pinned: types.PinnedStudent)
     with pytest.raises(GivenUp):
         bench.run(batch_of(pinned, a=2))
     assert not bench.steps
+
+
+def test_a_cancelled_trial_leaves_and_its_neighbour_is_answered(pinned: types.PinnedStudent) -> None:
+    bench = Bench()
+    bench.cancel_at = {3: "a"}
+    result = bench.run(batch_of(pinned, a=500, b=10))
+    a, b = result.results
+    assert (a.failure.reason, a.steps, len(a.answers)) == ("CANCELLED", 3, 0)
+    assert (b.failure.reason, b.steps, len(b.answers)) == ("", 20, 1)
+    assert bench.steps[-1] == 20
