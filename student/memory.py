@@ -24,9 +24,19 @@ _USABLE = {"cuda": 0.85, "cpu": 0.5}
 # Tokens of one pass. On a GPU more do not make the matrix units any busier; on a CPU the activations of a small
 # student fall out of the core's cache.
 _PASS_TOKENS = {"cuda": 16_384, "cpu": 2_048}
-# Seats beyond this bring nothing that was measured (docs/log.md), and each one lengthens the last steps of a batch.
-_SEATS = 32
 _FLOAT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """What whoever runs the worker allows."""
+
+    # Adapters in one step. More bring nothing that was measured (docs/log.md), and each lengthens a batch's last steps.
+    adapters: int = 32
+    checkpointing: bool | None = None  # None: where memory needs it
+
+
+DEFAULT_CAPS = Caps()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +47,9 @@ class MemoryPlan:
     limits: StepLimits
 
 
-def plan_memory(base: LoadedBase, adapter_values: int, plans: Sequence[TrainingPlan], free: int) -> MemoryPlan:
+def plan_memory(
+    base: LoadedBase, adapter_values: int, plans: Sequence[TrainingPlan], free: int, caps: Caps = DEFAULT_CAPS
+) -> MemoryPlan:
     """Plans for ``plans`` with adapters of ``adapter_values`` numbers each and ``free`` bytes.
 
     Raises PreceptorError(TRIAL_OUT_OF_MEMORY) if not even one adapter fits with the longest lesson.
@@ -48,13 +60,13 @@ def plan_memory(base: LoadedBase, adapter_values: int, plans: Sequence[TrainingP
     # while it is trained: values, gradient, two moments, and the copy that products take if the base is narrower
     seat = 4 * held + (held // 2 if base.model.dtype != torch.float32 else 0)
     longest = max((len(item.ids) + item.pads for plan in plans for step in plan.steps for item in step), default=0)
-    for checkpointing in (False, True):
+    for checkpointing in (False, True) if caps.checkpointing is None else (caps.checkpointing,):
         token = _token_bytes(base, longest, checkpointing=checkpointing)
         least = longest * token + _fixed_bytes(base, longest)
         left = budget - least - held
         if left >= seat:
             bank = min(len(plans), max(1, left // 2 // held))
-            seats = min(bank, _SEATS, (left - (bank - 1) * held) // seat)
+            seats = min(bank, caps.adapters, (left - (bank - 1) * held) // seat)
             if seats < 1:
                 bank, seats = 1, 1
             tokens = (left - (bank - 1) * held - seats * seat) // token + longest

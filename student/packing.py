@@ -18,8 +18,9 @@ from student.buckets import like_lengths
 from student.plan import Lesson
 
 # What one more attention grid costs, in padded tokens that it would have to save. Attention grows with the square of
-# the length, so grids are worth splitting sooner than passes; 8 to 64 do equally well on a CPU.
-_GRID_TOKENS = 32
+# the length, so on a CPU grids are worth splitting sooner than passes; 8 to 64 do equally well. On a GPU a grid is some
+# dozen kernels to start.
+_GRID_TOKENS = {"cpu": 32, "cuda": 1_024}
 
 # (seat, lesson), in the order of seats
 Item = tuple[int, Lesson]
@@ -67,7 +68,7 @@ def pack(items: Sequence[Item], weights_S: Sequence[float], device: torch.device
     )
     targets = _flat((item.ids[item.loss_from :] for _, item in items), sum(labels_S))
 
-    groups = like_lengths(lengths, _GRID_TOKENS)
+    groups = like_lengths(lengths, _GRID_TOKENS.get(device.type, 128))
     grids = tuple((len(group), max(lengths[index] for index in group)) for group in groups)
     to_grid = from_grid = None
     if len(groups) > 1 or min(lengths) < max(lengths):

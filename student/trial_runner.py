@@ -19,7 +19,7 @@ from preceptor.tasks import Question
 from student.answering import Prompt, answer, encode_questions
 from student.base import Encoded, LoadedBase
 from student.lora_bank import LoraBank, adapter_values
-from student.memory import free_bytes, plan_memory
+from student.memory import DEFAULT_CAPS, Caps, free_bytes, plan_memory
 from student.plan import TrainingPlan, lesson, make_plan
 from student.trainer import StepLimits, TrainingResult, train_bank
 from student.trial import DEFAULT_ANSWERING, AnsweringSettings, Trial, TrialOutcome
@@ -37,6 +37,7 @@ def run_trials(
     answering: AnsweringSettings = DEFAULT_ANSWERING,
     on_step: Callable[[int], None] | None = None,
     cancelled: Callable[[], Collection[str]] = tuple,
+    caps: Caps = DEFAULT_CAPS,
 ) -> list[TrialOutcome]:
     """Trains and examines ``trials``; ``questions[k]`` are those of trial k, ``probes`` are asked of every trial.
 
@@ -48,7 +49,7 @@ def run_trials(
     """
     if len({trial.trial_id for trial in trials}) < len(trials):
         raise ValueError("two trials of a batch have the same id")
-    batch = _Batch(base, answering, encode_questions(base, probes, answering), on_step, cancelled)
+    batch = _Batch(base, answering, encode_questions(base, probes, answering), on_step, cancelled, caps)
     replay = list(zip(replay_documents, base.encode(replay_documents), strict=True))
     members: list[_Member] = []
     for trial, asked in zip(trials, questions, strict=True):
@@ -92,6 +93,7 @@ class _Batch:
     probes: list[Prompt]
     on_step: Callable[[int], None] | None
     cancelled: Callable[[], Collection[str]]
+    caps: Caps
     outcomes: dict[str, TrialOutcome] = field(default_factory=dict)
 
     def fail(self, trial: Trial, error: PreceptorError) -> None:
@@ -102,7 +104,9 @@ class _Batch:
         settings = [member.trial.settings for member in members]
         values = adapter_values(self.base.model, settings[0].target_modules, max(one.rank for one in settings))
         try:
-            memory = plan_memory(self.base, values, [member.plan for member in members], free_bytes(self.base.device))
+            memory = plan_memory(
+                self.base, values, [member.plan for member in members], free_bytes(self.base.device), self.caps
+            )
         except PreceptorError as error:
             if len(members) > 1:  # perhaps only one of them is too large
                 self._run_halves(members)

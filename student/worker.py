@@ -210,6 +210,7 @@ def run(settings: WorkerSettings) -> None:
     from transformers.utils import logging as transformers_logging
 
     from student.base_cache import BaseCache
+    from student.memory import Caps
     from student.worker_job import TrialJob
 
     transformers_logging.disable_progress_bar()
@@ -225,7 +226,9 @@ def run(settings: WorkerSettings) -> None:
     name = f"{socket.gethostname()}:{os.getpid()}"
     cache = BaseCache(settings.loaded_bases, device)
     app = make_app(settings.broker_url)
-    worker = TrialWorker(app, TrialJob(cache, name, settings.batch_seconds), cache, settings.broker_url, name)
+    caps = Caps(settings.max_adapters, settings.gradient_checkpointing)
+    job = TrialJob(cache, name, settings.batch_seconds, caps)
+    worker = TrialWorker(app, job, cache, settings.broker_url, name)
 
     @app.task(name=TRIAL_BATCH_TASK, bind=True)  # type: ignore[untyped-decorator]
     def run_trial_batch(task: Any, payload: dict[str, Any]) -> dict[str, Any]:

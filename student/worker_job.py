@@ -19,6 +19,7 @@ from preceptor.errors import PreceptorError
 from preceptor.v1 import trial_pb2 as wire
 from student import payload
 from student.base_cache import BaseCache
+from student.memory import DEFAULT_CAPS, Caps
 from student.trial_runner import run_trials
 
 log = logging.getLogger(__name__)
@@ -31,10 +32,11 @@ class GivenUp(Exception):
 class TrialJob:
     """Runs batches, one at a time."""
 
-    def __init__(self, cache: BaseCache, worker: str, batch_seconds: float) -> None:
+    def __init__(self, cache: BaseCache, worker: str, batch_seconds: float, caps: Caps = DEFAULT_CAPS) -> None:
         self._cache = cache
         self._worker = worker
         self._batch_seconds = batch_seconds
+        self._caps = caps
         # Loading a model changes torch's default dtype for a moment, so nothing may run meanwhile.
         self.exclusive = threading.Lock()
 
@@ -81,6 +83,7 @@ class TrialJob:
                     replay_documents=batch.replay_documents,
                     answering=payload.answering_of(batch.answers),
                     on_step=step,
+                    caps=self._caps,
                     cancelled=cancelled,
                 )
             except GivenUp:
