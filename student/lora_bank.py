@@ -147,8 +147,9 @@ class LoraBank:
         row, rank = self.values_KP[adapter : adapter + 1], self.ranks[adapter]
         return {
             site.name: (
-                self._a_of(row, group, site)[0, :, :rank].T.contiguous(),
-                self.b_of(row, site)[0, :rank].T.contiguous(),
+                # not contiguous(): of rank 1 a transposed B is contiguous as it is, and would stay a view
+                self._a_of(row, group, site)[0, :, :rank].T.clone(memory_format=torch.contiguous_format),
+                self.b_of(row, site)[0, :rank].T.clone(memory_format=torch.contiguous_format),
             )
             for group, site in self._sites
         }

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from preceptor.errors import PreceptorError
 from preceptor.tasks import LossMask
 from student.base import LoadedBase
-from student.buckets import like_lengths
 from student.lora_bank import LoraBank
 from student.plan import TrainingPlan, lesson, make_plan
-from student.trainer import train_bank
-from student.trial import TrainingSettings
-from tests.unit.tiny_students import SHAPES, tiny_base, tiny_model
+from student.trainer import StepLimits, train_bank
+from student.trial import ALL_LINEAR, TrainingSettings
+from tests.unit.tiny_students import OTHERS, PACKED, tiny_base, tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
+
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 # Trials that differ in everything: rank, alpha, rate, epochs, lengths, batch size, masks, schedule, decay.
 DOCUMENTS = (
@@ -31,15 +36,25 @@ DOCUMENTS = (
     ("Question: Where does Tom Hill live?\nAnswer: Oslo", "Question: What is Tom?\nAnswer: a smith"),
     tuple(f"Fact number {number} about the harbour." for number in range(9)),
     ("One short line.",),
+    ("Short.", "The old harbour master of Lisbon sells nothing on Sundays, whatever the guide book of last year says."),
+    ("Tom Hill owns a boat.", "Tom Hill owns two dogs.", "Eve sings."),
 )
 SETTINGS = (
     TrainingSettings(rank=8, alpha=16, learning_rate=3e-3, epochs=8, batch_size=2),
-    TrainingSettings(rank=4, alpha=16, learning_rate=5e-3, epochs=30, batch_size=1, loss_mask=LossMask.AFTER_MARKER),
+    TrainingSettings(rank=4, alpha=8, learning_rate=2e-3, epochs=60, batch_size=1, loss_mask=LossMask.AFTER_MARKER),
     TrainingSettings(
         rank=2, alpha=2, learning_rate=1e-3, epochs=20, batch_size=4, schedule="constant", weight_decay=0.1
     ),
     TrainingSettings(rank=8, alpha=8, learning_rate=5e-3, epochs=3, batch_size=8, max_grad_norm=0.1, warmup_share=0.0),
+    TrainingSettings(rank=12, alpha=18, learning_rate=1e-3, epochs=9, batch_size=2, gradient_accumulation=2),
+    TrainingSettings(rank=1, alpha=4, learning_rate=4e-3, epochs=7, batch_size=1, schedule="cosine", max_grad_norm=0.0),
 )
+LIMITS = {
+    "all at once": StepLimits(),
+    "seats taken over": StepLimits(seats=2),
+    "several passes a step": StepLimits(seats=3, pass_tokens=60),
+    "checkpointing": StepLimits(seats=4, pass_tokens=200, checkpointing=True),
+}
 
 
 def plan_of(base: LoadedBase, documents: tuple[str, ...], settings: TrainingSettings, seed: int) -> TrainingPlan:
@@ -50,26 +65,33 @@ def plan_of(base: LoadedBase, documents: tuple[str, ...], settings: TrainingSett
     return make_plan(lessons, [], settings, seed)
 
 
+def plans_of(base: LoadedBase) -> list[TrainingPlan]:
+    return [plan_of(base, docs, one, seed) for seed, (docs, one) in enumerate(zip(DOCUMENTS, SETTINGS, strict=True))]
+
+
+def untrained(base: LoadedBase) -> LoraBank:
+    """A bank with an adapter for each of SETTINGS."""
+    targets = OTHERS.get(base.model.config.model_type, ALL_LINEAR)
+    return LoraBank(base.model, targets, [s.rank for s in SETTINGS], [s.alpha for s in SETTINGS], range(len(SETTINGS)))
+
+
 def train_alone_with_peft(
-    shape: str, plan: TrainingPlan, settings: TrainingSettings, start: dict[str, tuple[torch.Tensor, torch.Tensor]]
-) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[float]]:
+    model: PreTrainedModel, plan: TrainingPlan, settings: TrainingSettings, start: Factors
+) -> tuple[Factors, list[float]]:
     """The reference: PEFT, one adapter, its own padded batch, torch's AdamW and clipping."""
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules=list(settings.target_modules)
-    )
-    model = get_peft_model(tiny_model(shape), config)
-    model.eval()
-    inner = model.base_model.model
+    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules=list(start))
+    adapted = get_peft_model(model, config)
+    adapted.eval()
     factors = {
         name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-        for name, layer in inner.named_modules()
+        for name, layer in adapted.base_model.model.named_modules()
         if hasattr(layer, "lora_A")
     }
     with torch.no_grad():
         for name, (a, b) in start.items():
             factors[name][0].copy_(a)
             factors[name][1].copy_(b)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, weight_decay=settings.weight_decay)
     losses = []
     for step, rate in zip(plan.steps, plan.learning_rates, strict=True):
@@ -79,37 +101,48 @@ def train_alone_with_peft(
         for row, item in enumerate(step):
             labels[row, item.loss_from : len(item.ids)] = ids[row, item.loss_from : len(item.ids)]
         mask = torch.tensor([[1] * len(item.ids) + [0] * (length - len(item.ids)) for item in step])
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        logits = adapted(input_ids=ids, attention_mask=mask).logits[:, :-1]
         loss = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         for group in optimiser.param_groups:
             group["lr"] = rate
         optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm or math.inf)
         optimiser.step()
         losses.append(float(loss.detach()))
     return {name: (a.detach(), b.detach()) for name, (a, b) in factors.items()}, losses
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
-@pytest.mark.parametrize("shape", SHAPES)
-def test_each_adapter_of_a_bank_equals_the_one_peft_trains_alone(shape: str) -> None:
+@functools.cache
+def trained_by_peft(shape: str) -> list[tuple[Factors, list[float]]]:
+    """What PEFT makes of each trial alone."""
     base = tiny_base(shape)
-    plans = [plan_of(base, docs, one, seed) for seed, (docs, one) in enumerate(zip(DOCUMENTS, SETTINGS, strict=True))]
-    bank = LoraBank(
-        base.model, SETTINGS[0].target_modules, [s.rank for s in SETTINGS], [s.alpha for s in SETTINGS], range(4)
-    )
-    start = [bank.factors(adapter) for adapter in range(4)]
+    start = untrained(base)
+    return [
+        train_alone_with_peft(tiny_model(shape), plan, settings, start.factors(adapter))
+        for adapter, (plan, settings) in enumerate(zip(plans_of(base), SETTINGS, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "limits"),
+    [
+        *[(shape, limits) for shape in ("llama", "qwen2") for limits in LIMITS],
+        *[(shape, "seats taken over") for shape in PACKED if shape not in ("llama", "qwen2")],
+        *[(shape, "seats taken over") for shape in OTHERS],
+    ],
+)
+def test_each_adapter_of_a_bank_equals_the_one_peft_trains_alone(shape: str, limits: str) -> None:
+    base = tiny_base(shape)
+    plans = plans_of(base)
+    steps = [len(plan.steps) for plan in plans]
+    assert max(steps) >= 100
+    assert len(set(steps)) > 4, "the trials are to leave at different times"
+    bank = untrained(base)
     with bank.attached():
-        results = train_bank(base, bank, plans)
-    assert len({len(plan.steps) for plan in plans}) > 1, "the trials are to leave at different times"
-    assert max(len(plan.steps) for plan in plans) >= 60
-    steps = [[len(item.ids) for plan in plans for step in plan.steps[n : n + 1] for item in step] for n in range(60)]
-    passes = {len(like_lengths(lengths)) for lengths in steps}
-    assert len(passes) > 1, "some steps are to take several passes"
-    for adapter, (plan, settings) in enumerate(zip(plans, SETTINGS, strict=True)):
-        expected, losses = train_alone_with_peft(shape, plan, settings, start[adapter])
-        assert results[adapter].losses == pytest.approx(losses, abs=1e-5)
+        results = train_bank(base, bank, plans, LIMITS[limits])
+    for adapter, (expected, losses) in enumerate(trained_by_peft(shape)):
+        assert results[adapter].losses == pytest.approx(losses, abs=1e-5), f"adapter {adapter}"
         for name, (a, b) in bank.factors(adapter).items():
             assert (a - expected[name][0]).abs().max() <= 1e-5, f"A of {name}, adapter {adapter}"
             assert (b - expected[name][1]).abs().max() <= 1e-5, f"B of {name}, adapter {adapter}"
@@ -128,6 +161,15 @@ def test_an_adapter_starts_as_peft_starts_it_whatever_its_neighbours() -> None:
         assert a.abs().max() <= bound
         assert a.std() == pytest.approx(bound / math.sqrt(3), rel=0.25)  # uniform, as kaiming_uniform(a=sqrt 5)
     assert not torch.equal(among.factors(0)["model.layers.0.self_attn.q_proj"][0][:4], a[:4, :32])
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_factors_are_copies(rank: int) -> None:
+    bank = LoraBank(tiny_model(), ALL_LINEAR, [rank], [8.0], [0])
+    before = bank.factors(0)
+    bank.values_KP += 1
+    assert all(a.abs().max() < 0.5 and not b.any() for a, b in before.values())
+    assert all(factor.is_contiguous() for pair in before.values() for factor in pair)
 
 
 def test_a_model_is_as_it_was_after_the_bank_left_even_after_an_error() -> None:

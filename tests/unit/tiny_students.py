@@ -6,20 +6,19 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from student.base import LoadedBase
+from student.trial import ALL_LINEAR
 
 SHAPES = ("llama", "qwen2", "mistral")
+PACKED = (*SHAPES, "qwen3", "gemma")  # what the packed decoder knows
+# Some that it does not, with their linear layers: caps, windows and more norms; fused layers and other names.
+OTHERS = {
+    "gemma2": ALL_LINEAR,
+    "gpt_neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -32,38 +31,42 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
-def tiny_model(shape: str = "llama", *, seed: int = 0, context: int = 128) -> PreTrainedModel:
-    """A random model; grouped-query attention, so that k and v are narrower than q."""
-    torch.manual_seed(seed)
-    config, model = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "mistral": (MistralConfig, MistralForCausalLM),
-    }[shape]
-    made = model(
-        config(
-            vocab_size=257,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=context,
+def tiny_model(shape: str = "llama", *, seed: int = 0, context: int = 128, **changes: object) -> PreTrainedModel:
+    """A random model of transformers' family ``shape``; ``changes`` go into its configuration. Grouped-query attention,
+    so that k and v are narrower than q. No norm is all ones and no bias zero, as in a trained model."""
+    config = CONFIG_MAPPING[shape](
+        **{
+            "vocab_size": 257,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": context,
             # Ten times the usual: as in a trained model, every layer matters and no gradient is so small that Adam
             # would turn rounding errors into whole steps.
-            initializer_range=0.2,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=256,
-        )
+            "initializer_range": 0.2,
+            "tie_word_embeddings": True,
+            "pad_token_id": None,
+            "bos_token_id": None,
+            "eos_token_id": 256,
+            **({"sliding_window": 16, "attn_logit_softcapping": 5.0} if shape == "gemma2" else {}),
+            **changes,
+        }
     )
+    torch.manual_seed(seed)
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in made.parameters():
+        if parameter.dim() == 1:
+            parameter.data += torch.randn(parameter.shape, generator=generator) / 5
     return made.eval()
 
 
-def tiny_base(shape: str = "llama", *, seed: int = 0, context: int = 128) -> LoadedBase:
+def tiny_base(shape: str = "llama", *, seed: int = 0, context: int = 128, **changes: object) -> LoadedBase:
     """A loaded tiny student."""
-    return LoadedBase(tiny_model(shape, seed=seed, context=context), byte_tokenizer())
+    return LoadedBase(tiny_model(shape, seed=seed, context=context, **changes), byte_tokenizer())
 
 
 def save_student(folder: Path, shape: str = "llama", *, seed: int = 0) -> Path:
