@@ -8,8 +8,8 @@ An **exam** is how answers become a reward: questions with aliases, probes, grad
 An **evaluation** id stands for its trials, its baseline and its exam. Names, titles, labels, the question's bank and
 the place where a student lies are in none of them.
 
-``plan`` is pure. Which trials train together is a function of the group (and of what is already known), never of time:
-batch mates can change the last bits of a result.
+``plan`` is pure. Which trials train together is a function of the request (and of what is already known), never of
+time: batch mates can change the last bits of a result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from google.protobuf.json_format import MessageToDict
 
 from evaluator.graders import grader_label
-from evaluator.request import EvaluationRequest
+from evaluator.request import EvaluationRequest, TaskEdits
 from evaluator.resolve import resolve_training
 from evaluator.reward import Weights
 from preceptor.names import content_id, student_identity
@@ -63,7 +63,11 @@ class PlannedEvaluation:
     """One self-edit's evaluation and the trials it stands on."""
 
     id: str
+    task_id: str
     self_edit: types.SelfEdit
+    exam: Exam
+    exam_id: str
+    baseline: trial.Trial
     trials: tuple[trial.Trial, ...]  # one per seed, ascending
 
 
@@ -71,11 +75,10 @@ class PlannedEvaluation:
 class Plan:
     """All that one request may need, whatever of it is already known."""
 
-    task_id: str
     student: types.PinnedStudent
-    exam: Exam
     evaluations: tuple[PlannedEvaluation, ...]  # in the order of the self-edits, repeated ones repeated
-    baseline: trial.Trial
+    evaluation_of: Mapping[str, PlannedEvaluation]  # one that the trial is for, by the trial's id; baselines too
+    probes: tuple[Question, ...]
     replay_documents: tuple[str, ...]
     answers: trial.AnswerSettings
 
@@ -84,11 +87,17 @@ class Plan:
         batch = trial.TrialBatch(
             student=self.student,
             trials=trials,
-            question_sets=[trial.QuestionSet(questions=_asked(self.exam.questions))],
-            probes=_asked(self.exam.probes),
+            probes=_asked(self.probes),
             answers=self.answers,
             protocol_version=PROTOCOL_VERSION,
         )
+        sets: dict[str, int] = {}  # by exam
+        for item in batch.trials:
+            evaluation = self.evaluation_of[item.id]
+            if evaluation.exam_id not in sets:
+                sets[evaluation.exam_id] = len(sets)
+                batch.question_sets.add(questions=_asked(evaluation.exam.questions))
+            item.question_set = sets[evaluation.exam_id]
         if any(item.settings.replay_share > 0 for item in trials):
             batch.replay_documents.extend(self.replay_documents)
         batch.id = batch_id(item.id for item in trials)
@@ -97,11 +106,18 @@ class Plan:
 
 def plan(request: EvaluationRequest, student: types.PinnedStudent) -> Plan:
     """What is to be done for a request about a pinned student."""
-    exam = Exam(request.questions, request.probes, request.grader.name, grader_label(request.grader), request.weights)
+    evaluations = tuple(item for group in request.tasks for item in _plan_task(request, group, student))
+    evaluation_of = {one.id: item for item in evaluations for one in (item.baseline, *item.trials)}
+    return Plan(student, evaluations, evaluation_of, request.probes, request.replay_documents, request.answers)
+
+
+def _plan_task(request: EvaluationRequest, group: TaskEdits, student: types.PinnedStudent) -> list[PlannedEvaluation]:
+    exam = Exam(group.questions, request.probes, request.grader.name, grader_label(request.grader), request.weights)
+    exam_id = exam.id
     shared = {
         "protocol": PROTOCOL_VERSION,
         "student": student_identity(student),
-        "questions": [[q.text, q.answer] for q in request.questions],
+        "questions": [[q.text, q.answer] for q in group.questions],
         "probes": [[q.text, q.answer] for q in request.probes],
         "answers": _values(request.answers),
     }
@@ -112,7 +128,7 @@ def plan(request: EvaluationRequest, student: types.PinnedStudent) -> Plan:
         settings=resolve_training(trial.TrainingSettings(), types.Directive(), "baseline"),
     )
     evaluations = []
-    for edit in request.edits:
+    for edit in group.edits:
         material = {"scope": scope, "documents": list(edit.documents), "settings": _values(edit.settings)}
         trials = tuple(
             trial.Trial(
@@ -123,9 +139,10 @@ def plan(request: EvaluationRequest, student: types.PinnedStudent) -> Plan:
             )
             for seed in request.seeds
         )
-        identity = {"trials": [item.id for item in trials], "baseline": baseline.id, "exam": exam.id}
-        evaluations.append(PlannedEvaluation(content_id("eval", identity), edit.self_edit, trials))
-    return Plan(request.task_id, student, exam, tuple(evaluations), baseline, request.replay_documents, request.answers)
+        identity = {"trials": [item.id for item in trials], "baseline": baseline.id, "exam": exam_id}
+        name = content_id("eval", identity)
+        evaluations.append(PlannedEvaluation(name, group.task_id, edit.self_edit, exam, exam_id, baseline, trials))
+    return evaluations
 
 
 def batch_id(trial_ids: Iterable[str]) -> str:
@@ -136,19 +153,37 @@ def batch_id(trial_ids: Iterable[str]) -> str:
 def group_trials(
     evaluations: Sequence[PlannedEvaluation], needed: Mapping[str, bool], most: int
 ) -> list[list[trial.Trial]]:
-    """The trials to train together: in the order of the group, each once, cut at evaluations into batches of <= most.
+    """The trials to train together: in the order of the request, each once, cut at evaluations into even batches of at
+    most ``most``; the baselines, which train nothing, apart and first.
 
     ``needed`` says by trial id which ones are not known. An evaluation with more seeds than ``most`` stays whole.
     """
-    groups: list[list[trial.Trial]] = [[]]
+    baselines = {item.baseline.id: (item.baseline,) for item in evaluations if needed[item.baseline.id]}
     seen: set[str] = set()
+    trained = []
     for evaluation in evaluations:
-        new = [item for item in evaluation.trials if needed[item.id] and item.id not in seen]
+        new = tuple(item for item in evaluation.trials if needed[item.id] and item.id not in seen)
         seen.update(item.id for item in new)
-        if groups[-1] and len(groups[-1]) + len(new) > most:
-            groups.append([])
-        groups[-1].extend(new)
-    return [group for group in groups if group]
+        trained.append(new)
+    return [*_even(list(baselines.values()), most), *_even(trained, most)]
+
+
+def _even(parts: Sequence[Sequence[trial.Trial]], most: int) -> list[list[trial.Trial]]:
+    """Whole parts in order, in as few batches as ``most`` allows, and these as even as they get."""
+    fewest = _cut(parts, most)
+    for size in range(sum(map(len, parts)) // max(len(fewest), 1), most):
+        if len(batches := _cut(parts, size)) == len(fewest):
+            return batches
+    return fewest
+
+
+def _cut(parts: Sequence[Sequence[trial.Trial]], size: int) -> list[list[trial.Trial]]:
+    batches: list[list[trial.Trial]] = [[]]
+    for part in parts:
+        if batches[-1] and len(batches[-1]) + len(part) > size:
+            batches.append([])
+        batches[-1].extend(part)
+    return [batch for batch in batches if batch]
 
 
 def _asked(questions: Sequence[Question]) -> list[types.Question]:

@@ -41,12 +41,19 @@ class PlannedEdit:
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluationRequest:
-    """A group to evaluate, checked and with every default filled in. The student is still open."""
+class TaskEdits:
+    """A task and its self-edits."""
 
     task_id: str
     edits: tuple[PlannedEdit, ...]
     questions: tuple[Question, ...]  # of the protocol's bank
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRequest:
+    """What to evaluate, checked and with every default filled in. The student is still open."""
+
+    tasks: tuple[TaskEdits, ...]
     probes: tuple[Question, ...]
     replay_documents: tuple[str, ...]
     answers: trial.AnswerSettings
@@ -56,41 +63,61 @@ class EvaluationRequest:
 
 
 def read_request(message: pb.CreateEvaluationsRequest) -> EvaluationRequest:
-    """The group in a request."""
+    """The groups in a request."""
     check_name("request_id", message.request_id)
     check_name("owner", message.owner)
-    task, protocol = message.task, message.protocol
-    if task.HasField("few_shot"):
-        raise _invalid("task.few_shot", "few-shot tasks are not evaluated yet")
-    if not task.HasField("passage"):
-        raise _invalid("task", "the task has no passage")
-    name = task.id or task_id(task)
+    protocol = message.protocol
     if protocol.bank not in types.QuestionBank.values():
         raise _invalid("protocol.bank", "is not a known bank")
-    bank = bank_from_proto(protocol.bank)
-    asked = [question_from_proto(question) for question in task.passage.questions]
-    questions = tuple(question for question in asked if question.bank is bank)
-    if not questions:
-        raise _invalid(
-            "task.passage.questions", f"the task {name} ({task.passage.title!r}) has no questions in the bank {bank}"
-        )
     probes = tuple(question_from_proto(question) for question in protocol.probes)
-    _check_questions("task.passage.questions", questions, MAX_QUESTIONS)
     _check_questions("protocol.probes", probes, MAX_PROBES)
     _check_texts("protocol.replay_documents", protocol.replay_documents, MAX_REPLAY_DOCUMENTS)
-    if protocol.include_passage:
-        _check_texts("task.passage.text", [task.passage.text], 1)
+    edits = len(message.self_edits) + sum(len(group.self_edits) for group in message.more)
+    if edits > MAX_SELF_EDITS:
+        raise _invalid("self_edits", f"must be 1..{MAX_SELF_EDITS} (given: {edits})")
+    first = pb.TaskSelfEdits(task=message.task, self_edits=message.self_edits)
     return EvaluationRequest(
-        task_id=name,
-        edits=_read_edits(message),
-        questions=questions,
+        tasks=(
+            _read_group(first, protocol, ""),
+            *(_read_group(group, protocol, f"more[{index}].") for index, group in enumerate(message.more)),
+        ),
         probes=probes,
         replay_documents=tuple(protocol.replay_documents),
         answers=resolve_answers(protocol.answers),
         grader=grader_named(protocol.grader),
         weights=resolve_weights(protocol.weights),
-        seeds=_read_seeds(protocol.seeds, len(message.self_edits)),
+        seeds=_read_seeds(protocol.seeds, edits),
     )
+
+
+def _read_group(group: pb.TaskSelfEdits, protocol: pb.EvaluationProtocol, place: str) -> TaskEdits:
+    task = group.task
+    if task.HasField("few_shot"):
+        raise _invalid(f"{place}task.few_shot", "few-shot tasks are not evaluated yet")
+    if not task.HasField("passage"):
+        raise _invalid(f"{place}task", "the task has no passage")
+    name = task.id or task_id(task)
+    bank = bank_from_proto(protocol.bank)
+    asked = [question_from_proto(question) for question in task.passage.questions]
+    questions = tuple(question for question in asked if question.bank is bank)
+    if not questions:
+        raise _invalid(
+            f"{place}task.passage.questions",
+            f"the task {name} ({task.passage.title!r}) has no questions in the bank {bank}",
+        )
+    _check_questions(f"{place}task.passage.questions", questions, MAX_QUESTIONS)
+    if protocol.include_passage:
+        _check_texts(f"{place}task.passage.text", [task.passage.text], 1)
+    if not group.self_edits:
+        raise _invalid(f"{place}self_edits", f"must be 1..{MAX_SELF_EDITS} (given: 0)")
+    passage = (task.passage.text,) if protocol.include_passage else ()
+    edits = []
+    for index, edit in enumerate(group.self_edits):
+        place_of_edit = f"{place}self_edits[{index}]"
+        _check_texts(f"{place_of_edit}.documents", edit.documents, MAX_DOCUMENTS)
+        settings = resolve_training(protocol.training, edit.directive, place_of_edit)
+        edits.append(PlannedEdit(edit, (*passage, *edit.documents), settings))
+    return TaskEdits(name, tuple(edits), questions)
 
 
 def check_student(student: types.PinnedStudent) -> None:
@@ -109,19 +136,6 @@ def check_name(field: str, value: str) -> None:
     """Ids that a client chooses: not empty, not endless, and nothing that a log or a database could stumble over."""
     if not 1 <= len(value) <= MAX_NAME_CHARACTERS or not value.isprintable():
         raise _invalid(field, f"must have 1..{MAX_NAME_CHARACTERS} printable characters")
-
-
-def _read_edits(message: pb.CreateEvaluationsRequest) -> tuple[PlannedEdit, ...]:
-    if not 1 <= len(message.self_edits) <= MAX_SELF_EDITS:
-        raise _invalid("self_edits", f"must be 1..{MAX_SELF_EDITS} (given: {len(message.self_edits)})")
-    passage = (message.task.passage.text,) if message.protocol.include_passage else ()
-    edits = []
-    for index, edit in enumerate(message.self_edits):
-        place = f"self_edits[{index}]"
-        _check_texts(f"{place}.documents", edit.documents, MAX_DOCUMENTS)
-        settings = resolve_training(message.protocol.training, edit.directive, place)
-        edits.append(PlannedEdit(edit, (*passage, *edit.documents), settings))
-    return tuple(edits)
 
 
 def _read_seeds(seeds: Sequence[int], edits: int) -> tuple[int, ...]:

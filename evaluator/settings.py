@@ -20,7 +20,9 @@ class EvaluatorSettings(ServiceSettings):
     orphan_seconds: float = Field(60.0, gt=0, description="with an empty queue, before a batch nobody took is resent")
     result_poll_seconds: float = Field(0.05, gt=0, le=60)
     batches_in_flight: int = Field(256, ge=1, description="batches on the queue at once; the rest waits in SQL")
-    batch_trials: int = Field(256, ge=1, description="trials that one worker trains together, at most")
+    # Twice what fills a step (docs/log.md: 8 on a CPU, about 15 on a GPU), so that leavers are followed by others, and
+    # small enough that several workers share a request.
+    batch_trials: int = Field(32, ge=1, description="trials that one worker trains together, at most")
 
     @property
     def dispatch_limits(self) -> DispatchLimits:

@@ -231,29 +231,36 @@ class EvaluationStore:
     def _put_batches(
         self, tx: Connection, plan: Plan, to_start: Sequence[PlannedEvaluation], batch_trials: int
     ) -> None:
-        ids = {plan.baseline.id, *(item.id for evaluation in to_start for item in evaluation.trials)}
+        ids = {item.id for evaluation in to_start for item in (evaluation.baseline, *evaluation.trials)}
         rows = tx.execute(select(trials.c.id, trials.c.state).where(trials.c.id.in_(ids))).all()
         usable = {row.id for row in rows if row.state != TrialState.FAILED}
         needed = {trial_id: trial_id not in usable for trial_id in ids}
-        if needed[plan.baseline.id]:
-            put_batch(tx, plan.batch([plan.baseline]))
         for group in group_trials(to_start, needed, batch_trials):
             put_batch(tx, plan.batch(group))
 
     def _put_evaluations(
         self, tx: Connection, plan: Plan, to_start: Sequence[PlannedEvaluation], states: dict[str, State]
     ) -> None:
-        exam_id, now = plan.exam.id, self._clock()
-        if tx.execute(select(exams.c.id).where(exams.c.id == exam_id)).scalar() is None:
-            tx.execute(insert(exams).values(id=exam_id, body=canonical_json(asdict(plan.exam))))
+        now = self._clock()
+        papers = {item.exam_id: item.exam for item in to_start}
+        stored = set(tx.execute(select(exams.c.id).where(exams.c.id.in_(papers))).scalars())
+        for exam_id, exam in papers.items():
+            if exam_id not in stored:
+                tx.execute(insert(exams).values(id=exam_id, body=canonical_json(asdict(exam))))
         for item in to_start:
-            body = pb.Evaluation(id=item.id, task_id=plan.task_id, self_edit=item.self_edit, student=plan.student)
-            values = {"state": State.QUEUED, "exam_id": exam_id, "body": _body(body), "created": now, "finished": None}
+            body = pb.Evaluation(id=item.id, task_id=item.task_id, self_edit=item.self_edit, student=plan.student)
+            values = {
+                "state": State.QUEUED,
+                "exam_id": item.exam_id,
+                "body": _body(body),
+                "created": now,
+                "finished": None,
+            }
             if item.id in states:  # FAILED or CANCELLED before: anew
                 tx.execute(update(evaluations).where(evaluations.c.id == item.id).values(values))
                 continue
             tx.execute(insert(evaluations).values(id=item.id, **values))
-            links = [(BASELINE_POSITION, plan.baseline), *enumerate(item.trials)]
+            links = [(BASELINE_POSITION, item.baseline), *enumerate(item.trials)]
             tx.execute(
                 insert(evaluation_trials),
                 [

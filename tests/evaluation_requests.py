@@ -47,3 +47,14 @@ def group(
         protocol=protocol(**options),  # type: ignore[arg-type]
         student=STUDENT,
     )
+
+
+def two_tasks() -> pb.CreateEvaluationsRequest:
+    """Ada's task with two self-edits, and Tom's, who has another question, with one; and Ada's again."""
+    request = group("Ada lives in Lisbon.", "Ada is a baker.")
+    tom = request.more.add(task=task(), self_edits=[types.SelfEdit(documents=["Tom is a smith."])])
+    tom.task.id = "task-tom"
+    del tom.task.passage.questions[1:]
+    tom.task.passage.questions[0].text, tom.task.passage.questions[0].answer = "What is Tom?", "a smith"
+    request.more.add(task=task(), self_edits=[types.SelfEdit(documents=["Bread."])])
+    return request

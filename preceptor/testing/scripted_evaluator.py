@@ -55,32 +55,9 @@ class ScriptedEvaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
                 raise PreceptorError("REQUEST_ID_REUSED", "another body under the same request_id")
             self.requests.append(request)
             self._advance()
-            for edit in request.self_edits:
-                evaluation_id = content_id(
-                    "evaluation",
-                    [
-                        request.task.id,
-                        message_json(edit),
-                        message_json(request.protocol),
-                        student_identity(request.student),
-                    ],
-                )
-                known = self._evaluations.get(evaluation_id)
-                retry = (
-                    known is not None
-                    and not again
-                    and known.state
-                    in (
-                        pb.EVALUATION_STATE_FAILED,
-                        pb.EVALUATION_STATE_CANCELLED,
-                    )
-                )
-                if known is None or retry:
-                    self._queue(evaluation_id, request, edit)
-                self._owners.setdefault(evaluation_id, set()).add(request.owner)
-                evaluation = answer.evaluations.add()
-                evaluation.CopyFrom(self._evaluations[evaluation_id])
-                evaluation.cached = known is not None and known.state == pb.EVALUATION_STATE_SUCCEEDED
+            for group in (pb.TaskSelfEdits(task=request.task, self_edits=request.self_edits), *request.more):
+                for edit in group.self_edits:
+                    self._create(request, again, group.task, edit, answer)
             self._changed.notify_all()
         return answer
 
@@ -123,23 +100,44 @@ class ScriptedEvaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
         """Two workers that need no memory."""
         return pb.GetQueueStatusResponse(workers_alive=2, worker_peak_memory_bytes=1)
 
-    def _queue(self, name: str, request: pb.CreateEvaluationsRequest, edit: types.SelfEdit) -> None:
+    def _create(
+        self,
+        request: pb.CreateEvaluationsRequest,
+        again: bool,
+        task: types.Task,
+        edit: types.SelfEdit,
+        answer: pb.CreateEvaluationsResponse,
+    ) -> None:
+        evaluation_id = content_id(
+            "evaluation",
+            [task.id, message_json(edit), message_json(request.protocol), student_identity(request.student)],
+        )
+        known = self._evaluations.get(evaluation_id)
+        ended = (pb.EVALUATION_STATE_FAILED, pb.EVALUATION_STATE_CANCELLED)
+        if known is None or (not again and known.state in ended):
+            self._queue(evaluation_id, request, task, edit)
+        self._owners.setdefault(evaluation_id, set()).add(request.owner)
+        evaluation = answer.evaluations.add()
+        evaluation.CopyFrom(self._evaluations[evaluation_id])
+        evaluation.cached = known is not None and known.state == pb.EVALUATION_STATE_SUCCEEDED
+
+    def _queue(self, name: str, request: pb.CreateEvaluationsRequest, task: types.Task, edit: types.SelfEdit) -> None:
         queued = pb.Evaluation(
             id=name,
             state=pb.EVALUATION_STATE_QUEUED,
-            task_id=request.task.id,
+            task_id=task.id,
             self_edit=edit,
             student=request.student,
         )
         queued.create_time.GetCurrentTime()
         self._evaluations[name] = queued
         result = pb.Evaluation.FromString(queued.SerializeToString())
-        if self.fails(request.task, edit):
+        if self.fails(task, edit):
             result.state = pb.EVALUATION_STATE_FAILED
             result.failure.CopyFrom(types.Failure(reason="TRIAL_LOST", message="the worker vanished", attempts=3))
         else:
             result.state = pb.EVALUATION_STATE_SUCCEEDED
-            _measure(result, request)
+            _measure(result, request, task)
         self._results[name] = result
         self._ends[name] = time.monotonic() + self.seconds * random.Random(name).uniform(0.5, 1.5)
 
@@ -151,9 +149,9 @@ class ScriptedEvaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
                 evaluation.CopyFrom(self._results[name])
 
 
-def _measure(result: pb.Evaluation, request: pb.CreateEvaluationsRequest) -> None:
+def _measure(result: pb.Evaluation, request: pb.CreateEvaluationsRequest, task: types.Task) -> None:
     bank = request.protocol.bank or types.QUESTION_BANK_REWARD
-    questions = sum(question.bank == bank for question in request.task.passage.questions)
+    questions = sum(question.bank == bank for question in task.passage.questions)
     documents = result.self_edit.documents
     good = sum(document.startswith(("good", "right")) for document in documents) / len(documents)
     accuracies = []

@@ -231,6 +231,29 @@ class Evaluation(google.protobuf.message.Message):
 Global___Evaluation: typing_extensions.TypeAlias = Evaluation
 
 @typing.final
+class TaskSelfEdits(google.protobuf.message.Message):
+    """A task and what was written for it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: builtins.int
+    SELF_EDITS_FIELD_NUMBER: builtins.int
+    @property
+    def task(self) -> preceptor.v1.types_pb2.Task: ...
+    @property
+    def self_edits(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[preceptor.v1.types_pb2.SelfEdit]: ...
+    def __init__(
+        self,
+        *,
+        task: preceptor.v1.types_pb2.Task | None = ...,
+        self_edits: collections.abc.Iterable[preceptor.v1.types_pb2.SelfEdit] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["task", b"task"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["self_edits", b"self_edits", "task", b"task"]) -> None: ...
+
+Global___TaskSelfEdits: typing_extensions.TypeAlias = TaskSelfEdits
+
+@typing.final
 class CreateEvaluationsRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -240,6 +263,7 @@ class CreateEvaluationsRequest(google.protobuf.message.Message):
     SELF_EDITS_FIELD_NUMBER: builtins.int
     PROTOCOL_FIELD_NUMBER: builtins.int
     STUDENT_FIELD_NUMBER: builtins.int
+    MORE_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     owner: builtins.str
     """Who asks, e.g. a run's id; cancelling is by owner."""
@@ -247,13 +271,19 @@ class CreateEvaluationsRequest(google.protobuf.message.Message):
     def task(self) -> preceptor.v1.types_pb2.Task: ...
     @property
     def self_edits(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[preceptor.v1.types_pb2.SelfEdit]:
-        """Trials of one request are trained together. Repeated self-edits share one evaluation."""
+        """Trials of one request are trained together, in batches of a size that suits the workers. Repeated self-edits share
+        one evaluation.
+        """
 
     @property
     def protocol(self) -> Global___EvaluationProtocol: ...
     @property
     def student(self) -> preceptor.v1.types_pb2.PinnedStudent:
         """Absent: the active student, pinned now."""
+
+    @property
+    def more(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TaskSelfEdits]:
+        """Further tasks to evaluate in the same way and to train together with the first; worth it where a task has few trials."""
 
     def __init__(
         self,
@@ -264,9 +294,10 @@ class CreateEvaluationsRequest(google.protobuf.message.Message):
         self_edits: collections.abc.Iterable[preceptor.v1.types_pb2.SelfEdit] | None = ...,
         protocol: Global___EvaluationProtocol | None = ...,
         student: preceptor.v1.types_pb2.PinnedStudent | None = ...,
+        more: collections.abc.Iterable[Global___TaskSelfEdits] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["protocol", b"protocol", "student", b"student", "task", b"task"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["owner", b"owner", "protocol", b"protocol", "request_id", b"request_id", "self_edits", b"self_edits", "student", b"student", "task", b"task"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["more", b"more", "owner", b"owner", "protocol", b"protocol", "request_id", b"request_id", "self_edits", b"self_edits", "student", b"student", "task", b"task"]) -> None: ...
 
 Global___CreateEvaluationsRequest: typing_extensions.TypeAlias = CreateEvaluationsRequest
 
@@ -277,7 +308,7 @@ class CreateEvaluationsResponse(google.protobuf.message.Message):
     EVALUATIONS_FIELD_NUMBER: builtins.int
     @property
     def evaluations(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Evaluation]:
-        """In the order of the self-edits."""
+        """In the order of the self-edits, task after task."""
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from preceptor.errors import PreceptorError
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
-from tests.evaluation_requests import STUDENT, group
+from tests.evaluation_requests import STUDENT, group, two_tasks
 from tests.fake_broker import FakeBroker
 from tests.scripted_trials import answer_batch
 
@@ -161,6 +161,18 @@ def test_the_composition_of_batches_is_the_groups(house: House) -> None:
     baseline, batch = house.broker.waiting.values()
     assert [list(item.documents) for item in baseline.trials] == [[]]
     assert [(item.documents[0], item.seed) for item in batch.trials] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+
+
+def test_tasks_of_one_request_are_trained_together_and_each_is_asked_its_own_questions(house: House) -> None:
+    made = house.evaluations.create(two_tasks())
+    house.step()
+    assert [len(batch.trials) for batch in house.broker.waiting.values()] == [2, 4]  # baselines, trials
+    house.broker.work()
+    house.step()
+    found = [house.evaluations.get(item.id) for item in made]
+    assert [item.task_id for item in found] == ["task-ada", "task-ada", "task-tom", "task-ada"]
+    assert [item.reward.value for item in found] == [0.5, 0.5, 1.0, 0.0]
+    assert [len(item.trials[0].correct) for item in found] == [2, 2, 1, 2]
 
 
 def test_a_failing_trial_fails_its_evaluation_with_the_reason_and_no_reward(house: House) -> None:

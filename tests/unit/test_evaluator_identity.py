@@ -9,7 +9,7 @@ from evaluator.request import read_request
 from preceptor.errors import PreceptorError
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import types_pb2 as types
-from tests.evaluation_requests import STUDENT, group
+from tests.evaluation_requests import STUDENT, group, two_tasks
 
 Change = Callable[[pb.CreateEvaluationsRequest], object]
 
@@ -88,15 +88,20 @@ def test_the_ids_are_the_same_in_every_process() -> None:
     """A golden value: when it changes, every stored evaluation of every user is done again. Mean it."""
     found = planned()
     assert found.evaluations[0].id == GOLDEN_EVALUATION
-    assert found.baseline.id == GOLDEN_BASELINE
+    assert found.evaluations[0].baseline.id == GOLDEN_BASELINE
 
 
 def test_the_baseline_is_shared_by_all_self_edits_settings_and_seeds() -> None:
+    def baseline(change: Change = lambda request: None) -> str:
+        first, *others = planned(change).evaluations
+        assert all(item.baseline == first.baseline for item in others)
+        return first.baseline.id
+
     shared = ("document", "directive", "epochs", "seeds", "weights", "replay", "passage trained on", "alias")
-    assert {planned(DIFFERENT[name]).baseline.id for name in shared} == {planned().baseline.id}
+    assert {baseline(DIFFERENT[name]) for name in shared} == {baseline()}
     for name in ("student commit", "question", "gold answer", "probe", "prompt"):
-        assert planned(DIFFERENT[name]).baseline.id != planned().baseline.id
-    assert not planned().baseline.documents
+        assert baseline(DIFFERENT[name]) != baseline()
+    assert not planned().evaluations[0].baseline.documents
 
 
 def test_a_trial_is_reused_where_only_grading_or_further_seeds_differ() -> None:
@@ -155,16 +160,54 @@ def test_the_passage_comes_before_the_documents() -> None:
     assert list(found.documents) == ["Ada lives in Lisbon. She is a baker.", "Ada lives in Lisbon."]
 
 
-def test_the_same_work_makes_the_same_batch_and_groups_keep_evaluations_whole() -> None:
+def cut(found: Plan, most: int, *known: str) -> list[str]:
+    """The first letters of the documents of each batch; "-" is a baseline."""
+    needed = {name: name not in known for name in found.evaluation_of}
+    batches = group_trials(found.evaluations, needed, most)
+    return ["".join(item.documents[0][0] if item.documents else "-" for item in one) for one in batches]
+
+
+def test_batches_are_even_and_keep_evaluations_whole() -> None:
     request = group("a", "b", "c", "a", seeds=(1, 2))
     found = plan(read_request(request), STUDENT)
-    every = {item.id: True for evaluation in found.evaluations for item in evaluation.trials}
-    groups = group_trials(found.evaluations, every, 4)
-    assert [[item.documents[0] for item in one] for one in groups] == [["a", "a", "b", "b"], ["c", "c"]]
-    assert [len(one) for one in group_trials(found.evaluations, every, 1)] == [2, 2, 2]
-    known = every | {found.evaluations[1].trials[0].id: False}
-    assert [[item.documents[0] for item in one] for one in group_trials(found.evaluations, known, 9)] == [list("aabcc")]
-    assert found.batch(groups[0]).id == found.batch(groups[0]).id != found.batch(groups[1]).id
+    assert cut(found, 4) == ["-", "aabb", "cc"]
+    assert cut(found, 5) == ["-", "aabb", "cc"]
+    assert cut(found, 1) == ["-", "aa", "bb", "cc"]
+    first = found.evaluations[0]
+    assert cut(found, 9, first.baseline.id, found.evaluations[1].trials[0].id) == ["aabcc"]
+    many = plan(read_request(group(*"abcdefghi")), STUDENT)
+    assert cut(many, 8) == ["-", "abcde", "fghi"]
+    assert cut(many, 4) == ["-", "abc", "def", "ghi"]
+    assert cut(many, 9, *many.evaluation_of) == []
+
+
+def test_the_same_work_makes_the_same_batch() -> None:
+    found = plan(read_request(group("a", "b")), STUDENT)
+    first, second = ([item.trials[0]] for item in found.evaluations)
+    assert found.batch(first).id == found.batch(first).id != found.batch(second).id
+
+
+def test_the_tasks_of_a_request_are_trained_together_each_with_its_questions() -> None:
+    found = plan(read_request(two_tasks()), STUDENT)
+    assert [item.task_id for item in found.evaluations] == ["task-ada", "task-ada", "task-tom", "task-ada"]
+    assert cut(found, 9) == ["--", "AATB"]
+    assert cut(found, 2) == ["--", "AA", "TB"]
+    baselines, trained = (
+        found.batch(one) for one in group_trials(found.evaluations, dict.fromkeys(found.evaluation_of, True), 9)
+    )
+    assert [item.question_set for item in baselines.trials] == [0, 1]
+    assert [item.question_set for item in trained.trials] == [0, 0, 1, 0]
+    assert [[question.text for question in one.questions] for one in trained.question_sets] == [
+        ["Where does Ada live?", "What is Ada's trade?"],
+        ["What is Tom?"],
+    ]
+    assert list(trained.probes) == list(baselines.probes)
+
+
+def test_an_evaluation_is_the_same_whichever_tasks_it_was_asked_for_with() -> None:
+    together = plan(read_request(two_tasks()), STUDENT)
+    alone = plan(read_request(group("Ada lives in Lisbon.", "Ada is a baker.", "Bread.")), STUDENT)
+    assert {item.id for item in alone.evaluations} < {item.id for item in together.evaluations}
 
 
 REFUSED: dict[str, tuple[Change, str, str]] = {
@@ -178,6 +221,22 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
     "no seeds": (lambda r: r.protocol.ClearField("seeds"), "protocol.seeds", "1..64"),
     "a seed twice": (lambda r: r.protocol.seeds.append(1), "protocol.seeds", "same trial"),
     "no self-edits": (lambda r: r.ClearField("self_edits"), "self_edits", "1..1024"),
+    "too many self-edits": (
+        lambda r: r.more.add(task=r.task).self_edits.extend([r.self_edits[0]] * 1024),
+        "self_edits",
+        "given: 1025",
+    ),
+    "a further task without self-edits": (lambda r: r.more.add(task=r.task), "more[0].self_edits", "1..1024"),
+    "a further task without passage": (
+        lambda r: r.more.add(self_edits=r.self_edits),
+        "more[0].task",
+        "no passage",
+    ),
+    "an empty document of a further task": (
+        lambda r: r.more.add(task=r.task).self_edits.add(documents=["x", ""]),
+        "more[0].self_edits[0].documents[1]",
+        "empty",
+    ),
     "no request id": (lambda r: r.ClearField("request_id"), "request_id", "characters"),
     "no owner": (lambda r: r.ClearField("owner"), "owner", "characters"),
     "an empty document": (lambda r: r.self_edits[0].documents.append(" "), r"self_edits[0].documents[1]", "empty"),
@@ -252,12 +311,12 @@ def test_an_unknown_grader_is_refused() -> None:
 
 
 def test_weights_of_zero_mean_the_gain_alone_and_others_are_taken_as_they_are() -> None:
-    assert planned(lambda r: r.protocol.ClearField("weights")).exam.weights.gain == 1
+    assert planned(lambda r: r.protocol.ClearField("weights")).evaluations[0].exam.weights.gain == 1
 
     def dense(request: pb.CreateEvaluationsRequest) -> None:
         request.protocol.weights.CopyFrom(pb.RewardWeights(gold_logprob_gain=1))
 
-    assert planned(dense).exam.weights.gain == 0
+    assert planned(dense).evaluations[0].exam.weights.gain == 0
 
 
 GOLDEN_EVALUATION = "eval-d30f77faa1a7a6a6dd1f6bc328104d53"
