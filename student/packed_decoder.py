@@ -39,6 +39,7 @@ _ACTIVATIONS = frozenset({"silu", "gelu_pytorch_tanh"})
 _LOGITS = 1 << 26
 # Up to this length attention on a CPU is faster by plain matrix products than by torch's blocked kernel.
 _SHORT = 256
+_STRIPE = 96
 
 aten = torch.ops.aten
 
@@ -252,23 +253,36 @@ class _Attention:
             turned[first : first + self.keys].unsqueeze(1).expand(-1, repeats, -1, -1, -1).reshape(-1, longest, width)
             for first in (heads, heads + self.keys)
         )
-        scores = torch.baddbmm(_causal(longest, rows.dtype), q, k.transpose(1, 2), alpha=self._scale)
-        shares = torch.softmax(scores, -1)
-        mixed = torch.bmm(shares, v).view(heads, lessons, longest, width)
+        mixed = torch.empty_like(q)
+        shares: list[Tensor] = []
+        for begin, end in _stripes(longest):
+            scores = torch.baddbmm(
+                _causal(longest, rows.dtype)[:, begin:end, :end],
+                q[:, begin:end],
+                k[:, :end].transpose(1, 2),
+                alpha=self._scale,
+            )
+            shares.append(torch.softmax(scores, -1))
+            torch.bmm(shares[-1], v[:, :end], out=mixed[:, begin:end])
 
         def backward(gradient: Tensor) -> Tensor:
-            mixed_gradient = gradient.permute(2, 0, 1, 3).reshape(-1, longest, width)
+            gradient = gradient.permute(2, 0, 1, 3).reshape(-1, longest, width)
             into = torch.empty_like(turned)
-            shares_gradient = torch.bmm(mixed_gradient, v.transpose(1, 2))
-            scores_gradient = aten._softmax_backward_data(shares_gradient, shares, -1, shares.dtype).mul_(self._scale)
-            torch.bmm(scores_gradient, k, out=into[:heads].view(-1, longest, width))
-            for first, one in (
-                (heads, torch.bmm(scores_gradient.transpose(1, 2), q)),
-                (heads + self.keys, torch.bmm(shares.transpose(1, 2), mixed_gradient)),
-            ):
+            into_q = into[:heads].view(-1, longest, width)
+            into_k, into_v = torch.empty_like(k), torch.empty_like(v)
+            for (begin, end), share in reversed(list(zip(_stripes(longest), shares, strict=True))):
+                part = gradient[:, begin:end]
+                score = torch.bmm(part, v[:, :end].transpose(1, 2))
+                score = aten._softmax_backward_data(score, share, -1, share.dtype).mul_(self._scale)
+                torch.bmm(score, k[:, :end], out=into_q[:, begin:end])
+                beta = 0 if end == longest else 1  # the last stripe looks at every key
+                into_k[:, :end].baddbmm_(score.transpose(1, 2), q[:, begin:end], beta=beta)
+                into_v[:, :end].baddbmm_(share.transpose(1, 2), part, beta=beta)
+            for first, one in ((heads, into_k), (heads + self.keys, into_v)):
                 torch.sum(one.view(self.keys, repeats, lessons, longest, width), 1, out=into[first : first + self.keys])
             return into.permute(1, 2, 0, 3).reshape(lessons * longest, -1)
 
+        mixed = mixed.view(heads, lessons, longest, width)
         return mixed.permute(1, 2, 0, 3).reshape(lessons * longest, -1), backward
 
     def _long(self, rows: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -285,6 +299,13 @@ class _Attention:
             return result.reshape(lessons * longest, -1)
 
         return mixed.detach().reshape(lessons * longest, -1), backward
+
+
+def _stripes(length: int) -> list[tuple[int, int]]:
+    """Queries in stripes, each with the keys up to its end: the longer a lesson, the nearer to half of all products."""
+    count = -(-length // _STRIPE)
+    ends = [length * (number + 1) // count for number in range(count)]
+    return list(zip([0, *ends], ends, strict=False))
 
 
 def _by_products(rows: Tensor) -> bool:
