@@ -32,7 +32,7 @@ FINAL = (
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A group for the evaluator, and whose self-edits these are, in the order of the request."""
+    """Groups for the evaluator, and whose self-edits these are, in the order of the request."""
 
     keys: tuple[EditKey, ...]
     request: evaluator.CreateEvaluationsRequest
@@ -100,7 +100,7 @@ class _Flow:
             self._changed.notify_all()
 
     def submit(self, submissions: Iterable[Submission]) -> None:
-        """Thread: creates the evaluations of one group after the other."""
+        """Thread: creates the evaluations of one submission after the other."""
         try:
             for submission in submissions:
                 if self._abandoned:

@@ -79,10 +79,10 @@ class HeldoutMeasurement:
         busy while the teacher writes."""
         self._clock.switch(HELDOUT, "generate")
         self._progress.enter("held-out: given material")
-        for entries in self._given():
-            # The long raw passage apart from the short sentences: trained together, all would be as long as it is.
-            yield from self._unsettled("passage", entries[:1])
-            yield from self._unsettled("references", entries[1:])
+        given = list(self._given())
+        yield from self._plan.heldout_submissions("passage", [entries[:1] for entries in given])
+        if self._plan.reference_arms:
+            yield from self._plan.heldout_submissions("references", [entries[1:] for entries in given])
         self._progress.enter("held-out: choosing a fixed strategy")
         yield from self._candidates(base_policy)
         self._progress.enter("held-out: teachers writing")
@@ -116,9 +116,8 @@ class HeldoutMeasurement:
         for prompt_format, strategies in by_format.items():
             arms = {str(number): _overridden(strategy) for number, strategy in strategies.items()}
             request = self._plan.selection_generation(base_policy, prompt_format)
-            for entries in self._writer.groups(SELECTION, request, arms):
-                if not all(entry.settled for entry in entries):
-                    yield self._plan.selection_submission(min(strategies), entries)
+            groups = self._writer.groups(SELECTION, request, arms)
+            yield from self._plan.selection_submissions(min(strategies), groups)
 
     def _teachers(self, base_policy: str, trained_policy: str) -> Iterator[Submission]:
         """Both teachers' self-edits of a task are trained together."""
@@ -126,14 +125,14 @@ class HeldoutMeasurement:
         base_request = self._plan.heldout_generation(base_policy, prompt_format)
         if trained_policy == base_policy:
             both: dict[str, Adapt] = {UNTRAINED: unchanged, TRAINED: unchanged}
-            for entries in self._writer.groups(HELDOUT, base_request, both):
-                yield from self._unsettled("teachers", entries)
+            groups = self._writer.groups(HELDOUT, base_request, both)
+            yield from self._plan.heldout_submissions("teachers", groups)
             return
         untrained = list(self._writer.groups(HELDOUT, base_request, {UNTRAINED: unchanged}))
         request = self._plan.heldout_generation(trained_policy, prompt_format)
         trained = self._writer.groups(HELDOUT, request, {TRAINED: unchanged})
-        for first, second in zip(untrained, trained, strict=True):
-            yield from self._unsettled("teachers", first + second)
+        pairs = zip(untrained, trained, strict=True)
+        yield from self._plan.heldout_submissions("teachers", (first + second for first, second in pairs))
 
     def _fixed(self, base_policy: str) -> Iterator[Submission]:
         """The best candidate, once all of them are measured."""
@@ -149,12 +148,8 @@ class HeldoutMeasurement:
             return
         strategy = strategies[chosen]
         request = self._plan.heldout_generation(base_policy, strategy.prompt_format)
-        for written in self._writer.groups(HELDOUT, request, {FIXED: _overridden(strategy)}):
-            yield from self._unsettled("fixed", written)
-
-    def _unsettled(self, name: str, entries: list[Entry]) -> Iterator[Submission]:
-        if not all(entry.settled for entry in entries):
-            yield self._plan.heldout_submission(name, entries)
+        groups = self._writer.groups(HELDOUT, request, {FIXED: _overridden(strategy)})
+        yield from self._plan.heldout_submissions("fixed", groups)
 
 
 def _overridden(strategy: FixedStrategy) -> Adapt:

@@ -75,9 +75,8 @@ class Loop:
         """The round's groups as they are written. Runs beside the evaluations that they lead to."""
         self._enter(number, "generate", "writing and evaluating")
         request = self._plan.round_generation(number, policy_id)
-        for entries in self._writer.groups(round_stage(number), request, {"": unchanged}):
-            if not all(entry.settled for entry in entries):
-                yield self._plan.round_submission(number, entries)
+        groups = self._writer.groups(round_stage(number), request, {"": unchanged})
+        yield from self._plan.round_submissions(number, groups)
         self._enter(number, "evaluate", "evaluating")
 
     def _refuse_too_many_failures(self, number: int, entries: list[Entry]) -> None:

@@ -7,11 +7,11 @@ the same config and tasks lead to the same requests, on any machine, interrupted
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from orchestrator.entries import SELECTION, Entry, round_stage
+from orchestrator.entries import Entry, round_stage
 from orchestrator.evaluator_client import Submission
 from orchestrator.run_store import RunRecord
 from preceptor.config import FixedStrategy, RunConfig, TrainingConfig
@@ -157,42 +157,76 @@ class RunPlan:
 
     # What is asked of the evaluator
 
-    def round_submission(self, number: int, entries: Sequence[Entry]) -> Submission:
-        """One task's self-edits of a round. All candidates share the round's trial seeds (common random numbers)."""
-        task = self.tasks_of_round(number)[entries[0].key.task]
-        return self._submission(round_stage(number), "", task, entries, self._training_protocol("trial", number))
+    # A group is one task's entries. Which groups share a request, and so train together, depends on their order alone:
+    # a request is made again, and is the same, as long as one of its entries is not settled.
 
-    def selection_submission(self, candidate: int, entries: Sequence[Entry]) -> Submission:
-        """One task's self-edit under one candidate for the fixed strategy."""
-        task = self.selection_tasks[entries[0].key.task]
-        return self._submission(SELECTION, str(candidate), task, entries, self._training_protocol("selection", 0))
+    def round_submissions(self, number: int, groups: Iterable[Sequence[Entry]]) -> Iterator[Submission]:
+        """A round's groups. All candidates share the round's trial seeds (common random numbers)."""
+        protocol = self._training_protocol("trial", number)
+        for some in self._together(groups, self.config.reward.seeds):
+            yield self._submission("", self.tasks_of_round(number), some, protocol)
 
-    def heldout_submission(self, name: str, entries: Sequence[Entry]) -> Submission:
-        """One held-out task's self-edits of several arms, which are trained together; ``name`` tells apart the
-        requests of one task."""
-        task = self.heldout_tasks[entries[0].key.task]
-        protocol = self._protocol(heldout_bank(task), self.probes, "heldout", 0, self.config.heldout.seeds)
-        return self._submission(entries[0].key.stage, name, task, entries, protocol)
+    def selection_submissions(self, candidate: int, groups: Iterable[Sequence[Entry]]) -> Iterator[Submission]:
+        """Each task's self-edits under the candidates for the fixed strategy of which ``candidate`` is the first."""
+        protocol = self._training_protocol("selection", 0)
+        for some in self._together(groups, self.config.reward.seeds):
+            yield self._submission(str(candidate), self.selection_tasks, some, protocol)
+
+    def heldout_submissions(self, name: str, groups: Iterable[Sequence[Entry]]) -> Iterator[Submission]:
+        """Each held-out task's self-edits of some arms; ``name`` tells apart the requests of one task."""
+        seeds = self.config.heldout.seeds
+
+        def bank(group: Sequence[Entry]) -> types.QuestionBank.ValueType:
+            return heldout_bank(self.heldout_tasks[group[0].key.task])
+
+        for some in self._together(groups, seeds, bank):
+            protocol = self._protocol(bank(some[0]), self.probes, "heldout", 0, seeds)
+            yield self._submission(name, self.heldout_tasks, some, protocol)
+
+    def _together(
+        self,
+        groups: Iterable[Sequence[Entry]],
+        seeds: int,
+        asked: Callable[[Sequence[Entry]], object] = lambda _group: None,
+    ) -> Iterator[list[Sequence[Entry]]]:
+        """Groups in a row that have enough trials to train together and are ``asked`` alike, unless all is settled."""
+        some: list[Sequence[Entry]] = []
+        for group in groups:
+            if some and asked(group) != asked(some[0]):
+                yield from _unsettled(some)
+                some = []
+            some.append(group)
+            if sum(map(len, some)) * seeds >= self.config.reward.trials_together:
+                yield from _unsettled(some)
+                some = []
+        yield from _unsettled(some)
 
     def _submission(
         self,
-        stage: str,
         part: str,
-        task: types.Task,
-        entries: Sequence[Entry],
+        tasks: Sequence[types.Task],
+        groups: Sequence[Sequence[Entry]],
         protocol: evaluator.EvaluationProtocol,
     ) -> Submission:
-        valid = [entry for entry in entries if entry.self_edit is not None]
+        first = groups[0][0]
+        valid = [[entry for entry in group if entry.self_edit is not None] for group in groups]
+        asked = [self._task_edits(tasks[group[0].key.task], group) for group in valid if group]
         request = evaluator.CreateEvaluationsRequest(
-            request_id=self._request_id(stage, part, task.id),
+            request_id=self._request_id(first.key.stage, part, first.task_id),
             owner=self.run_id,
-            task=task,
-            self_edits=[self._as_trained(entry.self_edit) for entry in valid if entry.self_edit is not None],
+            task=asked[0].task,
+            self_edits=asked[0].self_edits,
+            more=asked[1:],
             protocol=protocol,
             student=self.student,
         )
-        request.task.ClearField("reference_edits")
-        return Submission(tuple(entry.key for entry in valid), request)
+        return Submission(tuple(entry.key for group in valid for entry in group), request)
+
+    def _task_edits(self, task: types.Task, entries: Sequence[Entry]) -> evaluator.TaskSelfEdits:
+        edits = [self._as_trained(entry.self_edit) for entry in entries if entry.self_edit is not None]
+        asked = evaluator.TaskSelfEdits(task=task, self_edits=edits)
+        asked.task.ClearField("reference_edits")
+        return asked
 
     def _as_trained(self, self_edit: types.SelfEdit) -> types.SelfEdit:
         """A recipe is followed as published: no directive changes it."""
@@ -238,6 +272,11 @@ class RunPlan:
         # A run that was resumed on request asks anew, so that what failed is tried again; one that goes on after a
         # crash asks the same again.
         return ".".join((self.run_id, str(self.resumes), *parts))
+
+
+def _unsettled(groups: list[Sequence[Entry]]) -> Iterator[list[Sequence[Entry]]]:
+    if not all(entry.settled for group in groups for entry in group):
+        yield groups
 
 
 def heldout_bank(task: types.Task) -> types.QuestionBank.ValueType:

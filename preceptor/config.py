@@ -149,6 +149,8 @@ class RewardConfig(Section):
     retention_loss: float = Field(0.3, ge=0)
     gold_logprob_gain: float = 0.0
     probes: int = Field(32, ge=0, description="retention probes asked in training rounds, at most")
+    # 8 fill a step on a CPU: more gain nothing there, and are waited for longer (docs/log.md).
+    trials_together: int = Field(8, ge=1, le=1024, description="trials sent in one request, at least; a GPU wants more")
 
 
 class FixedStrategy(Section):

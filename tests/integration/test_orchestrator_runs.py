@@ -169,7 +169,7 @@ def test_cancel_works_within_seconds_at_any_stage_and_a_resume_ends_with_the_sam
         run_id = o.create(request)
         reached = {
             "writing": lambda: bool(teacher.generations),
-            "evaluating": lambda: len(evaluator.requests) >= 3,
+            "evaluating": lambda: len(evaluator.requests) >= 2,
             "updating": lambda: bool(teacher.updates),
         }
         until(reached[stage])
@@ -232,7 +232,7 @@ def test_sigkill_of_the_orchestrator_at_any_moment_changes_nothing(tmp_path: Pat
         run_id = process.client.create(request)
         points: list[Callable[[], bool]] = [
             lambda: bool(teacher.generations),  # writing
-            lambda: len(evaluator.requests) >= 3,  # evaluating
+            lambda: len(evaluator.requests) >= 2,  # evaluating
             lambda: len(teacher.updates) >= 1,  # updating
             lambda: len(teacher.updates) >= 2,  # the last round's end
             lambda: any(r.protocol.bank == types.QUESTION_BANK_SEALED for r in evaluator.requests),  # held-out
@@ -281,9 +281,8 @@ def test_the_fixed_strategy_is_the_best_candidate_and_its_directive_holds(tmp_pa
     chosen = heldout["selection_rewards"].index(max(heldout["selection_rewards"]))
     assert heldout["fixed_strategy"]["prompt_format"] == ("copy", "self_qa")[chosen]
     fixed = [request for request in requests if ".fixed." in request.request_id]
-    assert len(fixed) == 4
-    for request in fixed:
-        assert request.self_edits[0].directive.epochs == heldout["fixed_strategy"]["epochs"]
+    edits = [edit for request in fixed for group in (request, *request.more) for edit in group.self_edits]
+    assert [edit.directive.epochs for edit in edits] == [heldout["fixed_strategy"]["epochs"]] * 4
     # The measurement shares student, training, seeds and probes; only the study material differs.
     sealed = [request for request in requests if request.protocol.bank == types.QUESTION_BANK_SEALED]
     assert len({request.protocol.SerializeToString(deterministic=True) for request in sealed}) == 1

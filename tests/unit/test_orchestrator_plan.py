@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.entries import EditKey, Entry, round_stage
+from orchestrator.evaluator_client import Submission
 from orchestrator.plan import RunPlan, heldout_bank, own_text, under
 from preceptor.config import FixedStrategy, TrainingConfig
 from preceptor.v1 import evaluator_pb2 as evaluator
@@ -31,9 +33,14 @@ def plan(run_id: str = "run-a", resumes: int = 0, **changes: Any) -> RunPlan:
 
 
 def entry(number: int, task: int, index: int = 0, **fields: Any) -> Entry:
-    tasks = plan().tasks_of_round(number)
+    tasks = [*plan().tasks_of_round(number), *plan().tasks_of_round(number + 1)]  # they come in turn
     values = {"self_edit": types.SelfEdit(documents=[f"document {task} {index}"]), "completion": "text", **fields}
     return Entry(EditKey(round_stage(number), "", task, index), tasks[task].id, "base", **values)
+
+
+def submission(of: RunPlan, number: int, *groups: list[Entry]) -> Submission:
+    (made,) = of.round_submissions(number, groups)
+    return made
 
 
 def done(value: float) -> evaluator.Evaluation:
@@ -61,8 +68,8 @@ def test_another_seed_draws_other_tasks_and_asks_with_other_seeds() -> None:
 
 def test_what_is_asked_depends_on_the_run_only_by_owner_and_request_id() -> None:
     entries = [entry(1, 0, 0), entry(1, 0, 1)]
-    one = plan("run-a").round_submission(1, entries).request
-    two = plan("run-b").round_submission(1, entries).request
+    one = submission(plan("run-a"), 1, entries).request
+    two = submission(plan("run-b"), 1, entries).request
     assert one.request_id != two.request_id
     for request in (one, two):
         request.ClearField("request_id")
@@ -73,9 +80,9 @@ def test_what_is_asked_depends_on_the_run_only_by_owner_and_request_id() -> None
 
 def test_candidates_of_a_round_share_trial_seeds_and_rounds_do_not() -> None:
     plan_ = plan(reward={"seeds": 3})
-    first = plan_.round_submission(1, [entry(1, 0)]).request.protocol.seeds
-    other_task = plan_.round_submission(1, [entry(1, 1)]).request.protocol.seeds
-    next_round = plan_.round_submission(2, [entry(2, 0)]).request.protocol.seeds
+    first = submission(plan_, 1, [entry(1, 0)]).request.protocol.seeds
+    other_task = submission(plan_, 1, [entry(1, 1)]).request.protocol.seeds
+    next_round = submission(plan_, 2, [entry(2, 0)]).request.protocol.seeds
     assert list(first) == list(other_task)
     assert len(set(first)) == 3
     assert not set(first) & set(next_round)
@@ -108,13 +115,13 @@ def test_only_rewarded_self_edits_reach_the_update() -> None:
 
 def test_training_rounds_ask_the_reward_bank_and_some_probes_and_the_measurement_the_sealed_bank_and_all() -> None:
     plan_ = plan(reward={"probes": 8})
-    training = plan_.round_submission(1, [entry(1, 0)]).request.protocol
-    again = plan_.round_submission(2, [entry(2, 1)]).request.protocol
+    training = submission(plan_, 1, [entry(1, 0)]).request.protocol
+    again = submission(plan_, 2, [entry(2, 1)]).request.protocol
     assert training.bank == types.QUESTION_BANK_REWARD
     assert len(training.probes) == 8
     assert list(training.probes) == list(again.probes)
     heldout_entry = Entry(EditKey("heldout", "oracle", 1, 0), HELDOUT[1].id, "", "", self_edit=types.SelfEdit())
-    measured = plan_.heldout_submission("given", [heldout_entry]).request
+    measured = next(plan_.heldout_submissions("given", [[heldout_entry]])).request
     assert measured.protocol.bank == types.QUESTION_BANK_SEALED
     assert len(measured.protocol.probes) == len(PROBES)
     assert not measured.task.reference_edits
@@ -126,17 +133,80 @@ def test_a_task_without_sealed_questions_is_measured_with_its_reward_questions()
 
 
 def test_malformed_self_edits_are_not_sent_to_the_evaluator() -> None:
-    submission = plan().round_submission(1, [entry(1, 0, 0, malformed="bad", self_edit=None), entry(1, 0, 1)])
-    assert [key.index for key in submission.keys] == [1]
-    assert len(submission.request.self_edits) == 1
+    made = submission(plan(), 1, [entry(1, 0, 0, malformed="bad", self_edit=None), entry(1, 0, 1)])
+    assert [key.index for key in made.keys] == [1]
+    assert len(made.request.self_edits) == 1
 
 
 def test_a_run_resumed_on_request_asks_under_new_ids_and_one_that_goes_on_under_the_same() -> None:
     def request_id(resumes: int) -> str:
-        return plan(resumes=resumes).round_submission(1, [entry(1, 0)]).request.request_id
+        return submission(plan(resumes=resumes), 1, [entry(1, 0)]).request.request_id
 
     assert request_id(0) == request_id(0)
     assert request_id(0) != request_id(1)
+
+
+def places(made: Iterable[Submission]) -> list[list[tuple[int, int]]]:
+    return [[(key.task, key.index) for key in one.keys] for one in made]
+
+
+def test_tasks_with_few_trials_share_a_request_in_their_order() -> None:
+    four = [[entry(1, task, index) for index in range(2)] for task in range(4)]
+    asked = [[0, 1], [2, 3]]
+    for trials, seeds, expected in ((4, 1, asked), (3, 1, asked), (1, 1, [[0], [1], [2], [3]]), (8, 2, asked)):
+        of = plan(rounds={"tasks": 4}, reward={"seeds": seeds, "trials_together": trials})
+        assert [sorted({task for task, _ in one}) for one in places(of.round_submissions(1, four))] == expected
+    three = list(plan(rounds={"tasks": 4}, reward={"trials_together": 6}).round_submissions(1, four))
+    assert places(three) == [[(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)], [(3, 0), (3, 1)]]
+    tasks = plan(rounds={"tasks": 4}).tasks_of_round(1)
+    request = three[0].request
+    assert [group.task.id for group in (request, *request.more)] == [task.id for task in tasks[:3]]
+    assert [group.self_edits[1].documents[0] for group in request.more] == ["document 1 1", "document 2 1"]
+    assert not any(group.task.reference_edits for group in request.more)
+
+
+def test_a_request_is_sent_as_soon_as_it_is_full() -> None:
+    of = plan(rounds={"tasks": 4}, reward={"trials_together": 2})
+    written: list[int] = []
+
+    def writing() -> Iterator[list[Entry]]:
+        for task in range(4):
+            written.append(task)
+            yield [entry(1, task)]
+
+    next(of.round_submissions(1, writing()))
+    assert written == [0, 1]
+
+
+def test_a_request_is_the_same_until_all_of_it_is_settled() -> None:
+    """After a crash nothing that trains together may depend on what was finished before."""
+    of = plan(rounds={"tasks": 4}, reward={"trials_together": 4})
+    bad = {"malformed": "bad", "self_edit": None}
+    fresh = [[entry(1, 0), entry(1, 0, 1, **bad)], [entry(1, 1), entry(1, 1, 1)]]
+    some = [[entry(1, 0, evaluation=done(1)), fresh[0][1]], [fresh[1][0], entry(1, 1, 1, evaluation=done(1))]]
+    later = [[entry(1, 2, 0, **bad), entry(1, 2, 1, **bad)], [entry(1, 3, 0), entry(1, 3, 1)]]
+    first, second = of.round_submissions(1, [*fresh, *later])
+    assert list(of.round_submissions(1, [*some, *later])) == [first, second]
+    assert places([first, second]) == [[(0, 0), (1, 0), (1, 1)], [(3, 0), (3, 1)]]
+    every = [[entry(1, task, index, evaluation=done(1)) for index in range(2)] for task in range(2)]
+    assert list(of.round_submissions(1, [*every, *later])) == [second]
+    assert first.request.request_id != second.request.request_id
+
+
+def test_held_out_tasks_share_a_request_only_where_the_same_bank_is_asked() -> None:
+    tasks = (HELDOUT[0], HELDOUT[1], passage("own", sealed=False), HELDOUT[2])
+    of = RunPlan(**{**plan().__dict__, "heldout_tasks": tasks})
+    groups = [
+        [Entry(EditKey("heldout", "oracle", i, 0), task.id, "", "", self_edit=types.SelfEdit(documents=["x"]))]
+        for i, task in enumerate(tasks)
+    ]
+    made = list(of.heldout_submissions("references", groups))
+    assert places(made) == [[(0, 0), (1, 0)], [(2, 0)], [(3, 0)]]
+    assert [one.request.protocol.bank for one in made] == [
+        types.QUESTION_BANK_SEALED,
+        types.QUESTION_BANK_REWARD,
+        types.QUESTION_BANK_SEALED,
+    ]
 
 
 def test_reference_arms_need_an_edit_in_every_task() -> None:
@@ -157,7 +227,7 @@ def test_every_training_setting_of_the_config_is_asked_for() -> None:
         "loss_mask": "outputs_only",
         "loss_marker": "A:",
     }
-    sent = plan(training=training).round_submission(1, [entry(1, 0)]).request.protocol.training
+    sent = submission(plan(training=training), 1, [entry(1, 0)]).request.protocol.training
     assert sent.loss_mask == types.LOSS_MASK_OUTPUTS_ONLY
     assert {name: getattr(sent, name) for name in training} == training | {"loss_mask": sent.loss_mask}
 
@@ -165,10 +235,10 @@ def test_every_training_setting_of_the_config_is_asked_for() -> None:
 def test_under_a_recipe_no_directive_reaches_the_evaluator() -> None:
     written = types.SelfEdit(documents=["a"], directive=types.Directive(rank=4, epochs=2))
     of_run = plan(training={"recipe": "seal-compat"}, heldout={"fixed_strategies": ()})
-    submission = of_run.round_submission(1, [entry(1, 0, self_edit=written)])
-    assert list(submission.request.self_edits) == [types.SelfEdit(documents=["a"])]
-    assert submission.request.protocol.training.pad_to == 2048
-    assert plan().round_submission(1, [entry(1, 0, self_edit=written)]).request.self_edits[0] == written
+    made = submission(of_run, 1, [entry(1, 0, self_edit=written)])
+    assert list(made.request.self_edits) == [types.SelfEdit(documents=["a"])]
+    assert made.request.protocol.training.pad_to == 2048
+    assert submission(plan(), 1, [entry(1, 0, self_edit=written)]).request.self_edits[0] == written
 
 
 def test_the_fixed_strategy_replaces_the_whole_directive() -> None:
