@@ -134,7 +134,7 @@ class _Pass:
     """What all blocks need to know of one pass."""
 
     pack: Pack
-    scale: Tensor  # [T, 1]: alpha / rank of each token's adapter
+    scale: Tensor  # [T, 1], float32: alpha / rank of each token's adapter
     cosine: Tensor  # [T, 1, d]
     sine: Tensor  # [T, 1, d], its first half negated
     add: bool  # gradients are added to what is there
@@ -492,7 +492,7 @@ class PackedDecoder:
     def bind(self, adapters: Sequence[int], values_SP: Tensor, gradient_SP: Tensor) -> None:
         """Seats these adapters with these values, and writes their gradients there from now on."""
         dtype = self._head.dtype
-        self._values, self._scales = values_SP, self._bank.scales_K[list(adapters)].to(dtype)
+        self._values, self._scales = values_SP, self._bank.scales_K[list(adapters)]
         # in bfloat16 the products take a rounded copy of the factors
         self._factors = None if values_SP.dtype == dtype else values_SP.to(dtype)
         for block in self._blocks:

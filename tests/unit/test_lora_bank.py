@@ -18,7 +18,7 @@ from student.lora_bank import LoraBank
 from student.plan import TrainingPlan, lesson, make_plan
 from student.trainer import StepLimits, train_bank
 from student.trial import ALL_LINEAR, TrainingSettings
-from tests.unit.tiny_students import OTHERS, PACKED, tiny_base, tiny_model
+from tests.unit.tiny_students import OTHERS, PACKED, byte_tokenizer, tiny_base, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
 
@@ -147,6 +147,68 @@ def test_each_adapter_of_a_bank_equals_the_one_peft_trains_alone(shape: str, lim
             assert (a - expected[name][0]).abs().max() <= 1e-5, f"A of {name}, adapter {adapter}"
             assert (b - expected[name][1]).abs().max() <= 1e-5, f"B of {name}, adapter {adapter}"
             assert b.abs().max() > 1e-4, "the adapter was to be trained"
+
+
+def cosine(one: Factors, other: Factors, start: Factors) -> float:
+    """Of the changes of all A and B."""
+    changes = [
+        torch.cat([(side[name][which] - start[name][which]).flatten() for name in start for which in (0, 1)])
+        for side in (one, other)
+    ]
+    return float(functional.cosine_similarity(*changes, dim=0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "targets", "limits"),
+    [
+        ("llama", ("q_proj", "v_proj"), "all at once"),
+        ("qwen2", ("q_proj", "v_proj"), "all at once"),
+        ("llama", ALL_LINEAR, "several passes a step"),
+        ("qwen2", ALL_LINEAR, "all at once"),
+    ],
+)
+def test_over_a_base_in_bfloat16_an_adapter_learns_what_peft_teaches_it(
+    shape: str, targets: tuple[str, ...], limits: str
+) -> None:
+    # Weights as large as in the other tests make attention so sharp that rounding the base alone turns the changes by
+    # more than the limit; these are as large as transformers makes them.
+    config = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "initializer_range": 0.02}
+    settings = [
+        TrainingSettings(rank=rank, alpha=16, learning_rate=1e-3, epochs=10, batch_size=2, target_modules=targets)
+        for rank in (8, 12)  # 16 / 12 is no number of bfloat16
+    ]
+    trained: dict[torch.dtype, LoraBank] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        base = LoadedBase(tiny_model(shape, **config).to(dtype), byte_tokenizer())
+        plans = [plan_of(base, DOCUMENTS[0], one, seed) for seed, one in enumerate(settings)]
+        assert [len(plan.steps) for plan in plans] == [30, 30]
+        trained[dtype] = LoraBank(base.model, targets, [8, 12], [16.0, 16.0], [0, 1])
+        start = [trained[dtype].factors(adapter) for adapter in (0, 1)]
+        with trained[dtype].attached():
+            train_bank(base, trained[dtype], plans, LIMITS[limits])
+    for adapter, (plan, one) in enumerate(zip(plans, settings, strict=True)):
+        theirs, _ = train_alone_with_peft(tiny_model(shape, **config).bfloat16(), plan, one, start[adapter])
+        exact, ours = (trained[dtype].factors(adapter) for dtype in (torch.float32, torch.bfloat16))
+        assert cosine(ours, theirs, start[adapter]) >= 0.999
+        assert cosine(ours, exact, start[adapter]) >= 0.999
+
+
+def test_alpha_by_rank_is_not_rounded_over_a_base_in_bfloat16() -> None:
+    base = LoadedBase(tiny_model().to(torch.bfloat16), byte_tokenizer())
+    bank = LoraBank(base.model, ("up_proj",), [12], [16.0], [0])
+    name = bank.modules[0]
+    linear = base.model.get_submodule(name)
+    assert isinstance(linear, torch.nn.Linear)
+    linear.weight.zero_()
+    a, _ = bank.factors(0)[name]
+    b = torch.randn(linear.out_features, 12)
+    bank.set_factors(0, dict.fromkeys(bank.modules, (a, b)))
+    x = torch.randn(200, linear.in_features).bfloat16()
+    with bank.attached():
+        bank.seat([0], [200])
+        y = base.model.get_submodule(name)(x).float()
+    expected = x.float() @ a.bfloat16().float().T @ b.bfloat16().float().T * (16 / 12)
+    assert float((y * expected).sum() / expected.square().sum()) == pytest.approx(1, abs=5e-4)
 
 
 def test_an_adapter_starts_as_peft_starts_it_whatever_its_neighbours() -> None:

@@ -97,7 +97,8 @@ def by_factor(bank: LoraBank, values: Tensor) -> dict[str, Tensor]:
 
 
 def assert_equal_steps(base: LoadedBase, bank: LoraBank, step: Step, tolerance: float = 2e-5, **limits: Any) -> None:
-    """The packed decoder's losses and gradients are autograd's, relative to the largest of each factor."""
+    """The packed decoder's losses and gradients are autograd's, relative to the largest of each factor; where gradients
+    nearly cancel out (q and k of two tokens), relative to the largest of all."""
     lessons = lessons_of(step)
     seats = list(range(len(bank)))[::-1][: len(lessons)]  # not in the bank's order
     losses, gradient = differentiated(AutogradDecoder(base, bank), bank, seats, lessons)
@@ -108,7 +109,7 @@ def assert_equal_steps(base: LoadedBase, bank: LoraBank, step: Step, tolerance: 
         ours, theirs = by_factor(bank, our_gradient), by_factor(bank, gradient)
         for name, expected in theirs.items():
             for seat in range(len(seats)):
-                limit = tolerance * float(expected[seat].abs().max()) + 1e-9
+                limit = tolerance * float(expected[seat].abs().max()) + 1e-6 * float(gradient[seat].abs().max())
                 off = float((ours[name][seat] - expected[seat]).abs().max())
                 assert off <= limit, f"{name}, seat {seat}, {attempt=}: {off:.1e} > {limit:.1e}"
     assert float(gradient.abs().max()) > 1e-3, "there was something to learn"
