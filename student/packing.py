@@ -17,10 +17,14 @@ from torch import Tensor
 from student.buckets import like_lengths
 from student.plan import Lesson
 
-# What one more attention grid costs, in padded tokens that it would have to save. Attention grows with the square of
-# the length, so on a CPU grids are worth splitting sooner than passes; 8 to 64 do equally well. On a GPU a grid is some
-# dozen kernels to start.
-_GRID_TOKENS = {"cpu": 32, "cuda": 1_024}
+# Attention to a lesson of n tokens costs n squared and something for every token; one more grid costs some dozen small
+# operations, on a GPU as many kernels. In scores that it would have to save; half or double do equally well.
+_TOKEN_SCORES = 32
+_GRID_SCORES = {"cpu": 7_000, "cuda": 1 << 20}
+
+# No grid is narrower: torch's softmax on a CPU takes rows shorter than a vector (16 floats) number by number, and then
+# alone costs ten times what the products cost.
+_NARROWEST = 16
 
 # (seat, lesson), in the order of seats
 Item = tuple[int, Lesson]
@@ -68,10 +72,11 @@ def pack(items: Sequence[Item], weights_S: Sequence[float], device: torch.device
     )
     targets = _flat((item.ids[item.loss_from :] for _, item in items), sum(labels_S))
 
-    groups = like_lengths(lengths, _GRID_TOKENS.get(device.type, 128))
-    grids = tuple((len(group), max(lengths[index] for index in group)) for group in groups)
+    costs = [length * (length + _TOKEN_SCORES) for length in lengths]
+    groups = like_lengths(costs, _GRID_SCORES.get(device.type, 7_000))
+    grids = tuple((len(group), max(_NARROWEST, *(lengths[index] for index in group))) for group in groups)
     to_grid = from_grid = None
-    if len(groups) > 1 or min(lengths) < max(lengths):
+    if len(groups) > 1 or min(lengths) < grids[0][1]:
         to_grid = np.empty(sum(count * longest for count, longest in grids), np.int64)
         from_grid = np.empty(starts[-1], np.int64)
         at = 0

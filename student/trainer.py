@@ -16,7 +16,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from student.autograd_decoder import AutogradDecoder
 from student.base import LoadedBase
@@ -66,7 +65,7 @@ class _Course:
 
     adapter: int
     plan: TrainingPlan
-    count: Tensor  # steps taken, as the optimiser wants it
+    count: Tensor  # steps taken, as torch's fused AdamW wants it
     step: int = 0
 
     @property
@@ -113,12 +112,18 @@ def train_bank(
     return results
 
 
-def _decoder(base: LoadedBase, bank: LoraBank, plans: Sequence[TrainingPlan], limits: StepLimits) -> Decoder:
+def packable(base: LoadedBase, plans: Sequence[TrainingPlan]) -> bool:
+    """Whether the plans can be carried out by the packed decoder."""
     lessons = [item for plan in plans for step in plan.steps for item in step]
     longest = max((len(item.ids) for item in lessons), default=0)
-    if supports(base.model, longest) and not any(item.pads for item in lessons):
-        return PackedDecoder(base.model, bank, pass_tokens=limits.pass_tokens, checkpointing=limits.checkpointing)
-    return AutogradDecoder(base, bank)
+    return supports(base.model, longest) and not any(item.pads for item in lessons)
+
+
+def _decoder(base: LoadedBase, bank: LoraBank, plans: Sequence[TrainingPlan], limits: StepLimits) -> Decoder:
+    tokens, checkpointing = limits.pass_tokens, limits.checkpointing
+    if packable(base, plans):
+        return PackedDecoder(base.model, bank, pass_tokens=tokens, checkpointing=checkpointing)
+    return AutogradDecoder(base, bank, pass_tokens=tokens, checkpointing=checkpointing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,21 +196,21 @@ class _Seats:
         self._gradient *= (limit_S / (norm_S + 1e-6)).clamp(max=1.0)[:, None]  # as torch's clip_grad_norm_
         tokens = tuple(sum(len(item.ids) for item in course.lessons) for course in self.courses)
         for seat, course in enumerate(self.courses):
-            adamw(
+            course.step += 1
+            # what AdamW(fused=True) calls; going through it costs as much again as the step of a small adapter
+            torch._fused_adamw_(
                 [self._values[seat]],
                 [self._gradient[seat]],
                 [self._first[seat]],
                 [self._second[seat]],
                 [],
-                [course.count],
-                fused=True,
-                amsgrad=False,
+                [course.count.add_(1)],
+                lr=course.plan.learning_rates[course.step - 1],
                 beta1=_BETA1,
                 beta2=_BETA2,
-                lr=course.plan.learning_rates[course.step],
                 weight_decay=course.plan.weight_decay,
                 eps=_EPSILON,
+                amsgrad=False,
                 maximize=False,
             )
-            course.step += 1
         return _Report(tuple(course.adapter for course in self.courses), tokens, torch.stack([loss_S, norm_S]))
