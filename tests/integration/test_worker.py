@@ -194,6 +194,17 @@ def test_an_earlier_attempt_that_failed_is_no_reason_not_to_try(queue: Queue, st
     assert not queue.run(batch, attempt=2).HasField("failure")
 
 
+def test_a_batch_that_was_cancelled_before_its_turn_is_not_begun_and_its_next_attempt_is(queue: Queue) -> None:
+    batch = queue.batch("cancelled")
+    del batch.trials[2]  # the one that fails
+    queue.leases.cancel(celery_task_id(batch.id, 1), [trial.id for trial in batch.trials])
+    assert queue.run(batch).failure.reason == "CANCELLED"
+    assert not queue.run(batch, attempt=2).HasField("failure")
+    with redis.Redis.from_url(queue.url) as client:
+        (key,) = client.scan_iter(match="*cancelled.1")
+        assert 0 < client.ttl(key) <= 24 * 3600
+
+
 def test_a_changed_student_is_refused_and_the_worker_lives_on(queue: Queue, student: Path, tmp_path: Path) -> None:
     changed = shutil.copytree(student, tmp_path / "changed")
     (changed / "generation_config.json").write_text("{}")
