@@ -8,11 +8,17 @@ head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from student.base import LoadedBase
 from student.buckets import like_lengths
@@ -21,10 +27,15 @@ from student.plan import Lesson
 
 
 class AutogradDecoder:
-    """Losses of lessons and the gradients of the seated adapters' values. The bank must be attached."""
+    """Losses of lessons and the gradients of the seated adapters' values. The bank must be attached.
 
-    def __init__(self, base: LoadedBase, bank: LoraBank) -> None:
-        self._base, self._bank = base, bank
+    No pass has more than ``pass_tokens`` tokens, pads included, unless it is a single lesson. ``checkpointing``: of
+    each block only its input is kept, if transformers knows how to for this model.
+    """
+
+    def __init__(self, base: LoadedBase, bank: LoraBank, *, pass_tokens: int, checkpointing: bool = False) -> None:
+        self._base, self._bank, self._pass_tokens = base, bank, pass_tokens
+        self._checkpointing = checkpointing
 
     def bind(self, adapters: Sequence[int], values_SP: Tensor, gradient_SP: Tensor) -> None:
         """Seats these adapters with these values, and writes their gradients there from now on."""
@@ -35,7 +46,7 @@ class AutogradDecoder:
         items = [(seat, item) for seat, lessons in enumerate(lessons_S) for item in lessons]
         loss_S = self._values.new_zeros(len(lessons_S))
         self._gradient.zero_()
-        for group in like_lengths([len(item.ids) + item.pads for _, item in items]):
+        for group in self._passes([len(item.ids) + item.pads for _, item in items]):
             of_seat: dict[int, list[Lesson]] = {}
             for index in group:
                 seat, item = items[index]
@@ -48,6 +59,12 @@ class AutogradDecoder:
                 self._gradient[seats] += gradient
         return loss_S
 
+    def _passes(self, lengths: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Which lessons go through the student together."""
+        for group in like_lengths(lengths):
+            size = max(1, self._pass_tokens // max(lengths[index] for index in group))
+            yield from (group[start : start + size] for start in range(0, len(group), size))
+
     def _pass(
         self, seats: Sequence[int], lessons: Sequence[Sequence[Lesson]], weights: Sequence[float]
     ) -> tuple[Tensor, Tensor]:
@@ -58,8 +75,9 @@ class AutogradDecoder:
         self._bank.seat_for_training(
             [self._adapters[seat] for seat in seats], [len(some) * length for some in lessons], values
         )
-        part_S = self._losses(lessons, weights, length)
-        self._bank.add_gradient(part_S.sum(), gradient)
+        with _checkpoints(self._base.model) if self._checkpointing else nullcontext():
+            part_S = self._losses(lessons, weights, length)
+            self._bank.add_gradient(part_S.sum(), gradient)
         return part_S.detach(), gradient
 
     def _losses(self, lessons: Sequence[Sequence[Lesson]], weights: Sequence[float], length: int) -> Tensor:
@@ -91,3 +109,18 @@ class AutogradDecoder:
         parts = nll_N.split([sum(item.labels for item in some) for some in lessons])
         # each adapter's own sum: a broken one (NaN) does not reach the others
         return torch.stack([weight * part.sum() for weight, part in zip(weights, parts, strict=True)])
+
+
+@contextmanager
+def _checkpoints(model: PreTrainedModel) -> Iterator[None]:
+    """While it lasts, blocks keep only their input. They do that in training mode alone; what is inside of them stays
+    in evaluation mode, without dropout. (Transformers' own switch asks for a gradient of the embeddings too.)"""
+    blocks: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for block in blocks:
+        block.training = block.gradient_checkpointing = True
+        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.training = block.gradient_checkpointing = False

@@ -398,6 +398,7 @@ class PackedDecoder:
             y, of_block = block.forward(x, run)
             kept.append(None if number < self._lowest else x if self._checkpointing else of_block)
             x = y
+            del of_block  # what is not kept makes room for the next block
         loss_S, gradient = self._loss(x, packed)
         for number in range(len(self._blocks) - 1, self._lowest - 1, -1):
             block, of_it = self._blocks[number], kept.pop()

@@ -17,9 +17,10 @@ from student.base import LoadedBase
 from student.lora_bank import LoraBank
 from student.packed_decoder import PackedDecoder, supports
 from student.packing import pack
-from student.plan import Lesson
+from student.plan import Lesson, TrainingPlan
+from student.trainer import StepLimits, train_bank
 from student.trial import ALL_LINEAR
-from tests.unit.tiny_students import PACKED, tiny_base, tiny_model
+from tests.unit.tiny_students import OTHERS, PACKED, PeakMemory, tiny_base, tiny_model
 
 Step = Sequence[Sequence[tuple[int, int]]]  # for each seat its lessons, as (tokens, loss_from)
 STEPS: dict[str, Step] = {
@@ -101,7 +102,7 @@ def assert_equal_steps(base: LoadedBase, bank: LoraBank, step: Step, tolerance: 
     nearly cancel out (q and k of two tokens), relative to the largest of all."""
     lessons = lessons_of(step)
     seats = list(range(len(bank)))[::-1][: len(lessons)]  # not in the bank's order
-    losses, gradient = differentiated(AutogradDecoder(base, bank), bank, seats, lessons)
+    losses, gradient = differentiated(AutogradDecoder(base, bank, pass_tokens=1 << 62), bank, seats, lessons)
     packed = packed_decoder(base, bank, **limits)
     for attempt in range(2):  # nothing is left behind by the first
         our_losses, our_gradient = differentiated(packed, bank, seats, lessons)
@@ -216,6 +217,57 @@ def test_attention_grids_hold_every_lesson_once_and_in_order(lengths: list[int])
         length = lengths[seats.pop()] - 1
         assert packed.positions[row[:length]].tolist() == list(range(length))
         assert set(row[length:]) <= {row[0]}, "a pad is a token of its own lesson"
+
+
+@pytest.mark.parametrize("shape", ["llama", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("limits", list(LIMITS)[1:])
+def test_autograds_passes_and_checkpointing_change_no_gradient(shape: str, limits: str) -> None:
+    base = tiny_base(shape)
+    bank = trained_bank(base, OTHERS.get(shape, ALL_LINEAR))
+    lessons = lessons_of(STEPS["mixed"])
+    lessons[1].append(Lesson(lessons[1][0].ids[:30], pads=90))
+    whole = AutogradDecoder(base, bank, pass_tokens=1 << 62)
+    parts = AutogradDecoder(base, bank, **{"pass_tokens": 1 << 62, **LIMITS[limits]})
+    losses, gradient = differentiated(whole, bank, [2, 0, 1], lessons)
+    same_losses, same_gradient = differentiated(parts, bank, [2, 0, 1], lessons)
+    torch.testing.assert_close(same_losses, losses, atol=2e-6, rtol=2e-6)
+    assert (same_gradient - gradient).abs().max() <= 2e-6 * gradient.abs().max()
+    assert not any(module.training for module in base.model.modules())
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in base.model.modules())
+
+
+@pytest.mark.parametrize("shape", ["llama", "gemma2"])
+@pytest.mark.parametrize("pads", [0, 30])
+def test_no_pass_has_more_tokens_than_it_may(shape: str, pads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base(shape)
+    bank = trained_bank(base, ranks=(8, 8))
+    lessons = lessons_of([[(40, 1), (41, 1), (20, 1)], [(90, 1), (3, 1), (39, 1), (40, 1)]])
+    lessons[0][0] = Lesson(lessons[0][0].ids, pads=pads)
+    plans = [TrainingPlan((tuple(some),), (1e-3,), 0.0, 1.0) for some in lessons]
+    embedding = base.model.get_input_embeddings()
+    sizes: list[int] = []
+    handle = embedding.register_forward_hook(lambda _, args, out: sizes.append(args[0].numel()))
+    with bank.attached():
+        train_bank(base, bank, plans, StepLimits(pass_tokens=85))
+    handle.remove()
+    assert len(sizes) >= 4
+    assert all(size <= 90 for size in sizes), "a single lesson may be longer"
+    assert sum(size > 85 for size in sizes) == 1
+    assert max(sizes[: sizes.index(max(sizes))] + sizes[sizes.index(max(sizes)) + 1 :]) > 70, "and passes are full"
+
+
+@pytest.mark.parametrize(("shape", "pads"), [("llama", 0), ("llama", 20), ("gemma2", 0), ("gpt_neox", 0)])
+def test_checkpointing_keeps_less(shape: str, pads: int) -> None:
+    base = tiny_base(shape, num_hidden_layers=8)
+    bank = trained_bank(base, OTHERS.get(shape, ALL_LINEAR), ranks=(8,))
+    plans = [TrainingPlan(((Lesson(lessons_of([[(90, 1)]])[0][0].ids, pads=pads),),), (1e-3,), 0.0, 1.0)]
+
+    def peak(checkpointing: bool) -> int:
+        with bank.attached(), PeakMemory() as memory:
+            train_bank(base, bank, plans, StepLimits(checkpointing=checkpointing))
+        return memory.peak
+
+    assert peak(True) < 0.6 * peak(False)
 
 
 def test_what_is_padded_to_the_common_rank_has_no_gradient() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -74,3 +79,26 @@ def save_student(folder: Path, shape: str = "llama", *, seed: int = 0) -> Path:
     tiny_model(shape, seed=seed).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+class PeakMemory(TorchDispatchMode):
+    """While it lasts, counts the bytes of live tensors that torch's operations have made; ``peak`` is the most there
+    were at once. What an operation takes and frees inside is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live: dict[int, int] = {}  # by address
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        given = {one.untyped_storage().data_ptr() for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        for one in tree_leaves(out):
+            if isinstance(one, Tensor):
+                storage = one.untyped_storage()
+                address = storage.data_ptr()
+                if storage.nbytes() and address not in given and address not in self._live:
+                    self._live[address] = storage.nbytes()
+                    weakref.finalize(storage, self._live.pop, address, None)
+        self.peak = max(self.peak, sum(self._live.values()))
+        return out
