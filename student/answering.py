@@ -8,7 +8,8 @@ exactly what token-by-token greedy decoding gives; the gold answer saves time an
 decoding with the gold answer as the draft: Leviathan et al. 2023, arXiv 2211.17192.)
 
 Rows are padded on the right. Causal attention keeps pads and refused drafts out of the first pass; a mask keeps them
-out of the steps after it.
+out of the steps after it. Students outside the families that ``student.packed_decoder`` knows are asked without a
+cache: every step reads its rows anew.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from preceptor.errors import PreceptorError
 from preceptor.tasks import Question
 from student.base import LoadedBase
 from student.lora_bank import LoraBank
+from student.packed_decoder import supports
 from student.trial import Answer, AnsweringSettings
 
 # Tokens of one first pass. Enough to fill the matrix units, small enough that a tiny model's activations stay in the
@@ -133,9 +135,11 @@ def _answer_chunk(
             positions += range(first, first + len(prompt.gold) + 1)
             targets += (*prompt.gold, base.eos_id)  # what the place behind the answer predicts is not scored
             ids += (*prompt.prompt, *prompt.gold, *(base.eos_id,) * (length - prompt.length))
-    cache = DynamicCache() if settings.generate else None
+    # Of a student that we do not know, a cache may be more than a row of past tokens: windows, states.
+    plain = supports(base.model, length + settings.max_new_tokens)
+    cache = DynamicCache() if settings.generate and plain else None
     hidden = base.decoder(
-        torch.tensor(ids, device=base.device).view(-1, length), past_key_values=cache, use_cache=settings.generate
+        torch.tensor(ids, device=base.device).view(-1, length), past_key_values=cache, use_cache=cache is not None
     )[0]
     chosen, logprobs = _score(base, hidden.reshape(-1, hidden.shape[-1])[positions], targets)
     at = 0
@@ -151,6 +155,8 @@ def _answer_chunk(
             at = end + 1
     if cache is not None:
         _decode(base, bank, adapters, values, grid, length, cache, settings)
+    elif settings.generate:
+        _decode_afresh(base, bank, adapters, values, grid, settings)
 
 
 def _decode(
@@ -191,6 +197,28 @@ def _decode(
             if not prompt.finished:
                 _take(base, prompt, token, settings)
         step += 1
+
+
+def _decode_afresh(
+    base: LoadedBase,
+    bank: LoraBank,
+    adapters: Sequence[int],
+    values: Tensor,
+    grid: Sequence[Sequence[Prompt]],
+    settings: AnsweringSettings,
+) -> None:
+    """Goes on with the rows that the first pass has not finished, reading each anew for every token."""
+    while rows := [(seat, p) for seat, prompts in enumerate(grid) for p in prompts if not p.finished]:
+        count = Counter(seat for seat, _ in rows)
+        whole = [(*prompt.prompt, *prompt.generated) for _, prompt in rows]
+        length = max(map(len, whole))
+        bank.seat([adapters[seat] for seat in count], [n * length for n in count.values()], values[list(count)])
+        ids = torch.tensor([[*row, *(base.eos_id,) * (length - len(row))] for row in whole], device=base.device)
+        hidden = base.decoder(ids, use_cache=False)[0]
+        ends = torch.tensor([len(row) - 1 for row in whole], device=base.device)
+        chosen, _ = _score(base, hidden[torch.arange(len(rows), device=base.device), ends], None)
+        for (_, prompt), token in zip(rows, chosen, strict=True):
+            _take(base, prompt, token, settings)
 
 
 def _take(base: LoadedBase, prompt: Prompt, token: int, settings: AnsweringSettings) -> None:

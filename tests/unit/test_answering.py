@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from peft import PeftModel
 
 from preceptor.errors import PreceptorError
 from preceptor.tasks import Question
@@ -11,10 +14,11 @@ from student import answering
 from student.answering import answer, encode_questions
 from student.base import LoadedBase
 from student.lora_bank import LoraBank
+from student.peft_format import bank_of, export_adapter
 from student.plan import lesson, make_plan
 from student.trainer import train_bank
 from student.trial import ALL_LINEAR, Answer, AnsweringSettings, TrainingSettings
-from tests.unit.tiny_students import SHAPES, tiny_base
+from tests.unit.tiny_students import SHAPES, tiny_base, tiny_model
 
 SETTINGS = AnsweringSettings(max_new_tokens=9)
 FACTS = ("Question: Where is Ada?\nAnswer: Rome", "Question: Who is Tom Hill?\nAnswer: a smith", "Ada is in Rome.")
@@ -91,6 +95,39 @@ def test_batched_answers_equal_those_of_each_adapter_asked_alone(
     assert given[1][4].text == "Rome", "the trained adapter was to know its fact"
     assert given[1][2].text == "Rome", "a gold answer that is only the beginning must not cut the answer short"
     assert given[0][0].text != "Rome"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT
+@pytest.mark.parametrize("shape", ["llama", "qwen2", "gemma", "gemma2", "mistral with a window"])
+def test_an_exported_adapter_gives_in_peft_and_in_a_new_bank_the_answers_it_gave_here(
+    shape: str, tmp_path: Path
+) -> None:
+    base = tiny_base(shape)
+    bank = trained_bank(base)
+    rows = [encode_questions(base, QUESTIONS, SETTINGS) for _ in range(3)]
+    with bank.attached():
+        here = answer(base, bank, [0, 1, 2], rows, SETTINGS)
+    folders = [tmp_path / str(adapter) for adapter in range(3)]
+    for adapter, folder in enumerate(folders):
+        export_adapter(base, bank, adapter, folder)
+        model = PeftModel.from_pretrained(tiny_model(shape), str(folder)).eval()
+        for question, got in zip(QUESTIONS, here[adapter], strict=True):
+            ids = torch.tensor([base.encode([SETTINGS.prompt_template.format(question=question.text)])[0].ids])
+            whole = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=SETTINGS.max_new_tokens,
+                do_sample=False,
+                pad_token_id=base.eos_id,
+            )
+            text = base.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+            assert got.text == text.split("\n")[0].strip(), (adapter, question)
+    assert len({tuple(one.text for one in answers) for answers in here}) == 3, "the adapters are to differ"
+    rows = [encode_questions(base, QUESTIONS, SETTINGS) for _ in range(3)]
+    other = tiny_base(shape)
+    back = bank_of(other, folders)
+    with back.attached():
+        assert answer(other, back, [0, 1, 2], rows, SETTINGS) == here
 
 
 def test_the_gold_answer_changes_no_text() -> None:

@@ -22,6 +22,7 @@ PACKED = (*SHAPES, "qwen3", "gemma")  # what the packed decoder knows
 # Some that it does not, with their linear layers: caps, windows and more norms; fused layers and other names.
 OTHERS = {
     "gemma2": ALL_LINEAR,
+    "mistral with a window": ALL_LINEAR,
     "gpt_neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
 }
 
@@ -39,6 +40,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(shape: str = "llama", *, seed: int = 0, context: int = 128, **changes: object) -> PreTrainedModel:
     """A random model of transformers' family ``shape``; ``changes`` go into its configuration. Grouped-query attention,
     so that k and v are narrower than q. No norm is all ones and no bias zero, as in a trained model."""
+    if shape == "mistral with a window":
+        shape, changes = "mistral", {"sliding_window": 16, **changes}
     config = CONFIG_MAPPING[shape](
         **{
             "vocab_size": 257,
