@@ -182,8 +182,10 @@ def test_a_drain_ends_a_watch_with_a_reason_to_come_back(bench: Bench) -> None:
 def test_cancelling_reaches_the_watchers(bench: Bench) -> None:
     made = bench.create("a")
     request = pb.CancelEvaluationsRequest(request_id="c", owner="run-1")
-    threading.Timer(0.2, lambda: call(bench.stub.CancelEvaluations, request)).start()
+    soon = threading.Timer(0.2, lambda: call(bench.stub.CancelEvaluations, request))
+    soon.start()
     assert [item.state for item in bench.watch([made[0].id])] == [pb.EVALUATION_STATE_CANCELLED]
+    soon.join(10)  # its call ends before the channel does
     bench.wait_until(lambda: bench.broker.cancelled)
 
 

@@ -201,7 +201,7 @@ def test_a_batch_that_was_cancelled_before_its_turn_is_not_begun_and_its_next_at
     assert queue.run(batch).failure.reason == "CANCELLED"
     assert not queue.run(batch, attempt=2).HasField("failure")
     with redis.Redis.from_url(queue.url) as client:
-        (key,) = client.scan_iter(match="*cancelled.1")
+        (key,) = client.scan_iter(match="preceptor:*:cancelled.1")
         assert 0 < client.ttl(key) <= 24 * 3600
 
 
