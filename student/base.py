@@ -97,7 +97,8 @@ class LoadedBase:
 def load_base(folder: Path, *, source: str, commit: str, device: str = "cpu") -> LoadedBase:
     """Loads a student from a folder: float32 on the CPU, bfloat16 on a GPU.
 
-    Raises PreceptorError(BAD_STUDENT_SOURCE) if transformers cannot make a model of it.
+    Raises PreceptorError(BAD_STUDENT_SOURCE) if transformers cannot make a model of it, or its logits are made in a way
+    that we do not know.
     """
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
@@ -108,4 +109,17 @@ def load_base(folder: Path, *, source: str, commit: str, device: str = "cpu") ->
     except (OSError, ValueError, KeyError) as error:
         raise PreceptorError("BAD_STUDENT_SOURCE", f"cannot be loaded: {error}", file=str(folder)) from error
     torch.nn.Module.to(model, device)  # transformers' own wrapper of it is not typed
-    return LoadedBase(model, tokenizer, source, commit)
+    base = LoadedBase(model, tokenizer, source, commit)
+    _check_head(base, folder)
+    return base
+
+
+@torch.no_grad()
+def _check_head(base: LoadedBase, folder: Path) -> None:
+    """Training and answering run decoder and head apart; some models (Cohere, Granite) scale what the head says."""
+    ids = torch.tensor([[base.eos_id]], device=base.device)
+    theirs = base.model(ids, use_cache=False).logits[0].float()
+    ours = base.logits(base.decoder(ids, use_cache=False)[0][0])
+    if (ours - theirs).abs().max() > 0.05 * theirs.abs().max():  # bfloat16 rounds to 0.4%
+        kind = base.model.config.model_type
+        raise PreceptorError("BAD_STUDENT_SOURCE", f"{kind} models change their head's logits", file=str(folder))
