@@ -54,7 +54,22 @@ def supports(model: PreTrainedModel, longest: int) -> bool:
         and config.hidden_act in _ACTIVATIONS
         and all(window is None or window > longest for window in windows)
         and not getattr(config, "mlp_bias", False)
+        and all(_is_plain(layer) for layer in _linears(model))
     )
+
+
+def _linears(model: PreTrainedModel) -> Iterator[nn.Module]:
+    for block in model.get_decoder().layers:
+        attention, mlp = block.self_attn, block.mlp
+        yield from (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        yield from (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    yield model.get_output_embeddings()
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether it multiplies with its weight; a quantised layer does more."""
+    linear = layer.linear if isinstance(layer, BankedLinear) else layer
+    return type(linear) is nn.Linear and linear.weight.is_floating_point()
 
 
 @dataclass(frozen=True, slots=True)

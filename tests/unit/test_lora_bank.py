@@ -253,3 +253,74 @@ def test_targets_that_match_nothing_are_named() -> None:
 def test_the_head_carries_no_adapter() -> None:
     with pytest.raises(PreceptorError, match="lm_head"):
         LoraBank(tiny_model(), ("lm_head",), [4], [8.0], [0])
+
+
+def refusal(base: LoadedBase, targets: tuple[str, ...], rank: int = 4) -> PreceptorError:
+    before = {name: id(module) for name, module in base.model.named_modules()}
+    with pytest.raises(PreceptorError) as caught:
+        LoraBank(base.model, targets, [rank], [8.0], [0])
+    assert {name: id(module) for name, module in base.model.named_modules()} == before
+    return caught.value
+
+
+def test_a_rank_above_the_width_of_a_layer_is_refused_by_name() -> None:
+    refused = refusal(tiny_base(), ("q_proj", "v_proj"), rank=17)
+    assert refused.reason == "RANK_TOO_LARGE"
+    assert refused.message == "rank 17 is above the width of model.layers.0.self_attn.v_proj, which is 16"
+    assert len(LoraBank(tiny_model(), ("q_proj", "v_proj"), [16], [8.0], [0])) == 1
+
+
+class Linear8bit(torch.nn.Linear):
+    """As quantisation libraries make them of linear layers."""
+
+
+class PackedLinear(torch.nn.Module):
+    """As others make them: no linear layer of torch any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(16, 32, dtype=torch.uint8))
+
+
+def quantised() -> torch.nn.Module:
+    linear = torch.nn.Linear(32, 16, bias=False)
+    linear.weight = torch.nn.Parameter(torch.zeros(16, 32, dtype=torch.int8), requires_grad=False)
+    return linear
+
+
+@pytest.mark.parametrize("layer", [Linear8bit(32, 16), PackedLinear(), quantised()], ids=lambda one: type(one).__name__)
+def test_a_quantised_layer_is_refused_by_name_and_the_others_can_be_adapted(layer: torch.nn.Module) -> None:
+    base = tiny_base()
+    base.model.get_submodule("model.layers.1.self_attn").v_proj = layer
+    refused = refusal(base, ALL_LINEAR)
+    assert refused.reason == "BASE_NOT_ADAPTABLE"
+    assert "model.layers.1.self_attn.v_proj is" in refused.message
+    assert LoraBank(base.model, ("q_proj", "down_proj"), [4], [8.0], [0]).modules[0].endswith("q_proj")
+
+
+def test_layers_that_share_their_weight_are_refused_by_name() -> None:
+    base = tiny_base()
+    first, second = (base.model.get_submodule(f"model.layers.{number}.self_attn") for number in (0, 1))
+    second.o_proj.weight = first.o_proj.weight  # type: ignore[union-attr]
+    refused = refusal(base, ("v_proj", "o_proj"))
+    assert refused.reason == "BASE_NOT_ADAPTABLE"
+    assert refused.message == "model.layers.0.self_attn.o_proj shares its weight with another layer of the student"
+    base = tiny_base()
+    attention = base.model.get_submodule("model.layers.0.self_attn")
+    attention.v_proj = attention.k_proj  # the same layer under two names
+    assert "k_proj" in refusal(base, ("v_proj", "k_proj")).message
+
+
+@pytest.mark.parametrize(("dtype", "width", "multiple"), [(torch.float32, 50, 4), (torch.bfloat16, 52, 8)])
+def test_widths_that_grouped_products_do_not_take_are_refused_by_name(
+    dtype: torch.dtype, width: int, multiple: int
+) -> None:
+    model = tiny_model(intermediate_size=width).to(dtype)
+    base = LoadedBase(model, byte_tokenizer())
+    refused = refusal(base, ALL_LINEAR)
+    assert refused.reason == "BASE_NOT_ADAPTABLE"
+    assert refused.message == f"model.layers.0.mlp.gate_proj is 32 x {width}, no multiples of {multiple}"
+    plans = [plan_of(base, DOCUMENTS[3], TrainingSettings(epochs=2), 0)]
+    bank = LoraBank(model, ("q_proj", "v_proj"), [4], [8.0], [0])  # what is not adapted may have any width
+    with bank.attached():
+        assert len(train_bank(base, bank, plans)[0].losses) == 2

@@ -340,3 +340,26 @@ def test_only_what_is_computed_right_is_supported(
     shape: str, changes: dict[str, Any], longest: int, expected: bool
 ) -> None:
     assert supports(tiny_model(shape, **changes), longest) is expected
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.v_proj", "model.layers.0.mlp.down_proj", "lm_head"])
+def test_layers_that_do_more_than_multiply_are_left_to_autograd(name: str) -> None:
+    class Doubling(torch.nn.Linear):
+        """As quantised layers: what it computes is not in its weight alone."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    base = tiny_base(tie_word_embeddings=False)
+    plain = base.model.get_submodule(name)
+    assert isinstance(plain, torch.nn.Linear)
+    layer = Doubling(plain.in_features, plain.out_features, bias=False)
+    layer.weight = plain.weight
+    base.model.set_submodule(name, layer)
+    assert not supports(base.model, 10)
+    bank = LoraBank(base.model, ("q_proj",), [8], [16.0], [0])
+    ids = lessons_of([[(20, 1)]])[0][0].ids
+    with bank.attached():
+        result = train_bank(base, bank, [TrainingPlan(((Lesson(ids),),), (1e-3,), 0.0, 1.0)])[0]
+    batch = torch.tensor([ids])
+    assert result.losses[0] == pytest.approx(float(base.model(batch, labels=batch).loss), abs=1e-5)
