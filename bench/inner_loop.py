@@ -8,7 +8,8 @@ How to read it
 - The workload: documents as long as those of 400 published self-edits; 5 candidates x 3 seeds per passage, 10 epochs
   at batch 1, rank 32. ``arms`` adapts q_proj and v_proj, as published; ``all_linear`` every linear layer. ``short`` is
   the same recipe on the shipped world's question-answer lines of about 15 tokens (q_proj and v_proj).
-- ``ours_kN``: N adapters in a step, and four times as many trials, which take the seats that become free.
+- ``ours_kN``: N adapters in a step, and four times as many trials (the other arms' trials, with more seeds), which take
+  the seats that become free.
   ``bare_peft``: one adapter after the other, each sequence as long as it is, a plain AdamW loop. ``peft_trainer``: the
   same with a transformers Trainer per trial. ``trl_sft``: the same with TRL's SFTTrainer, without its activation
   checkpointing; measured where ``trl`` is installed, see below. ``padded_2048``: as published, every sequence padded to
@@ -56,6 +57,7 @@ from bench.inner_loop_workload import (
     TARGETS,
     Work,
     base_parameters,
+    more_of,
     random_base,
     self_edit_workload,
     share_of,
@@ -90,10 +92,10 @@ def measure(
     name: str, base: LoadedBase, work: Sequence[Work], targets: Sequence[str], trials: int, padded_steps: int
 ) -> Measurement:
     """One arm."""
+    some = share_of(work, trials)
     if name.startswith("ours_k"):
         together = int(name.removeprefix("ours_k"))
-        return arms.ours(base, share_of(work, max(trials, QUEUE * together)), targets, together)
-    some = share_of(work, trials)
+        return arms.ours(base, more_of(some, QUEUE * together), targets, together)
     if name == "padded_2048":
         return arms.padded(base, some, targets, padded_steps)
     one_by_one: dict[str, Callable[..., Measurement]] = {
@@ -208,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parameters = base_parameters(base)
     peak = matmul_flops(given.device)
     print(f"{given.shape} on {given.device}: N = {parameters:,}, matrix products {peak / 1e9:,.0f} GFLOP/s")
-    trials = whole_passages(max(given.trials, QUEUE * max(TOGETHER)))
+    trials = whole_passages(given.trials)
     long = self_edit_workload(trials, epochs=given.epochs)
     sections: dict[str, dict[str, dict[str, Any]]] = {}
     details: dict[str, dict[str, dict[str, Any]]] = {}
@@ -227,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = [name for name in given.arms if name != "padded_2048"]  # the published way knows q and v only
         add("all_linear", "self-edits, all linear layers", names, long, TARGETS["all"])
     if "qv" in given.targets:
-        short = short_workload(whole_passages(max(given.trials, QUEUE * 15)), epochs=given.epochs)
+        short = short_workload(trials, epochs=given.epochs)
         names = [name for name in SHORT_ARMS if name in given.arms]
         add("short", "the shipped world's short documents, q_proj and v_proj", names, short, TARGETS["qv"])
     print()

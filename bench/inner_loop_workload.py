@@ -104,6 +104,17 @@ def share_of(work: Sequence[Work], trials: int) -> list[Work]:
     return list(work[: whole_passages(trials)])
 
 
+def more_of(work: Sequence[Work], trials: int) -> list[Work]:
+    """At least ``trials`` trials: the same ones again and again, each time with other seeds and orders."""
+    rounds = -(-trials // len(work))
+    return [
+        Work(make_plan(item.documents, [], replace(RECIPE, epochs=item.epochs), seed), seed, item.epochs)
+        for again in range(rounds)
+        for item in work
+        for seed in (item.seed + SEEDS * again,)
+    ]
+
+
 def whole_passages(trials: int) -> int:
     """``trials``, rounded up to whole passages."""
     return -(-trials // (CANDIDATES * SEEDS)) * CANDIDATES * SEEDS
