@@ -8,6 +8,7 @@ batch on the same machine gives the same bits.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -173,7 +174,10 @@ class _Batch:
         given = dict(zip(sound, answers, strict=True))
         for seat, (member, result) in enumerate(zip(members, results, strict=True)):
             outcome = _trained(member.trial, result, (trained - begun) * result.tokens / all_tokens)
-            if seat in given:
+            if seat in given and not all(math.isfinite(one.gold_logprob) for one in given[seat]):
+                # its last step broke it, so that no loss could tell
+                outcome = replace(outcome, failure=("TRIAL_DIVERGED", "its answers' log-probabilities are no numbers"))
+            elif seat in given:
                 own = len(member.asked)
                 outcome = replace(
                     outcome,

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as some
 
+from preceptor.errors import PreceptorError
 from preceptor.tasks import Directive, LossMask, Question
 from student import trial_runner
 from student.base import LoadedBase
 from student.buckets import like_lengths
-from student.lora_bank import LoraBank
+from student.lora_bank import LoraBank, adapter_values
+from student.memory import plan_memory
+from student.packed_decoder import PackedDecoder
 from student.plan import Lesson, TrainingPlan, lesson, make_plan, replayed_per_epoch
-from student.trial import TrainingSettings, Trial, TrialOutcome
+from student.trainer import StepLimits, TrainingResult, train_bank
+from student.trial import ALL_LINEAR, TrainingSettings, Trial, TrialOutcome
 from student.trial_runner import run_trials
 from tests.unit.tiny_students import tiny_base
 
@@ -233,3 +240,243 @@ def test_a_batch_can_be_stopped_between_steps() -> None:
         run_trials(base, trials(), [QUESTIONS] * 4, replay_documents=REPLAY, on_step=stop)
     # the student is whole again
     assert run_trials(base, [Trial("none", (), 0)], [QUESTIONS])[0].answers == run([Trial("none", (), 0)])[0].answers
+
+
+# Taking seats over, leaving early: five adapters, two seats.
+COURSES = (6, 14, 9, 3, 8)  # steps of each
+
+
+class Watch:
+    """Which adapters sat in each step, and whom nobody wants any more from which step on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cancel_after: dict[int, tuple[int, ...]] | None = None) -> None:
+        self.seated: list[frozenset[int]] = []
+        self._cancel_after = cancel_after or {}
+        self._bound: frozenset[int] = frozenset()
+        bind = PackedDecoder.bind
+
+        def watched(decoder: PackedDecoder, adapters: Sequence[int], *rest: torch.Tensor) -> None:
+            assert len(set(adapters)) == len(adapters) <= 2
+            self._bound = frozenset(adapters)
+            bind(decoder, adapters, *rest)
+
+        monkeypatch.setattr(PackedDecoder, "bind", watched)
+
+    def on_step(self, step: int) -> None:
+        assert step == len(self.seated) + 1
+        self.seated.append(self._bound)
+
+    def cancelled(self) -> list[int]:
+        done = len(self.seated)
+        return [adapter for step, adapters in self._cancel_after.items() if done >= step for adapter in adapters]
+
+
+def train_two_at_a_time(
+    watch: Watch | None = None, broken: int | None = None
+) -> tuple[list[TrainingResult], torch.Tensor]:
+    """Results and final values; adapter ``broken`` goes wild after some steps."""
+    base = tiny_base()
+    bank = LoraBank(base.model, ALL_LINEAR, [8, 4, 2, 8, 3], [8.0] * 5, range(5))
+    plans = []
+    for seed, steps in enumerate(COURSES):
+        settings = replace(SETTINGS, batch_size=1, epochs=3, max_steps=steps, learning_rate=3e-3)
+        plan = make_plan(OWN, [], settings, seed)
+        assert len(plan.steps) == steps
+        if seed == broken:
+            rates = (*plan.learning_rates[:3], 1e30, *plan.learning_rates[4:])
+            plan = replace(plan, learning_rates=rates)
+        plans.append(plan)
+    with bank.attached():
+        options: dict[str, Any] = {"on_step": watch.on_step, "cancelled": watch.cancelled} if watch else {}
+        return train_bank(base, bank, plans, StepLimits(seats=2), **options), bank.values_KP
+
+
+def assert_as_if_alone(adapters: Iterable[int], results: list[TrainingResult], values: torch.Tensor) -> None:
+    expected, expected_values = train_two_at_a_time()
+    for adapter in adapters:
+        assert results[adapter].losses == pytest.approx(expected[adapter].losses, abs=1e-5)
+        assert len(results[adapter].losses) == COURSES[adapter]
+        assert (results[adapter].diverged, results[adapter].cancelled) == (False, False)
+        torch.testing.assert_close(values[adapter], expected_values[adapter], atol=1e-5, rtol=0)
+
+
+def test_seats_are_taken_over_longest_plan_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch)
+    results, _ = train_two_at_a_time(watch)
+    assert [len(result.losses) for result in results] == list(COURSES)
+    # 1 (14 steps) and 2 (9) begin; 4 (8) follows 2, 0 (6) follows 1, 3 (3) follows 4
+    expected = [{1, 2}] * 9 + [{1, 4}] * 5 + [{0, 4}] * 3 + [{0, 3}] * 3
+    assert watch.seated == expected
+
+
+def test_a_cancelled_adapter_leaves_and_a_waiting_one_takes_its_seat(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch, cancel_after={4: (1,)})
+    results, values = train_two_at_a_time(watch)
+    assert results[1].cancelled
+    assert len(results[1].losses) == 4
+    assert watch.seated[:5] == [{1, 2}] * 4 + [{4, 2}]
+    assert sum(map(len, watch.seated)) == sum(COURSES) - 14 + 4
+    assert_as_if_alone((0, 2, 3, 4), results, values)
+
+
+def test_a_cancelled_adapter_that_waits_never_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch, cancel_after={0: (4,), 2: (3, 2)})
+    results, values = train_two_at_a_time(watch)
+    assert [result.cancelled for result in results] == [False, False, True, True, True]
+    assert [len(result.losses) for result in results] == [6, 14, 2, 0, 0]
+    assert not any({3, 4} & seated for seated in watch.seated)
+    untouched = LoraBank(tiny_base().model, ALL_LINEAR, [8, 4, 2, 8, 3], [8.0] * 5, range(5)).values_KP
+    assert torch.equal(values[[3, 4]], untouched[[3, 4]])
+    assert_as_if_alone((0, 1), results, values)
+
+
+def test_training_ends_when_everyone_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch, cancel_after={3: (0, 1, 2, 3, 4)})
+    results, _ = train_two_at_a_time(watch)
+    assert len(watch.seated) == 3
+    assert [len(result.losses) for result in results] == [0, 3, 3, 0, 0]
+
+
+@pytest.mark.parametrize("broken", [1, 4])
+def test_a_diverged_adapter_leaves_and_a_waiting_one_takes_its_seat(
+    broken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Watch(monkeypatch)
+    results, values = train_two_at_a_time(watch, broken)
+    assert results[broken].diverged
+    *sound, last = results[broken].losses
+    assert len(sound) == 4, "the fifth step is the first with the wild values"
+    assert all(loss < 10 for loss in sound)
+    assert not last < 1000
+    # one step late, so that a GPU need not be waited for
+    assert sum(broken in seated for seated in watch.seated) == 6
+    assert all(len(seated) == 2 for seated in watch.seated[:12])
+    assert_as_if_alone(set(range(5)) - {broken}, results, values)
+
+
+def test_a_cancelled_trial_ends_as_cancelled_and_changes_no_other() -> None:
+    steps: list[int] = []
+    long = Trial("long", FACTS, 2, replace(SETTINGS, epochs=8))
+    some_trials = [Trial("baseline", (), 0), long, Trial("short", FACTS, 1, replace(SETTINGS, epochs=2))]
+    asked = [QUESTIONS] * 3
+    outcomes = run_trials(
+        tiny_base(), some_trials, asked, on_step=steps.append, cancelled=lambda: ["long", "no one"] if steps else []
+    )
+    assert outcomes[1].failure == ("CANCELLED", "nobody wanted it any more after step 1")
+    assert outcomes[1].answers == ()
+    assert len(outcomes[1].losses) == 1
+    for ours, theirs in zip(outcomes, run_trials(tiny_base(), some_trials, asked), strict=True):
+        if ours.trial_id != "long":
+            assert ours.failure is None
+            assert ours.losses == pytest.approx(theirs.losses, abs=1e-5)
+            assert [one.text for one in ours.answers] == [one.text for one in theirs.answers]
+
+
+def test_a_batch_that_nobody_wants_ends_without_an_answer() -> None:
+    outcomes = run_trials(
+        tiny_base(),
+        trials(),
+        [QUESTIONS] * 4,
+        replay_documents=REPLAY,
+        cancelled=lambda: [t.trial_id for t in trials()],
+    )
+    assert [one.failure and one.failure[0] for one in outcomes] == ["CANCELLED"] * 4
+    assert not any(one.losses or one.answers for one in outcomes)
+
+
+def test_a_trial_that_breaks_in_its_last_step_has_diverged() -> None:
+    wild = replace(SETTINGS, learning_rate=1e30, max_steps=1)
+    last, sound = run([Trial("last", FACTS, 0, wild), Trial("sound", FACTS, 1, SETTINGS)])
+    assert last.failure is not None
+    assert last.failure[0] == "TRIAL_DIVERGED"
+    assert last.answers == ()
+    assert sound.answers == run([Trial("sound", FACTS, 1, SETTINGS)])[0].answers
+
+
+def test_a_rank_that_the_student_cannot_carry_fails_its_own_trial_only() -> None:
+    wide, sound = run(
+        [Trial("wide", FACTS, 0, replace(SETTINGS, rank=17)), Trial("sound", FACTS, 0, SETTINGS)],
+    )
+    assert wide.failure == (
+        "RANK_TOO_LARGE",
+        "rank 17 is above the width of model.layers.0.self_attn.k_proj, which is 16",
+    )
+    assert sound.failure is None
+
+
+def least(base: LoadedBase, *some_trials: Trial) -> int:
+    """Free memory with which these trials, and no more, are planned side by side."""
+    plans = [trial_runner._plan(base, trial, []) for trial in some_trials]
+    values = adapter_values(base.model, ALL_LINEAR, max(trial.settings.rank for trial in some_trials))
+    low, high = 0, 1 << 34
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            enough = plan_memory(base, values, plans, middle).bank >= len(plans)
+        except PreceptorError:
+            enough = False
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
+def test_where_memory_holds_few_adapters_there_are_several_banks_with_the_same_results(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    some_trials = [Trial(str(seed), FACTS[: 2 + seed % 3], seed, SETTINGS) for seed in range(5)]
+    expected = run(some_trials)
+    free = least(tiny_base(), *some_trials[:2])
+    monkeypatch.setattr(trial_runner, "free_bytes", lambda device: free)
+    banks: list[int] = []
+    real = trial_runner.train_bank
+
+    def counted(base: LoadedBase, bank: LoraBank, *rest: Any, **options: Any) -> object:
+        banks.append(len(bank))
+        return real(base, bank, *rest, **options)
+
+    monkeypatch.setattr(trial_runner, "train_bank", counted)
+    outcomes = run(some_trials)
+    assert sum(banks) == 5
+    assert len(banks) > 1
+    assert "adapters at a time, not 5" in caplog.text
+    for ours, theirs in zip(outcomes, expected, strict=True):
+        assert ours.failure is None
+        assert ours.losses == pytest.approx(theirs.losses, abs=1e-5)
+        assert [one.text for one in ours.answers] == [one.text for one in theirs.answers]
+
+
+def test_what_does_not_fit_even_alone_fails_with_numbers_and_its_neighbours_live_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = [Trial(str(seed), FACTS[:2], seed, SETTINGS) for seed in range(3)]
+    large = Trial("large", (*FACTS, "word " * 24), 9, SETTINGS)
+    expected = run(small)
+    free = least(tiny_base(), small[0])
+    assert free < least(tiny_base(), large)
+    monkeypatch.setattr(trial_runner, "free_bytes", lambda device: free)
+    outcomes = run([small[0], large, *small[1:]])
+    failure = outcomes.pop(1).failure
+    assert failure is not None
+    assert failure[0] == "TRIAL_OUT_OF_MEMORY"
+    assert re.search(r"one adapter of [\d,]+ values with a document of 121 tokens needs [\d.]+ GiB", failure[1])
+    for ours, theirs in zip(outcomes, expected, strict=True):
+        assert ours.failure is None
+        assert ours.losses == pytest.approx(theirs.losses, abs=1e-5)
+
+
+def test_memory_that_is_not_there_after_all_fails_only_what_does_not_fit_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(trials())
+    real = trial_runner.train_bank
+
+    def narrow(base: LoadedBase, bank: LoraBank, plans: list[TrainingPlan], *rest: Any, **options: Any) -> object:
+        if len(plans) > 1 or bank.ranks == (2,):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 999 bytes")
+        return real(base, bank, plans, *rest, **options)
+
+    monkeypatch.setattr(trial_runner, "train_bank", narrow)
+    *sound, failed = run(trials())
+    assert failed.failure is not None
+    assert failed.failure[0] == "TRIAL_OUT_OF_MEMORY"
+    assert "999 bytes" in failed.failure[1]
+    for one, other in zip(sound, expected, strict=False):
+        assert one.failure is None
+        assert one.losses == pytest.approx(other.losses, abs=1e-4)
