@@ -20,7 +20,7 @@ from student.packing import pack
 from student.plan import Lesson, TrainingPlan
 from student.trainer import StepLimits, train_bank
 from student.trial import ALL_LINEAR
-from tests.unit.tiny_students import OTHERS, PACKED, PeakMemory, tiny_base, tiny_model
+from tests.unit.tiny_students import OTHERS, PACKED, PeakMemory, byte_tokenizer, tiny_base, tiny_model
 
 Step = Sequence[Sequence[tuple[int, int]]]  # for each seat its lessons, as (tokens, loss_from)
 STEPS: dict[str, Step] = {
@@ -177,6 +177,25 @@ def test_long_lessons_beside_short_ones() -> None:
     step = [[(300, 1)], [(258, 100), (257, 1), (20, 1)], [(400, 399)]]
     assert_equal_steps(base, trained_bank(base), step, tolerance=1e-4)
     assert_equal_steps(base, trained_bank(base), step, tolerance=1e-4, pass_tokens=300, checkpointing=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("shape", PACKED)
+@pytest.mark.parametrize("limits", LIMITS)
+def test_a_step_by_hand_on_a_gpu_equals_autograds(shape: str, limits: str) -> None:
+    """In bfloat16; grouped products leave anything in the gradients of seats that a pass has no token of."""
+    config = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256, "initializer_range": 0.02}
+    model = tiny_model(shape, **config).to("cuda", torch.bfloat16)
+    base = LoadedBase(model, byte_tokenizer())
+    bank = trained_bank(base)
+    lessons = lessons_of(STEPS["mixed"])
+    losses, gradient = differentiated(AutogradDecoder(base, bank, pass_tokens=1 << 62), bank, [2, 0, 1], lessons)
+    decoder = packed_decoder(base, bank, **LIMITS[limits])
+    for _ in range(2):
+        our_losses, our_gradient = differentiated(decoder, bank, [2, 0, 1], lessons)
+        torch.testing.assert_close(our_losses, losses, atol=0.01, rtol=0.01)
+        assert (torch.cosine_similarity(our_gradient, gradient) >= 0.999).all()
 
 
 @settings(max_examples=25, deadline=None)
