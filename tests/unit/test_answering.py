@@ -155,6 +155,23 @@ def test_a_subset_of_the_adapters_can_answer() -> None:
     assert [a.gold_logprob for a in one[0]] == pytest.approx([a.gold_logprob for a in both[1]], abs=1e-4)
 
 
+@pytest.mark.parametrize("shape", ["llama", "gemma2"])
+def test_an_adapter_that_has_answered_leaves_the_others_theirs(shape: str) -> None:
+    base = tiny_base(shape)
+    bank = trained_bank(base)
+
+    def ask(adapters: list[int], asked: list[list[Question]]) -> list[list[str]]:
+        rows = [encode_questions(base, questions, SETTINGS) for questions in asked]
+        with bank.attached():
+            return [[one.text for one in answers] for answers in answer(base, bank, adapters, rows, SETTINGS)]
+
+    learnt, others = [QUESTIONS[0]], list(QUESTIONS[3:])
+    expected = [ask([adapter], [asked])[0] for adapter, asked in ((1, learnt), (0, others), (2, others))]
+    assert expected[0] == ["Rome"], "complete after the first pass"
+    assert ask([1, 0, 2], [learnt, others, others]) == expected
+    assert expected[1] != expected[2]
+
+
 def test_without_generation_only_the_gold_answer_is_scored() -> None:
     base = tiny_base()
     bank = trained_bank(base)
