@@ -117,18 +117,17 @@ def test_pads_take_room_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "checkpointing", "pads"),
+    ("shape", "dtype", "checkpointing", "pads", "vocabulary"),
     [
-        ("llama", torch.float32, False, 0),
-        ("llama", torch.float32, True, 0),
-        ("qwen3", torch.bfloat16, False, 0),
-        ("qwen3", torch.bfloat16, True, 0),
-        ("qwen2", torch.float32, False, 70),
-        ("qwen2", torch.float32, True, 70),
-        ("gpt_neox", torch.float32, False, 0),
+        ("llama", torch.float32, False, 0, 257),
+        ("llama", torch.float32, True, 0, 20_000),
+        ("qwen3", torch.bfloat16, False, 0, 20_000),
+        ("qwen3", torch.bfloat16, True, 0, 257),
+        ("qwen2", torch.float32, False, 70, 257),
+        ("qwen2", torch.float32, True, 70, 257),
+        ("gpt_neox", torch.float32, False, 0, 20_000),
     ],
 )
-@pytest.mark.parametrize("vocabulary", [257, 20_000])
 def test_training_takes_what_was_planned(
     shape: str, dtype: torch.dtype, checkpointing: bool, pads: int, vocabulary: int
 ) -> None:
