@@ -138,6 +138,15 @@ requests = Table(
     Column("reply", Text, nullable=False),  # JSON
 )
 
+# What a judge said. The id stands for everything the verdict depends on, so a row is never changed.
+verdicts = Table(
+    "verdicts",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("right", Boolean, nullable=False),
+    Column("again", Boolean),  # what it said when it was asked a second time, where it was
+)
+
 
 class Database:
     """A database with the tables above."""

@@ -27,12 +27,10 @@ from dataclasses import dataclass, replace
 from evaluator.batch_store import BatchRecord, BatchStore, part_of
 from evaluator.broker import Broker
 from evaluator.database import BatchState
-from evaluator.feed import Feed
-from evaluator.scoring import score
+from evaluator.marking import Marking
 from evaluator.store import EvaluationStore
 from preceptor.errors import PreceptorError
 from preceptor.queue import celery_task_id, split_task_id
-from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
 
@@ -47,7 +45,6 @@ TRANSIENT = frozenset(
 LEASE_LOOK_SECONDS = 1.0
 FIRST_BACKOFF_SECONDS = 0.25
 MAX_BACKOFF_SECONDS = 5.0
-SCORED_AT_ONCE = 500
 # Nothing is under way: a look at SQL now and then, though every change wakes the thread.
 IDLE_SECONDS = 5.0
 
@@ -85,11 +82,11 @@ class Dispatcher:
         batches: BatchStore,
         evaluations: EvaluationStore,
         broker: Broker,
-        feed: Feed,
+        marking: Marking,
         limits: DispatchLimits,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._batches, self._evaluations, self._broker, self._feed = batches, evaluations, broker, feed
+        self._batches, self._evaluations, self._broker, self._marking = batches, evaluations, broker, marking
         self._limits, self._clock = limits, clock
         self._flights: dict[str, _Flight] | None = None  # None: not yet read from SQL
         self._work_may_wait = True  # spares SQL a look in every turn; only ever set by others, cleared before a look
@@ -124,7 +121,7 @@ class Dispatcher:
 
     def settle(self, evaluation_ids: Sequence[str]) -> None:
         """Scores those of these evaluations whose trials are all known."""
-        self._score(self._evaluations.ready(evaluation_ids=evaluation_ids))
+        self._marking.settle(self._evaluations.ready(evaluation_ids=evaluation_ids))
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -160,7 +157,7 @@ class Dispatcher:
         """Reads what is under way from SQL, and finishes what was answered but not scored."""
         now = self._clock()
         self._flights = {record.id: _Flight(record, now) for record in self._batches.under_way()}
-        self._score(self._evaluations.all_ready())
+        self._marking.settle(self._evaluations.all_ready())
         return self._flights
 
     def _broker_away(self, error: PreceptorError, flights: dict[str, _Flight]) -> float:
@@ -226,7 +223,7 @@ class Dispatcher:
         self._work_may_wait = self._work_may_wait or bool(successors)
         recorded = self._batches.record(record.id, attempt, final, successors, record.tries)
         self.trials_done += len(recorded)
-        self._score(self._evaluations.ready(trial_ids=recorded))
+        self._marking.settle(self._evaluations.ready(trial_ids=recorded))
 
     def _look_at_leases(self, flights: dict[str, _Flight]) -> None:
         if not flights:
@@ -264,7 +261,9 @@ class Dispatcher:
         if (payload := self._batches.wanted(record.id)) is not None:
             lost = types.Failure(reason="TRIAL_LOST", message=f"batch {record.id}: {why}", attempts=record.tries)
             results = [trial.TrialResult(trial_id=item.id, failure=lost) for item in payload.trials]
-            self._score(self._evaluations.ready(trial_ids=self._batches.record(record.id, record.attempt, results)))
+            self._marking.settle(
+                self._evaluations.ready(trial_ids=self._batches.record(record.id, record.attempt, results))
+            )
 
     def _submit_waiting(self, flights: dict[str, _Flight]) -> None:
         room = self._limits.in_flight - len(flights)
@@ -283,16 +282,6 @@ class Dispatcher:
             if self._batches.mark_submitted(record.id, record.attempt):
                 submitted = replace(record, state=BatchState.SUBMITTED, tries=record.tries + 1)
                 flights[record.id] = _Flight(submitted, self._clock())
-
-    def _score(self, evaluation_ids: Sequence[str]) -> None:
-        for start in range(0, len(evaluation_ids), SCORED_AT_ONCE):
-            sittings = self._evaluations.sittings(evaluation_ids[start : start + SCORED_AT_ONCE])
-            finished = self._evaluations.finish([score(sitting) for sitting in sittings])
-            for evaluation in finished:
-                if evaluation.state == pb.EVALUATION_STATE_FAILED:
-                    failure = evaluation.failure
-                    log.warning("evaluation %s failed: %s: %s", evaluation.id, failure.reason, failure.message)
-            self._feed.publish(finished)
 
 
 def outcomes_of(payload: trial.TrialBatch, result: trial.TrialBatchResult, tries: int) -> list[trial.TrialResult]:

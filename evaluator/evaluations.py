@@ -13,7 +13,8 @@ from evaluator.broker import Broker
 from evaluator.database import BatchState, State
 from evaluator.dispatch import Dispatcher
 from evaluator.feed import Feed
-from evaluator.graders import grader_label, grader_named
+from evaluator.graders.grader import Given, grader_label
+from evaluator.graders.rack import WITHOUT_A_JUDGE, Graders
 from evaluator.identity import plan
 from evaluator.request import MAX_NAME_CHARACTERS, MAX_TRIALS, check_name, check_student, read_request
 from evaluator.store import EvaluationStore, Known, Request, is_final
@@ -41,18 +42,19 @@ class Evaluations:
         feed: Feed,
         active_student: Callable[[], types.PinnedStudent],
         batch_trials: int,
+        graders: Graders = WITHOUT_A_JUDGE,
     ) -> None:
         self._store, self._batches, self._dispatcher = store, batches, dispatcher
         self._broker, self._feed = broker, feed
-        self._active_student, self._batch_trials = active_student, batch_trials
+        self._active_student, self._batch_trials, self._graders = active_student, batch_trials, graders
 
     def create(self, message: pb.CreateEvaluationsRequest) -> list[pb.Evaluation]:
         """Evaluates a group; in the order of its self-edits, each as it stands now.
 
-        A repeated request gets the same evaluations again, whatever has become of them. Raises
-        PreceptorError(INVALID_REQUEST, GRADER_UNKNOWN, REQUEST_ID_REUSED) and what the student service raises.
+        A repeated request gets the same evaluations again, whatever has become of them. Raises PreceptorError(
+        INVALID_REQUEST, GRADER_UNKNOWN, JUDGE_NOT_SET, REQUEST_ID_REUSED) and what the student service raises.
         """
-        group = read_request(message)
+        group = read_request(message, self._graders)
         request = Request(message.request_id, _body_sha256(message), message.owner)
         known = self._store.reply_to(request)
         if known is None:
@@ -119,9 +121,9 @@ class Evaluations:
     def grade(self, message: pb.GradeAnswersRequest) -> tuple[list[bool], str]:
         """Which answers are right, and the grader's name and version.
 
-        Raises PreceptorError(INVALID_REQUEST, GRADER_UNKNOWN).
+        Raises PreceptorError(INVALID_REQUEST, GRADER_UNKNOWN, JUDGE_NOT_SET) and what a judge raises.
         """
-        grader = grader_named(message.grader)
+        grader = self._graders.named(message.grader)
         if len(message.questions) != len(message.answers):
             raise PreceptorError(
                 "INVALID_REQUEST",
@@ -129,8 +131,8 @@ class Evaluations:
                 field="answers",
             )
         questions = [question_from_proto(question) for question in message.questions]
-        graded = [grader.grade(question, answer) for question, answer in zip(questions, message.answers, strict=True)]
-        return graded, grader_label(grader)
+        given = [Given(question, answer) for question, answer in zip(questions, message.answers, strict=True)]
+        return [verdict.right for verdict in grader.grade(given)], grader_label(grader)
 
     def queue_status(self) -> pb.GetQueueStatusResponse:
         """Queue and workers. Raises PreceptorError(BROKER_UNREACHABLE)."""

@@ -11,6 +11,10 @@ from evaluator.database import Database
 from evaluator.dispatch import Dispatcher
 from evaluator.evaluations import Evaluations
 from evaluator.feed import Feed
+from evaluator.graders.judge import Judge
+from evaluator.graders.rack import Graders
+from evaluator.graders.verdicts import VerdictStore
+from evaluator.marking import Marking
 from evaluator.settings import EvaluatorSettings
 from evaluator.store import EvaluationStore
 from preceptor.channel import call, connect
@@ -28,7 +32,11 @@ class Evaluator:
         self._database = Database(settings.database("evaluator"))
         self._feed = Feed()
         batches, store = BatchStore(self._database), EvaluationStore(self._database, clock)
-        self.dispatcher = Dispatcher(batches, store, broker, self._feed, settings.dispatch_limits)
+        asked = settings.judge
+        self._judge = Judge(asked, VerdictStore(self._database)) if asked else None
+        graders = Graders(self._judge)
+        self._marking = Marking(store, self._feed, graders, settings.judge_patience_seconds)
+        self.dispatcher = Dispatcher(batches, store, broker, self._marking, settings.dispatch_limits)
         students = connect(settings.student_address, StudentServiceStub)
 
         def active_student() -> types_pb2.PinnedStudent:
@@ -38,14 +46,18 @@ class Evaluator:
             return pinned
 
         self.evaluations = Evaluations(
-            store, batches, self.dispatcher, broker, self._feed, active_student, settings.batch_trials
+            store, batches, self.dispatcher, broker, self._feed, active_student, settings.batch_trials, graders
         )
 
     def drain(self) -> None:
         """Ends watches and the dispatcher; calls under way may still finish."""
         self._feed.close()
         self.dispatcher.stop()
+        self._marking.stop()
 
     def close(self) -> None:
-        """Closes the database, after the last call."""
+        """Closes judge and database, after the last call. What was not graded is graded after the next start."""
+        if self._judge is not None:
+            self._judge.close()
+        self._marking.close()
         self._database.close()

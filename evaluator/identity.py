@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 
 from google.protobuf.json_format import MessageToDict
 
-from evaluator.graders import grader_label
+from evaluator.graders.grader import grader_label
 from evaluator.request import EvaluationRequest, TaskEdits
 from evaluator.resolve import resolve_training
 from evaluator.reward import Weights

@@ -1,6 +1,6 @@
 """Reads a CreateEvaluations request: everything is checked here, before anything is stored or sent.
 
-Every complaint is PreceptorError(INVALID_REQUEST) (or GRADER_UNKNOWN) with the place in ``field``.
+Every complaint is PreceptorError(INVALID_REQUEST) (or GRADER_UNKNOWN, JUDGE_NOT_SET) with the place in ``field``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evaluator.graders import Grader, grader_named
+from evaluator.graders.grader import Grader
+from evaluator.graders.rack import WITHOUT_A_JUDGE, Graders
 from evaluator.resolve import resolve_answers, resolve_training, resolve_weights
 from evaluator.reward import Weights
 from preceptor.convert import bank_from_proto, question_from_proto
@@ -62,7 +63,7 @@ class EvaluationRequest:
     seeds: tuple[int, ...]  # ascending
 
 
-def read_request(message: pb.CreateEvaluationsRequest) -> EvaluationRequest:
+def read_request(message: pb.CreateEvaluationsRequest, graders: Graders = WITHOUT_A_JUDGE) -> EvaluationRequest:
     """The groups in a request."""
     check_name("request_id", message.request_id)
     check_name("owner", message.owner)
@@ -84,7 +85,7 @@ def read_request(message: pb.CreateEvaluationsRequest) -> EvaluationRequest:
         probes=probes,
         replay_documents=tuple(protocol.replay_documents),
         answers=resolve_answers(protocol.answers),
-        grader=grader_named(protocol.grader),
+        grader=graders.named(protocol.grader),
         weights=resolve_weights(protocol.weights),
         seeds=_read_seeds(protocol.seeds, edits),
     )

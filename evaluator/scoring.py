@@ -1,4 +1,4 @@
-"""From the answers of an evaluation's trials to its final state. Pure.
+"""From the answers of an evaluation's trials to its final state. Pure, but for graders that ask a judge.
 
 An evaluation succeeds only if every trial and the baseline have a full set of answers with finite log-probabilities;
 otherwise it FAILED with the first trial's reason and has no reward.
@@ -8,31 +8,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 
-from evaluator.graders import Grader, grader_label, grader_named
+from evaluator.graders.grader import Given, Grader, grader_label
+from evaluator.graders.rack import Graders
 from evaluator.identity import Exam
 from evaluator.reward import Marks, reward
 from evaluator.store import Sitting
+from preceptor.errors import PreceptorError
 from preceptor.tasks import Question
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
 
 
-def score(sitting: Sitting) -> pb.Evaluation:
-    """The evaluation in its final state, SUCCEEDED with a reward or FAILED with a failure."""
+def asks_a_judge(sitting: Sitting, graders: Graders) -> bool:
+    """Whether ``score`` may take minutes."""
+    try:
+        return graders.named(sitting.exam.grader).waits
+    except PreceptorError:  # which ``score`` makes a failure of
+        return False
+
+
+def score(sitting: Sitting, graders: Graders) -> pb.Evaluation:
+    """The evaluation in its final state, SUCCEEDED with a reward or FAILED with a failure.
+
+    Raises what a judge raises (``graders.grader``).
+    """
     evaluation = pb.Evaluation()
     evaluation.CopyFrom(sitting.evaluation)
     failure = _first_failure(sitting)
     if failure is not None:
         return failed(evaluation, failure)
-    grader = grader_named(sitting.exam.grader)
+    try:
+        grader = graders.named(sitting.exam.grader)
+    except PreceptorError as error:  # it was at hand when the evaluation was asked for
+        return failed(evaluation, _failure(error.reason, error.message))
     if grader_label(grader) != sitting.exam.grader_label:
         return failed(evaluation, _failure("GRADER_UNKNOWN", f"{sitting.exam.grader_label} is not at hand any more"))
-    marked = [(seed, result, mark(sitting.exam, grader, result)) for seed, result in sitting.results]
-    baseline = mark(sitting.exam, grader, sitting.baseline)
-    evaluation.reward.CopyFrom(reward([marks for _, _, marks in marked], baseline, sitting.exam.weights))
-    for seed, result, marks in marked:
+    results = [result for _, result in sitting.results]
+    *trained, baseline = mark(sitting.exam, grader, [*results, sitting.baseline])
+    evaluation.reward.CopyFrom(reward(trained, baseline, sitting.exam.weights))
+    for (seed, result), marks in zip(sitting.results, trained, strict=True):
         evaluation.trials.append(
             pb.TrialReport(
                 seed=seed,
@@ -58,17 +75,23 @@ def failed(evaluation: pb.Evaluation, failure: types.Failure) -> pb.Evaluation:
     return evaluation
 
 
-def mark(exam: Exam, grader: Grader, result: trial.TrialResult) -> Marks:
-    """The graded answers of a trial that has all of them."""
-    return Marks(
-        _grade(grader, exam.questions, result.answers),
-        tuple(answer.gold_logprob for answer in result.answers),
-        _grade(grader, exam.probes, result.probe_answers),
-    )
+def mark(exam: Exam, grader: Grader, results: Sequence[trial.TrialResult]) -> list[Marks]:
+    """The graded answers of trials that have all of them; asked for together, so that a judge is asked at once."""
+    given = [item for result in results for item in _given(exam, result)]
+    verdicts = iter(grader.grade(given))
+
+    def next_of(questions: Sequence[Question]) -> tuple[bool, ...]:
+        return tuple(verdict.right for verdict in islice(verdicts, len(questions)))
+
+    return [
+        Marks(next_of(exam.questions), tuple(answer.gold_logprob for answer in result.answers), next_of(exam.probes))
+        for result in results
+    ]
 
 
-def _grade(grader: Grader, questions: Sequence[Question], answers: Sequence[trial.Answer]) -> tuple[bool, ...]:
-    return tuple(grader.grade(question, answer.text) for question, answer in zip(questions, answers, strict=True))
+def _given(exam: Exam, result: trial.TrialResult) -> list[Given]:
+    asked, answers = (*exam.questions, *exam.probes), (*result.answers, *result.probe_answers)
+    return [Given(question, answer.text) for question, answer in zip(asked, answers, strict=True)]
 
 
 def _first_failure(sitting: Sitting) -> types.Failure | None:

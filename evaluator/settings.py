@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 
 from evaluator.dispatch import DispatchLimits
+from evaluator.graders.chat import ChatLimits
+from evaluator.graders.judge import JudgeSettings
 from preceptor.settings import ServiceSettings
 
 
@@ -23,6 +27,57 @@ class EvaluatorSettings(ServiceSettings):
     # Twice what fills a step (docs/log.md: 8 on a CPU, about 15 on a GPU), so that leavers are followed by others, and
     # small enough that several workers share a request.
     batch_trials: int = Field(32, ge=1, description="trials that one worker trains together, at most")
+    judge_url: str = Field("", description="OpenAI-compatible endpoint up to /v1; empty: no judge")
+    judge_model: str = Field("", validate_default=True, max_length=200, description="what the endpoint calls its model")
+    judge_api_key: SecretStr = SecretStr("")
+    judge_concurrency: int = Field(8, ge=1, le=1024, description="questions to the judge at once")
+    judge_requests_per_second: float = Field(0.0, ge=0, allow_inf_nan=False, description="0: no limit")
+    judge_timeout_seconds: float = Field(60.0, gt=0, le=3600, description="for one request, to its last byte")
+    judge_repeat_share: float = Field(0.02, ge=0, le=1, description="verdicts asked for twice, to see how many differ")
+    # A vendor's incident is minutes; a model that is loaded anew on one machine is a few.
+    judge_patience_seconds: float = Field(600.0, ge=0, allow_inf_nan=False, description="for a judge that is away")
+
+    @field_validator("judge_url")
+    @classmethod
+    def _is_http(cls, url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            good = not url or (parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0)
+        except ValueError:  # a port that is no number, brackets that do not close
+            good = False
+        if not good or not url.isprintable() or " " in url or (url and (parts.query or parts.fragment)):
+            raise ValueError("is not an address like http://127.0.0.1:8000/v1")
+        if parts.username or parts.password:
+            raise ValueError("must not carry a password; use PRECEPTOR_JUDGE_API_KEY")
+        return url
+
+    @field_validator("judge_model")
+    @classmethod
+    def _with_url(cls, model: str, known: ValidationInfo) -> str:
+        if bool(model) != bool(known.data.get("judge_url", model)):
+            raise ValueError("PRECEPTOR_JUDGE_URL and PRECEPTOR_JUDGE_MODEL need each other")
+        return model
+
+    @field_validator("judge_api_key")
+    @classmethod
+    def _fits_a_header(cls, key: SecretStr) -> SecretStr:
+        bare = key.get_secret_value().strip()
+        if not bare.isascii() or (bare and not bare.isprintable()):
+            raise ValueError("has characters that no key has")
+        return SecretStr(bare)
+
+    @property
+    def judge(self) -> JudgeSettings | None:
+        """Who judges; None where nobody is set."""
+        if not self.judge_url:
+            return None
+        limits = ChatLimits(
+            concurrency=self.judge_concurrency,
+            requests_per_second=self.judge_requests_per_second,
+            timeout_seconds=self.judge_timeout_seconds,
+        )
+        key = self.judge_api_key.get_secret_value()
+        return JudgeSettings(self.judge_url, self.judge_model, key, limits, self.judge_repeat_share)
 
     @property
     def dispatch_limits(self) -> DispatchLimits:

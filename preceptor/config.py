@@ -144,7 +144,9 @@ class RewardConfig(Section):
     """What a self-edit earns: gain - retention_loss x loss on the probes + gold_logprob x gain in log-probability."""
 
     seeds: int = Field(1, ge=1, le=64, description="fine-tunes per self-edit")
-    grader: Literal["exact"] = "exact"
+    grader: Literal["exact", "lexical", "judge", "cascade"] = Field(
+        "exact", description="who says what is right; judge and cascade need PRECEPTOR_JUDGE_URL"
+    )
     gain: float = 1.0
     retention_loss: float = Field(0.3, ge=0)
     gold_logprob_gain: float = 0.0

@@ -61,6 +61,12 @@ CATALOGUE: dict[str, Entry] = {
     # evaluations and trials
     "EVALUATION_NOT_FOUND": Entry(_MISSING, "check the id"),
     "GRADER_UNKNOWN": Entry(_INVALID, "use one of the named graders"),
+    "JUDGE_NOT_SET": Entry(
+        _STATE, "set PRECEPTOR_JUDGE_URL and PRECEPTOR_JUDGE_MODEL for the evaluator, or use the grader `lexical`"
+    ),
+    "JUDGE_UNREACHABLE": Entry(_DOWN, "check that the judge of PRECEPTOR_JUDGE_URL answers, then ask again"),
+    "JUDGE_UNREADABLE": Entry(_STATE, "use a model that answers with one word, as it is told to"),
+    "JUDGE_REFUSED": Entry(_STATE, "check PRECEPTOR_JUDGE_URL, PRECEPTOR_JUDGE_MODEL and PRECEPTOR_JUDGE_API_KEY"),
     "TARGET_MODULES_UNMATCHED": Entry(_INVALID, "name modules that the student has, or leave the default"),
     "BASE_NOT_ADAPTABLE": Entry(_STATE, "name other target modules, or register the student unquantised"),
     "RANK_TOO_LARGE": Entry(_INVALID, "lower the rank, or leave out the narrow target modules"),

@@ -218,7 +218,7 @@ def test_answers_are_graded_without_training(bench: Bench) -> None:
     with pytest.raises(PreceptorError, match="1 answers to 2 questions"):
         call(bench.stub.GradeAnswers, request)
     with pytest.raises(PreceptorError) as raised:
-        call(bench.stub.GradeAnswers, pb.GradeAnswersRequest(grader="judge"))
+        call(bench.stub.GradeAnswers, pb.GradeAnswersRequest(grader="oracle"))
     assert raised.value.reason == "GRADER_UNKNOWN"
 
 

@@ -12,6 +12,8 @@ from evaluator.database import Database
 from evaluator.dispatch import Dispatcher, DispatchLimits
 from evaluator.evaluations import Evaluations
 from evaluator.feed import Feed
+from evaluator.graders.rack import WITHOUT_A_JUDGE
+from evaluator.marking import Marking
 from evaluator.store import EvaluationStore
 from preceptor.errors import PreceptorError
 from preceptor.v1 import evaluator_pb2 as pb
@@ -42,7 +44,8 @@ class House:
         self.feed = Feed()
         store = EvaluationStore(self.database, lambda: 1e9 + self.now)
         self.batches = BatchStore(self.database)
-        self.dispatcher = Dispatcher(self.batches, store, self.broker, self.feed, LIMITS, lambda: self.now)
+        marking = Marking(store, self.feed, WITHOUT_A_JUDGE)
+        self.dispatcher = Dispatcher(self.batches, store, self.broker, marking, LIMITS, lambda: self.now)
         self.evaluations = Evaluations(
             store, self.batches, self.dispatcher, self.broker, self.feed, lambda: STUDENT, batch_trials=8
         )

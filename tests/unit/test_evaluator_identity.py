@@ -306,8 +306,14 @@ def test_a_bad_request_is_refused_with_its_place(name: str) -> None:
 
 def test_an_unknown_grader_is_refused() -> None:
     with pytest.raises(PreceptorError) as raised:
-        planned(lambda r: setattr(r.protocol, "grader", "judge"))
+        planned(lambda r: setattr(r.protocol, "grader", "oracle"))
     assert raised.value.reason == "GRADER_UNKNOWN"
+
+
+def test_a_judge_that_is_not_set_is_refused_before_anything_is_stored() -> None:
+    with pytest.raises(PreceptorError) as raised:
+        planned(lambda r: setattr(r.protocol, "grader", "cascade"))
+    assert (raised.value.reason, raised.value.metadata) == ("JUDGE_NOT_SET", {"field": "grader"})
 
 
 def test_weights_of_zero_mean_the_gain_alone_and_others_are_taken_as_they_are() -> None:

@@ -2,7 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluator.graders import ExactMatch, grader_label, grader_named, normalise
+from evaluator.graders.exact import is_equal, normalise
+from evaluator.graders.grader import grader_label
+from evaluator.graders.rack import WITHOUT_A_JUDGE
 from preceptor.errors import PreceptorError
 from preceptor.tasks import Question
 
@@ -24,7 +26,7 @@ from preceptor.tasks import Question
     ],
 )
 def test_what_differs_only_in_form_is_right(answer: str, gold: str) -> None:
-    assert ExactMatch().grade(Question("?", gold), answer)
+    assert is_equal(Question("?", gold), answer)
 
 
 @pytest.mark.parametrize(
@@ -40,13 +42,13 @@ def test_what_differs_only_in_form_is_right(answer: str, gold: str) -> None:
     ],
 )
 def test_what_differs_in_meaning_is_wrong(answer: str, gold: str) -> None:
-    assert not ExactMatch().grade(Question("?", gold), answer)
+    assert not is_equal(Question("?", gold), answer)
 
 
 def test_an_alias_is_right() -> None:
     question = Question("?", "Lisbon", aliases=("Lisboa",))
-    assert ExactMatch().grade(question, "lisboa")
-    assert not ExactMatch().grade(question, "Porto")
+    assert is_equal(question, "lisboa")
+    assert not is_equal(question, "Porto")
 
 
 @given(st.text(max_size=40))
@@ -56,11 +58,11 @@ def test_normalising_twice_changes_nothing(text: str) -> None:
 
 @given(st.text(max_size=40))
 def test_every_answer_that_says_something_equals_itself(text: str) -> None:
-    assert ExactMatch().grade(Question("?", text), text) == bool(normalise(text))
+    assert is_equal(Question("?", text), text) == bool(normalise(text))
 
 
 def test_an_unknown_grader_is_named() -> None:
     with pytest.raises(PreceptorError, match="'oracle'") as raised:
-        grader_named("oracle")
+        WITHOUT_A_JUDGE.named("oracle")
     assert raised.value.reason == "GRADER_UNKNOWN"
-    assert grader_label(grader_named("")) == "exact/1"
+    assert grader_label(WITHOUT_A_JUDGE.named("")) == "exact/1"

@@ -1,17 +1,13 @@
-"""Graders say whether an answer is right. Each has a version that is part of every evaluation's identity.
-
-A grader is a pure function of question and answer. One that can be unreachable (a judge) must raise, never guess: an
-outage is a failure of the evaluation, not a wrong answer.
-"""
+"""Exact match after normalisation."""
 
 from __future__ import annotations
 
 import re
 import string
 import unicodedata
-from typing import Protocol
+from collections.abc import Sequence
 
-from preceptor.errors import PreceptorError
+from evaluator.graders.grader import Given, Verdict
 from preceptor.tasks import Question
 
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -19,24 +15,6 @@ _DECIMAL_POINT = re.compile(r"(?<=\d)\.(?=\d)")
 _MINUS = re.compile(r"(?<!\w)[-−](?=\d)")
 # Private-use characters that carry what must survive the removal of punctuation.
 _KEPT = {"\ue000": ".", "\ue001": "-"}
-
-
-class Grader(Protocol):
-    """Decides about answers. Raise ``version`` whenever any decision may change."""
-
-    @property
-    def name(self) -> str:
-        """What a protocol calls it."""
-        ...
-
-    @property
-    def version(self) -> str:
-        """Part of every evaluation's identity."""
-        ...
-
-    def grade(self, question: Question, answer: str) -> bool:
-        """Whether ``answer`` is a right answer to ``question``."""
-        ...
 
 
 class ExactMatch:
@@ -50,11 +28,17 @@ class ExactMatch:
 
     name = "exact"
     version = "1"
+    waits = False
 
-    def grade(self, question: Question, answer: str) -> bool:
+    def grade(self, given: Sequence[Given]) -> list[Verdict]:
         """Whether the two are equal after normalisation. An empty answer is wrong."""
-        given = normalise(answer)
-        return bool(given) and any(given == normalise(gold) for gold in (question.answer, *question.aliases))
+        return [Verdict(is_equal(question, answer)) for question, answer in given]
+
+
+def is_equal(question: Question, answer: str) -> bool:
+    """Whether the answer is the gold answer or an alias after normalisation."""
+    given = normalise(answer)
+    return bool(given) and any(given == normalise(gold) for gold in (question.answer, *question.aliases))
 
 
 def normalise(text: str) -> str:
@@ -73,15 +57,3 @@ def normalise(text: str) -> str:
 def _is_punctuation(character: str) -> bool:
     # string.punctuation also has ASCII symbols ($ + < = > ^ ` | ~), which SQuAD removes as well.
     return character in string.punctuation or unicodedata.category(character).startswith("P")
-
-
-def grader_named(name: str) -> Grader:
-    """The grader a protocol names; empty means "exact". Raises PreceptorError(GRADER_UNKNOWN)."""
-    if name in ("", ExactMatch.name):
-        return ExactMatch()
-    raise PreceptorError("GRADER_UNKNOWN", f"there is no grader {name!r}; known: {ExactMatch.name}", field="grader")
-
-
-def grader_label(grader: Grader) -> str:
-    """Name and version, as reports and identities carry them."""
-    return f"{grader.name}/{grader.version}"
