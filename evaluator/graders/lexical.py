@@ -217,7 +217,7 @@ def _is_negated(words: list[str], wanted: list[str]) -> bool:
             reach = _NEGATION_REACH
         elif word == "but":
             reach = 0
-        elif reach and word in wanted:
+        elif reach and (word in wanted or any(_is_misspelt(one, [word]) for one in wanted)):
             return True
         elif reach and content([word]):
             reach -= 1
