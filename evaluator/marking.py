@@ -67,6 +67,12 @@ class Marking:
         """No further tries."""
         self._stopping.set()
 
+    @property
+    def under_way(self) -> int:
+        """How many evaluations wait for a judge."""
+        with self._lock:
+            return len(self._under_way)
+
     def settle(self, evaluation_ids: Sequence[str]) -> None:
         """Finishes these evaluations, all of whose trials are known; those that ask a judge later."""
         for start in range(0, len(evaluation_ids), AT_ONCE):

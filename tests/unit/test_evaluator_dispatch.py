@@ -12,7 +12,9 @@ from evaluator.database import Database
 from evaluator.dispatch import Dispatcher, DispatchLimits
 from evaluator.evaluations import Evaluations
 from evaluator.feed import Feed
-from evaluator.graders.rack import WITHOUT_A_JUDGE
+from evaluator.graders.judge import Judge, JudgeSettings
+from evaluator.graders.rack import Graders
+from evaluator.graders.verdicts import VerdictStore
 from evaluator.marking import Marking
 from evaluator.store import EvaluationStore
 from preceptor.errors import PreceptorError
@@ -35,8 +37,11 @@ SUCCEEDED, FAILED, CANCELLED = (
 class House:
     """An evaluator whose dispatcher is stepped by hand."""
 
-    def __init__(self, path: Path, broker: FakeBroker) -> None:
+    def __init__(
+        self, path: Path, broker: FakeBroker, judge: JudgeSettings | None = None, patience: float = 60.0
+    ) -> None:
         self.path, self.broker, self.now = path, broker, 0.0
+        self.judge_settings, self.patience = judge, patience
         self.open()
 
     def open(self) -> None:
@@ -44,15 +49,32 @@ class House:
         self.feed = Feed()
         store = EvaluationStore(self.database, lambda: 1e9 + self.now)
         self.batches = BatchStore(self.database)
-        marking = Marking(store, self.feed, WITHOUT_A_JUDGE)
-        self.dispatcher = Dispatcher(self.batches, store, self.broker, marking, LIMITS, lambda: self.now)
+        asked = self.judge_settings
+        self.judge = Judge(asked, VerdictStore(self.database)) if asked else None
+        graders = Graders(self.judge)
+        self.marking = Marking(store, self.feed, graders, self.patience, pause=0.02)
+        self.dispatcher = Dispatcher(self.batches, store, self.broker, self.marking, LIMITS, lambda: self.now)
         self.evaluations = Evaluations(
-            store, self.batches, self.dispatcher, self.broker, self.feed, lambda: STUDENT, batch_trials=8
+            store,
+            self.batches,
+            self.dispatcher,
+            self.broker,
+            self.feed,
+            lambda: STUDENT,
+            batch_trials=8,
+            graders=graders,
         )
+
+    def close(self) -> None:
+        self.marking.stop()
+        if self.judge is not None:
+            self.judge.close()
+        self.marking.close()
+        self.database.close()
 
     def restart(self) -> None:
         """As after SIGKILL: only what is in SQL and in the broker is left."""
-        self.database.close()
+        self.close()
         self.open()
 
     def step(self, seconds: float = 0.0) -> None:
@@ -82,7 +104,7 @@ class House:
 def house(tmp_path: Path) -> Iterator[House]:
     made = House(tmp_path / "evaluator.db", FakeBroker())
     yield made
-    made.database.close()
+    made.close()
 
 
 def test_an_evaluation_goes_from_queued_over_running_to_its_reward(house: House) -> None:

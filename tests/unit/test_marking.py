@@ -1,0 +1,211 @@
+"""What the evaluator promises while a judge is slow, away, talks nonsense or dies: no reward is wrong, none is lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from evaluator.graders import chat
+from evaluator.graders.chat import ChatLimits
+from evaluator.graders.judge import JudgeSettings
+from preceptor.errors import PreceptorError
+from preceptor.v1 import evaluator_pb2 as pb
+from tests.evaluation_requests import group
+from tests.fake_broker import FakeBroker
+from tests.judge_server import JudgeServer, honest, judge_server
+from tests.unit.test_evaluator_dispatch import CANCELLED, FAILED, RUNNING, SUCCEEDED, House
+
+EDIT = "Ada lives in Lisbon."
+LIVE = (pb.EVALUATION_STATE_QUEUED, RUNNING)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
+    monkeypatch.setattr(chat, "FIRST_PAUSE_SECONDS", 0.01)
+    with judge_server() as started:
+        yield started
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Iterator[Callable[..., House]]:
+    built = []
+
+    def made(url: str, patience: float = 60.0, timeout: float = 10.0) -> House:
+        limits = ChatLimits(timeout_seconds=timeout, tries=2)
+        judge = JudgeSettings(url, "tiny", limits=limits)
+        built.append(House(tmp_path / "evaluator.db", FakeBroker(), judge, patience))
+        return built[-1]
+
+    yield made
+    for house in built:
+        house.close()
+
+
+def ask(house: House, *documents: str, grader: str = "judge", owner: str = "run-1") -> list[pb.Evaluation]:
+    request = group(*documents, owner=owner)
+    request.protocol.grader = grader
+    return house.evaluations.create(request)
+
+
+def train(house: House) -> None:
+    house.step()
+    house.broker.work()
+    house.step()
+
+
+def wait_for(house: House, made: list[pb.Evaluation], *states: int) -> list[pb.Evaluation]:
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        found = [house.evaluations.get(item.id) for item in made]
+        if all(item.state in states for item in found):
+            return found
+        time.sleep(0.01)
+    raise AssertionError(f"still {house.states(made)}")
+
+
+def test_a_judge_gives_the_reward(build: Callable[..., House], server: JudgeServer) -> None:
+    house = build(server.url)
+    judged = ask(house, EDIT)
+    train(house)
+    exact = ask(house, EDIT, grader="exact")
+    (found,) = wait_for(house, judged, SUCCEEDED)
+    assert found.id != exact[0].id
+    assert found.reward == house.evaluations.get(exact[0].id).reward
+    # Two questions, two answers each, and two probes with the same answer before and after.
+    assert len(server.bodies) == 5
+
+
+def test_a_cascade_asks_only_what_words_do_not_tell(build: Callable[..., House], server: JudgeServer) -> None:
+    house = build(server.url)
+    made = ask(house, EDIT, grader="cascade")
+    train(house)
+    (found,) = wait_for(house, made, SUCCEEDED)
+    assert found.reward.value == 0.5
+    assert len(server.bodies) < 5
+
+
+def test_a_slow_judge_keeps_nobody_from_results(build: Callable[..., House], server: JudgeServer) -> None:
+    house = build(server.url)
+    server.delay = 30.0
+    slow = ask(house, EDIT)
+    started = time.monotonic()
+    train(house)
+    assert house.states(slow)[0] in LIVE
+    quick = ask(house, "Ada is a baker.", grader="exact")
+    train(house)
+    assert house.states(quick) == [SUCCEEDED]
+    assert time.monotonic() - started < 5
+    assert house.states(slow)[0] in LIVE
+
+
+def test_a_judge_that_is_away_is_waited_for(build: Callable[..., House], server: JudgeServer) -> None:
+    house = build(server.url)
+    server.script = lambda *_: (503, {})
+    made = ask(house, EDIT)
+    train(house)
+    while len(server.bodies) < 6:
+        time.sleep(0.01)
+    assert house.states(made)[0] in LIVE
+    server.script = honest
+    assert wait_for(house, made, SUCCEEDED)[0].reward.value == 0.5
+
+
+def test_a_judge_that_stays_away_is_a_failure_and_no_reward(build: Callable[..., House], server: JudgeServer) -> None:
+    house = build(server.url, patience=0.2)
+    server.script = lambda *_: (503, {})
+    made = ask(house, EDIT, "Nothing.")
+    train(house)
+    found = wait_for(house, made, FAILED)
+    assert {item.failure.reason for item in found} == {"JUDGE_UNREACHABLE"}
+    assert not any(item.HasField("reward") or item.trials for item in found)
+    server.script = honest  # asking again grades what was trained
+    trained = list(house.broker.trained)
+    again = ask(house, EDIT, "Nothing.")
+    found = wait_for(house, again, SUCCEEDED)
+    assert [item.reward.value for item in found] == [0.5, 0.0]
+    assert list(house.broker.trained) == trained
+
+
+def test_nonsense_is_a_failure_and_no_reward(build: Callable[..., House], server: JudgeServer) -> None:
+    house = build(server.url)
+    server.script = lambda *_: "Well, it depends."
+    made = ask(house, EDIT)
+    train(house)
+    (found,) = wait_for(house, made, FAILED)
+    assert found.failure.reason == "JUDGE_UNREADABLE"
+    assert not found.HasField("reward")
+
+
+def test_a_wrong_key_is_a_failure_at_once(build: Callable[..., House], server: JudgeServer) -> None:
+    house = build(server.url)
+    server.script = lambda *_: (401, {})
+    made = ask(house, EDIT)
+    train(house)
+    assert wait_for(house, made, FAILED)[0].failure.reason == "JUDGE_REFUSED"
+
+
+def test_a_restart_goes_on_where_grading_stopped(build: Callable[..., House], server: JudgeServer) -> None:
+    house = build(server.url)
+    server.script = lambda number, body: honest(number, body) if number < 2 else (503, {})
+    made = ask(house, EDIT)
+    train(house)
+    while len(server.bodies) < 8:
+        time.sleep(0.01)
+    house.restart()
+    assert house.states(made)[0] in LIVE
+    server.script, asked = honest, len(server.bodies)
+    house.step()
+    assert wait_for(house, made, SUCCEEDED)[0].reward.value == 0.5
+    assert len(server.bodies) - asked == 3  # two were known
+
+
+def test_a_cancelled_evaluation_is_not_asked_about_any_more(build: Callable[..., House], server: JudgeServer) -> None:
+    house = build(server.url)
+    server.script = lambda *_: (503, {})
+    made = ask(house, EDIT)
+    train(house)
+    while len(server.bodies) < 4:
+        time.sleep(0.01)
+    house.cancel()
+    end = time.monotonic() + 10
+    while house.marking.under_way and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.2)  # each question under way ends after its own tries
+    asked = len(server.bodies)
+    time.sleep(0.3)
+    assert len(server.bodies) == asked
+    assert house.states(made) == [CANCELLED]
+    server.script = honest
+    again = ask(house, EDIT, owner="run-2")
+    train(house)
+    assert wait_for(house, again, SUCCEEDED)[0].reward.value == 0.5
+
+
+def test_many_evaluations_are_graded_and_the_shared_baseline_once(
+    build: Callable[..., House], server: JudgeServer
+) -> None:
+    house = build(server.url)
+    made = ask(house, *(f"Ada lives in Lisbon. {number}" for number in range(20)))
+    for _ in range(5):
+        train(house)
+    assert {item.reward.value for item in wait_for(house, made, SUCCEEDED)} == {0.5}
+    assert len(server.bodies) == 5
+
+
+def test_a_judge_that_is_set_differently_after_a_restart_fails_with_the_reason(
+    build: Callable[..., House], server: JudgeServer
+) -> None:
+    house = build(server.url)
+    server.script = lambda *_: (503, {})
+    made = ask(house, EDIT)
+    train(house)
+    house.judge_settings = None
+    house.restart()
+    house.step()
+    assert wait_for(house, made, FAILED)[0].failure.reason == "JUDGE_NOT_SET"
+    with pytest.raises(PreceptorError) as raised:
+        ask(house, "Ada is a baker.")
+    assert raised.value.reason == "JUDGE_NOT_SET"
