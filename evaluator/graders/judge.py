@@ -62,7 +62,7 @@ class JudgeSettings:
 
     url: str  # up to /v1
     model: str
-    api_key: str = ""
+    api_key: str = field(default="", repr=False)
     limits: ChatLimits = field(default_factory=ChatLimits)
     repeat_share: float = 0.02
 
@@ -126,12 +126,15 @@ class Judge:
 
     async def _ask_all(self, missing: dict[str, Given]) -> dict[str, bool]:
         """Verdicts for all, or the first failure; what is under way then goes on and is kept for the next time."""
-        tasks = {name: self._task(name, given) for name, given in missing.items()}
-        await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_EXCEPTION)
+        # Another caller's task may have ended since ``grade`` looked. From here to the tasks nothing else runs.
+        known = self._verdicts.known(missing)
+        tasks = {name: self._task(name, given) for name, given in missing.items() if name not in known}
+        if tasks:
+            await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_EXCEPTION)
         for task in tasks.values():
             if task.done():
                 task.result()
-        return {name: task.result() for name, task in tasks.items()}
+        return known | {name: task.result() for name, task in tasks.items()}
 
     def _task(self, name: str, given: Given) -> asyncio.Task[bool]:
         if (task := self._asking.get(name)) is None:

@@ -27,25 +27,29 @@ from preceptor.tasks import Question
 
 # Log-odds. "All of it", "part of it" and "none of it" say how much of the gold's new meaning is in the answer.
 POINTS = {
-    "always": -1.7,
+    "always": -1.8,
     "share": 3.0,
     "most of it": 0.4,
-    "none of it": -1.6,
-    "none of it, one plain word": 1.2,
-    "none of it, both negated": 2.9,
-    "all of it, a number": 0.9,
-    "all of it, a name": 1.1,
-    "all of it, one word": -0.7,
+    "none of it": -1.3,
+    "none of it, one plain word": 1.1,
+    "none of it, both negated": 2.7,
+    "none of it, other names": -0.2,
+    "all of it, a number": 0.7,
+    "all of it, a name": 0.8,
+    "all of it, one word": -0.8,
     "all of it, late": -0.8,
+    "all of it, together": 0.7,
+    "all of it, far from the question": -0.6,
+    "all of it, hedged": -0.6,
     "all of it, other numbers": -0.7,
     "all of it, other names": -0.1,
-    "all of a name, other words": -0.9,
-    "in one piece": 1.1,
+    "all of a name, other words": -0.6,
+    "in one piece": 1.0,
     "part of it, a number": -1.6,
     "part of it, share of numbers": 1.6,
     "part of it, other words": -0.7,
-    "a name": -0.6,
-    "the question again": 0.9,
+    "a name": -0.5,
+    "the question again": 1.0,
     "a whole sentence": -0.2,
 }
 # Sends a little less than a quarter of the answers that the points were made from on to a judge.
@@ -57,6 +61,7 @@ _ALL, _MOST, _NONE = 0.85, 0.7, 0.15
 _NUMBER_WEIGHT = 6
 # From here on two words are one word misspelt: one letter in ten may differ. Short words are too easily alike.
 _ALIKE, _ALIKE_LETTERS = 0.82, 5
+_HEDGES = frozenset(map(stem, ("but", "however", "although", "though", "while", "instead", "rather", "or")))
 # A negation reaches over one word of content: "not in the old Lisbon", "did not celebrate".
 _NEGATION_REACH = 2
 # Longer answers than this beyond question and gold say many things, the right one among them.
@@ -133,6 +138,7 @@ def evidence(question: str, gold: str, answer: str) -> dict[str, float]:
     numbers = [word for word in wanted if is_number(word)]
     named = not numbers and bool(_NAME.search(f"x x {gold}"))  # not at a sentence's start: every capital counts
     places = [place for place, word in enumerate(words) if word in found]
+    far = min((abs(here - there) for here in places for there, word in enumerate(words) if word in asked), default=0)
     extra = min(len(set(content(words)) - known), 40) / 10
     others = len({stem(fold(name)) for name in _NAME.findall(said)} - known)
     negated_gold, negated = (any(map(is_negation, some)) for some in (gold_words, words))
@@ -143,10 +149,14 @@ def evidence(question: str, gold: str, answer: str) -> dict[str, float]:
         "none of it": float(none_of_it),
         "none of it, one plain word": float(none_of_it and not numbers and not named and len(wanted) == 1),
         "none of it, both negated": float(none_of_it and negated_gold and negated),
+        "none of it, other names": float(none_of_it) * min(others, 4),
         "all of it, a number": float(all_of_it and bool(numbers)),
         "all of it, a name": float(all_of_it and named),
         "all of it, one word": float(all_of_it and len(wanted) == 1),
         "all of it, late": all_of_it * min(places, default=0) / max(1, len(words)),  # 0: at once, 1: at the end
+        "all of it, together": float(all_of_it and _stand_together(places, found)),
+        "all of it, far from the question": all_of_it * min(far, 10) / 10,  # 1: ten words or more
+        "all of it, hedged": float(all_of_it and not present.isdisjoint(_HEDGES)),
         "all of it, other numbers": float(all_of_it and bool(numbers)) * min(_other_numbers(present, known), 5),
         "all of it, other names": float(all_of_it) * min(others, 8),
         "all of a name, other words": float(all_of_it and named) * extra,  # tens
@@ -226,6 +236,10 @@ def _is_negated(words: list[str], wanted: list[str]) -> bool:
 
 def _contains(words: list[str], part: list[str]) -> bool:
     return any(words[start : start + len(part)] == part for start in range(len(words) - len(part) + 1))
+
+
+def _stand_together(places: list[int], found: list[str]) -> bool:
+    return bool(places) and max(places) - min(places) <= len(found)
 
 
 def _other_numbers(present: set[str], known: set[str]) -> int:

@@ -1,0 +1,84 @@
+"""A judge that cannot be meant is refused at the start, by the name of its variable; its key is shown to nobody."""
+
+from __future__ import annotations
+
+import pytest
+
+from evaluator.settings import EvaluatorSettings
+from preceptor.launch import launch
+
+URL, MODEL = "http://127.0.0.1:8000/v1", "tiny"
+
+
+def start(monkeypatch: pytest.MonkeyPatch, **variables: str) -> tuple[int, EvaluatorSettings | None]:
+    for name, value in variables.items():
+        monkeypatch.setenv(f"PRECEPTOR_JUDGE_{name.upper()}", value)
+    seen: list[EvaluatorSettings] = []
+    return launch("evaluator", EvaluatorSettings, seen.append), seen[0] if seen else None
+
+
+def test_without_an_address_there_is_no_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, settings = start(monkeypatch)
+    assert code == 0
+    assert settings is not None
+    assert settings.judge is None
+
+
+def test_a_judge_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, settings = start(
+        monkeypatch,
+        url=URL,
+        model=MODEL,
+        api_key=" secret\n",
+        concurrency="3",
+        requests_per_second="2.5",
+        timeout_seconds="7",
+    )
+    assert code == 0
+    assert settings is not None
+    judge = settings.judge
+    assert judge is not None
+    assert (judge.url, judge.model, judge.api_key) == (URL, MODEL, "secret")
+    limits = judge.limits
+    assert (limits.concurrency, limits.requests_per_second, limits.timeout_seconds) == (3, 2.5, 7.0)
+    assert "secret" not in repr(settings) + repr(judge)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("url", "127.0.0.1:8000/v1"),
+        ("url", "ftp://127.0.0.1/v1"),
+        ("url", "http://"),
+        ("url", "http://host:port/v1"),
+        ("url", "http://[::1/v1"),
+        ("url", "http://host/v 1"),
+        ("url", "http://host/v1?key=1"),
+        ("url", "https://me:secret@host/v1"),
+        ("model", ""),
+        ("concurrency", "0"),
+        ("requests_per_second", "-1"),
+        ("requests_per_second", "nan"),
+        ("timeout_seconds", "0"),
+        ("timeout_seconds", "fast"),
+        ("repeat_share", "2"),
+        ("api_key", "a\nsecret"),
+        ("api_key", "sécret"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, value: str
+) -> None:
+    code, settings = start(monkeypatch, **{"url": URL, "model": MODEL, variable: value})
+    said = capsys.readouterr().err
+    assert (code, settings) == (2, None)
+    assert f"evaluator: PRECEPTOR_JUDGE_{variable.upper()}: " in said
+    assert len(said.splitlines()) == 1
+    assert "secret" not in said
+
+
+def test_a_model_without_an_address_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(monkeypatch, model=MODEL)[0] == 2
+    assert "PRECEPTOR_JUDGE_URL and PRECEPTOR_JUDGE_MODEL need each other" in capsys.readouterr().err
