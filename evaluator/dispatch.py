@@ -1,4 +1,4 @@
-"""One thread between SQL and the queue: submits batches, fetches results, notices lost workers, writes rewards.
+"""One thread between SQL and the queue: submits batches, fetches results, notices lost workers; rewards are Marking's.
 
 SQL is the truth and the queue a copy: whatever dies, the next start finds the batches that are not final and goes on.
 What is promised:
