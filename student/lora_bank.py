@@ -260,8 +260,9 @@ def _targets(model: PreTrainedModel, target_modules: Sequence[str], rank: int) -
         )
         raise PreceptorError(
             "TARGET_MODULES_UNMATCHED",
-            f"no linear layer of the student is named {', '.join(sorted(unmatched)) or '(no target was given)'}; "
-            f"there are: {', '.join(there) or 'none'}",
+            f"no linear layer of the student's decoder is named "
+            f"{', '.join(sorted(unmatched)) or '(no target was given)'}; there are: {', '.join(there) or 'none'} "
+            "(the head carries no adapter)",
             field="target_modules",
         )
     return found
