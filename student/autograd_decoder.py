@@ -96,14 +96,10 @@ class AutogradDecoder:
             positions += range(start + item.loss_from - 1, start + end - 1)
             targets += whole[item.loss_from : end]
         device = base.device
-        mask = (
-            torch.tensor(seen, device=device).view(-1, length)
-            if any(i.pads for some in lessons for i in some)
-            else None
-        )
-        hidden = base.decoder(torch.tensor(ids, device=device).view(-1, length), attention_mask=mask, use_cache=False)[
-            0
-        ]
+        padded = any(item.pads for some in lessons for item in some)
+        mask = torch.tensor(seen, device=device).view(-1, length) if padded else None
+        ids_RL = torch.tensor(ids, device=device).view(-1, length)
+        hidden = base.decoder(ids_RL, attention_mask=mask, use_cache=False)[0]
         labelled = hidden.reshape(-1, hidden.shape[-1]).index_select(0, torch.tensor(positions, device=device))
         nll_N = functional.cross_entropy(base.logits(labelled), torch.tensor(targets, device=device), reduction="none")
         parts = nll_N.split([sum(item.labels for item in some) for some in lessons])
