@@ -176,10 +176,10 @@ class Judge:
         )
 
     async def _end(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
+        # Only what is ours is cancelled; the client's own tasks are ended by those that wait for them.
+        for task in list(self._asking.values()):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
         await self._chat.close()
 
 

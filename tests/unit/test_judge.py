@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import threading
@@ -331,3 +332,26 @@ def test_closing_ends_those_who_wait(make: Make, server: JudgeServer) -> None:
     assert [error.reason for error in raised] == ["SHUTTING_DOWN"]
     with pytest.raises(PreceptorError, match="shutting down"):
         judge.grade(answers("In Porto."))
+
+
+def test_a_judge_can_be_closed_while_connections_are_being_opened(make: Make, server: JudgeServer) -> None:
+    """Cancelled before its first step, a coroutine of the client's was never awaited, and Python warns of it."""
+    raised = []
+
+    def ask(judge: Judge) -> None:
+        try:
+            judge.grade(answers(*(f"answer {number}" for number in range(5))))
+        except PreceptorError as error:
+            raised.append(error.reason)
+
+    for number in range(40):
+        judge = make(server.url)
+        thread = threading.Thread(target=ask, args=(judge,))
+        thread.start()
+        time.sleep(number * 2e-4)
+        judge.close()
+        thread.join(10)
+        assert not thread.is_alive()
+    gc.collect()
+    assert set(raised) <= {"SHUTTING_DOWN"}
+    assert raised, "some were to be closed in the middle"
