@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from student.packing import Pack
 
-# Up to this length attention on a CPU is faster by plain matrix products than by torch's blocked kernel.
+# Up to this length attention on a CPU goes by plain matrix products: faster than torch's blocked kernel, but a score of
+# every pair of tokens is kept.
 _SHORT = 256
 # Queries of one stripe; 64 to 128 do equally well.
 _STRIPE = 96
