@@ -39,6 +39,12 @@ class TaskConfig(Section):
     probes_path: str | None = Field(None, description="JSONL of {question, answer}: what the student knew before")
     replay_path: str | None = Field(None, description="text file, one document a line: what replay draws from")
     train: int = Field(48, ge=1, le=100_000, description="tasks to train on, at most")
+    questions: Literal["given", "written"] = Field(
+        "given", description="written: the untrained teacher writes the reward questions of the training tasks"
+    )
+    canary: int = Field(
+        0, ge=0, le=10_000, description="labelled training tasks that watch a run without labels; 0: none"
+    )
     heldout: int = Field(32, ge=0, le=100_000, description="tasks of the final measurement, at most; 0: none")
 
     @model_validator(mode="after")
@@ -74,6 +80,8 @@ class UpdateConfig(Section):
     top_k: Count = 2
     min_reward: float = 0.0
     min_advantage: float = Field(0.0, ge=0)
+    min_reward_z: float = Field(0.0, ge=0, description="keep what is so many of its errors above min_reward")
+    min_advantage_z: float = Field(0.0, ge=0, description="keep what is so many errors better than its group")
     rank: Count = 16
     alpha: float = Field(32.0, gt=0)
     learning_rate: float = Field(1e-3, gt=0, le=1)
@@ -140,8 +148,18 @@ class AnswerConfig(Section):
         return self
 
 
+class RaceConfig(Section):
+    """Measures the best candidates of a group well and the others only as far as it takes to know that they are not."""
+
+    look_steps: int = Field(0, ge=0, le=100_000, description="optimiser steps of the first look at all; 0: none")
+    look_keep: float = Field(0.5, gt=0, le=1, description="share of a group that goes on after the look")
+    max_seeds: int = Field(3, ge=1, le=64, description="fine-tunes of one self-edit, at most")
+    budget: float = Field(2.0, gt=0, le=64, description="fine-tunes per self-edit on average, looks by their tokens")
+    z: float = Field(1.0, ge=0, le=10, description="standard errors that make a difference clear")
+
+
 class RewardConfig(Section):
-    """What a self-edit earns: gain - retention_loss x loss on the probes + gold_logprob x gain in log-probability."""
+    """What a self-edit earns: the weighted terms of ``evaluator.reward``, and how well they are measured."""
 
     seeds: int = Field(1, ge=1, le=64, description="fine-tunes per self-edit")
     grader: Literal["exact", "lexical", "judge", "cascade"] = Field(
@@ -149,10 +167,21 @@ class RewardConfig(Section):
     )
     gain: float = 1.0
     retention_loss: float = Field(0.3, ge=0)
-    gold_logprob_gain: float = 0.0
+    gold_logprob_gain: float = Field(0.0, description="per nat")
+    gold_probability_gain: float = 0.0
+    overlap: float = Field(1.0, ge=0, description="per copied question's share")
+    tokens: float = Field(0.0, ge=0, description="per thousand trained tokens")
+    seconds: float = Field(0.0, ge=0, description="per second of a worker; a run with it is not the same twice")
+    certainty_gain: float = Field(0.0, description="without labels: per nat")
+    agreement_gain: float = Field(0.0, description="without labels; needs reward.samples")
+    samples: int = Field(0, ge=0, le=64, description="answers sampled per question, for their agreement")
     probes: int = Field(32, ge=0, description="retention probes asked in training rounds, at most")
     # 8 fill a step on a CPU: more gain nothing there, and are waited for longer (docs/log.md).
     trials_together: int = Field(8, ge=1, le=1024, description="trials sent in one request, at least; a GPU wants more")
+    fresh_seeds: int = Field(
+        0, ge=0, le=64, description="fine-tunes of a group's best on new seeds, which alone count then; 0: none"
+    )
+    race: RaceConfig | None = Field(None, description="stop measuring self-edits that cannot be among the best")
 
 
 class FixedStrategy(Section):

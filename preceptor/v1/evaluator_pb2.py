@@ -27,53 +27,57 @@ from preceptor.v1 import trial_pb2 as preceptor_dot_v1_dot_trial__pb2
 from preceptor.v1 import types_pb2 as preceptor_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpreceptor/v1/evaluator.proto\x12\x0cpreceptor.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18preceptor/v1/trial.proto\x1a\x18preceptor/v1/types.proto\"P\n\rRewardWeights\x12\x0c\n\x04gain\x18\x01 \x01(\x01\x12\x16\n\x0eretention_loss\x18\x02 \x01(\x01\x12\x19\n\x11gold_logprob_gain\x18\x03 \x01(\x01\"\xc7\x02\n\x12\x45valuationProtocol\x12\x30\n\x08training\x18\x01 \x01(\x0b\x32\x1e.preceptor.v1.TrainingSettings\x12-\n\x07\x61nswers\x18\x02 \x01(\x0b\x32\x1c.preceptor.v1.AnswerSettings\x12&\n\x06probes\x18\x03 \x03(\x0b\x32\x16.preceptor.v1.Question\x12\x18\n\x10replay_documents\x18\x04 \x03(\t\x12(\n\x04\x62\x61nk\x18\x05 \x01(\x0e\x32\x1a.preceptor.v1.QuestionBank\x12\x0e\n\x06grader\x18\x06 \x01(\t\x12,\n\x07weights\x18\x07 \x01(\x0b\x32\x1b.preceptor.v1.RewardWeights\x12\r\n\x05seeds\x18\x08 \x03(\x04\x12\x17\n\x0finclude_passage\x18\t \x01(\x08\"\xa0\x01\n\x0bTrialReport\x12\x0c\n\x04seed\x18\x01 \x01(\x04\x12\x10\n\x08\x61\x63\x63uracy\x18\x02 \x01(\x01\x12\x11\n\tretention\x18\x03 \x01(\x01\x12\x12\n\nfirst_loss\x18\x04 \x01(\x01\x12\x12\n\nfinal_loss\x18\x05 \x01(\x01\x12\r\n\x05steps\x18\x06 \x01(\r\x12\x16\n\x0etrained_tokens\x18\x07 \x01(\x04\x12\x0f\n\x07\x63orrect\x18\x08 \x03(\x08\"\x9b\x03\n\nEvaluation\x12\n\n\x02id\x18\x01 \x01(\t\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.preceptor.v1.EvaluationState\x12\x0f\n\x07task_id\x18\x03 \x01(\t\x12)\n\tself_edit\x18\x04 \x01(\x0b\x32\x16.preceptor.v1.SelfEdit\x12,\n\x07student\x18\x05 \x01(\x0b\x32\x1b.preceptor.v1.PinnedStudent\x12$\n\x06reward\x18\x06 \x01(\x0b\x32\x14.preceptor.v1.Reward\x12&\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x15.preceptor.v1.Failure\x12)\n\x06trials\x18\x08 \x03(\x0b\x32\x19.preceptor.v1.TrialReport\x12\x0e\n\x06\x63\x61\x63hed\x18\t \x01(\x08\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inish_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"]\n\rTaskSelfEdits\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.preceptor.v1.Task\x12*\n\nself_edits\x18\x02 \x03(\x0b\x32\x16.preceptor.v1.SelfEdit\"\x98\x02\n\x18\x43reateEvaluationsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12 \n\x04task\x18\x03 \x01(\x0b\x32\x12.preceptor.v1.Task\x12*\n\nself_edits\x18\x04 \x03(\x0b\x32\x16.preceptor.v1.SelfEdit\x12\x32\n\x08protocol\x18\x05 \x01(\x0b\x32 .preceptor.v1.EvaluationProtocol\x12,\n\x07student\x18\x06 \x01(\x0b\x32\x1b.preceptor.v1.PinnedStudent\x12)\n\x04more\x18\x07 \x03(\x0b\x32\x1b.preceptor.v1.TaskSelfEdits\"J\n\x19\x43reateEvaluationsResponse\x12-\n\x0b\x65valuations\x18\x01 \x03(\x0b\x32\x18.preceptor.v1.Evaluation\"-\n\x14GetEvaluationRequest\x12\x15\n\revaluation_id\x18\x01 \x01(\t\"E\n\x15GetEvaluationResponse\x12,\n\nevaluation\x18\x01 \x01(\x0b\x32\x18.preceptor.v1.Evaluation\"|\n\x16ListEvaluationsRequest\x12\r\n\x05owner\x18\x01 \x01(\t\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.preceptor.v1.EvaluationState\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"a\n\x17ListEvaluationsResponse\x12-\n\x0b\x65valuations\x18\x01 \x03(\x0b\x32\x18.preceptor.v1.Evaluation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"1\n\x17WatchEvaluationsRequest\x12\x16\n\x0e\x65valuation_ids\x18\x01 \x03(\t\"H\n\x18WatchEvaluationsResponse\x12,\n\nevaluation\x18\x01 \x01(\x0b\x32\x18.preceptor.v1.Evaluation\"=\n\x18\x43\x61ncelEvaluationsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\".\n\x19\x43\x61ncelEvaluationsResponse\x12\x11\n\tcancelled\x18\x01 \x01(\r\"a\n\x13GradeAnswersRequest\x12\x0e\n\x06grader\x18\x01 \x01(\t\x12)\n\tquestions\x18\x02 \x03(\x0b\x32\x16.preceptor.v1.Question\x12\x0f\n\x07\x61nswers\x18\x03 \x03(\t\"7\n\x14GradeAnswersResponse\x12\x0f\n\x07\x63orrect\x18\x01 \x03(\x08\x12\x0e\n\x06grader\x18\x02 \x01(\t\"\x17\n\x15GetQueueStatusRequest\"\x97\x01\n\x16GetQueueStatusResponse\x12\x16\n\x0equeued_batches\x18\x01 \x01(\r\x12\x17\n\x0frunning_batches\x18\x02 \x01(\r\x12\x15\n\rworkers_alive\x18\x03 \x01(\r\x12\x13\n\x0btrials_done\x18\x04 \x01(\x04\x12 \n\x18worker_peak_memory_bytes\x18\x05 \x01(\x04*\xcb\x01\n\x0f\x45valuationState\x12 \n\x1c\x45VALUATION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45VALUATION_STATE_QUEUED\x10\x01\x12\x1c\n\x18\x45VALUATION_STATE_RUNNING\x10\x02\x12\x1e\n\x1a\x45VALUATION_STATE_SUCCEEDED\x10\x03\x12\x1b\n\x17\x45VALUATION_STATE_FAILED\x10\x04\x12\x1e\n\x1a\x45VALUATION_STATE_CANCELLED\x10\x05\x32\xb1\x05\n\x10\x45valuatorService\x12\x64\n\x11\x43reateEvaluations\x12&.preceptor.v1.CreateEvaluationsRequest\x1a\'.preceptor.v1.CreateEvaluationsResponse\x12X\n\rGetEvaluation\x12\".preceptor.v1.GetEvaluationRequest\x1a#.preceptor.v1.GetEvaluationResponse\x12^\n\x0fListEvaluations\x12$.preceptor.v1.ListEvaluationsRequest\x1a%.preceptor.v1.ListEvaluationsResponse\x12\x63\n\x10WatchEvaluations\x12%.preceptor.v1.WatchEvaluationsRequest\x1a&.preceptor.v1.WatchEvaluationsResponse0\x01\x12\x64\n\x11\x43\x61ncelEvaluations\x12&.preceptor.v1.CancelEvaluationsRequest\x1a\'.preceptor.v1.CancelEvaluationsResponse\x12U\n\x0cGradeAnswers\x12!.preceptor.v1.GradeAnswersRequest\x1a\".preceptor.v1.GradeAnswersResponse\x12[\n\x0eGetQueueStatus\x12#.preceptor.v1.GetQueueStatusRequest\x1a$.preceptor.v1.GetQueueStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpreceptor/v1/evaluator.proto\x12\x0cpreceptor.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18preceptor/v1/trial.proto\x1a\x18preceptor/v1/types.proto\"\xd1\x01\n\rRewardWeights\x12\x0c\n\x04gain\x18\x01 \x01(\x01\x12\x16\n\x0eretention_loss\x18\x02 \x01(\x01\x12\x19\n\x11gold_logprob_gain\x18\x03 \x01(\x01\x12\x1d\n\x15gold_probability_gain\x18\x04 \x01(\x01\x12\x0f\n\x07overlap\x18\x05 \x01(\x01\x12\x0e\n\x06tokens\x18\x06 \x01(\x01\x12\x0f\n\x07seconds\x18\x07 \x01(\x01\x12\x16\n\x0e\x63\x65rtainty_gain\x18\x08 \x01(\x01\x12\x16\n\x0e\x61greement_gain\x18\t \x01(\x01\"i\n\x0cOverlapAudit\x12\x0c\n\x04mean\x18\x01 \x01(\x01\x12\x0e\n\x06\x63opied\x18\x02 \x01(\r\x12\x16\n\x0e\x61nswers_stated\x18\x03 \x01(\r\x12\x11\n\texam_form\x18\x04 \x01(\r\x12\x10\n\x08\x65xamples\x18\x05 \x03(\t\"\xc7\x02\n\x12\x45valuationProtocol\x12\x30\n\x08training\x18\x01 \x01(\x0b\x32\x1e.preceptor.v1.TrainingSettings\x12-\n\x07\x61nswers\x18\x02 \x01(\x0b\x32\x1c.preceptor.v1.AnswerSettings\x12&\n\x06probes\x18\x03 \x03(\x0b\x32\x16.preceptor.v1.Question\x12\x18\n\x10replay_documents\x18\x04 \x03(\t\x12(\n\x04\x62\x61nk\x18\x05 \x01(\x0e\x32\x1a.preceptor.v1.QuestionBank\x12\x0e\n\x06grader\x18\x06 \x01(\t\x12,\n\x07weights\x18\x07 \x01(\x0b\x32\x1b.preceptor.v1.RewardWeights\x12\r\n\x05seeds\x18\x08 \x03(\x04\x12\x17\n\x0finclude_passage\x18\t \x01(\x08\"\xa8\x02\n\x0bTrialReport\x12\x0c\n\x04seed\x18\x01 \x01(\x04\x12\x10\n\x08\x61\x63\x63uracy\x18\x02 \x01(\x01\x12\x11\n\tretention\x18\x03 \x01(\x01\x12\x12\n\nfirst_loss\x18\x04 \x01(\x01\x12\x12\n\nfinal_loss\x18\x05 \x01(\x01\x12\r\n\x05steps\x18\x06 \x01(\r\x12\x16\n\x0etrained_tokens\x18\x07 \x01(\x04\x12\x0f\n\x07\x63orrect\x18\x08 \x03(\x08\x12\r\n\x05value\x18\t \x01(\x01\x12\x0e\n\x06values\x18\n \x03(\x01\x12\x15\n\rgold_logprobs\x18\x0b \x03(\x01\x12\x16\n\x0eprobes_correct\x18\x0c \x03(\x08\x12\x13\n\x0b\x63\x65rtainties\x18\r \x03(\x01\x12\x12\n\nagreements\x18\x0e \x03(\x01\x12\x0f\n\x07seconds\x18\x0f \x01(\x01\"\xf5\x03\n\nEvaluation\x12\n\n\x02id\x18\x01 \x01(\t\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.preceptor.v1.EvaluationState\x12\x0f\n\x07task_id\x18\x03 \x01(\t\x12)\n\tself_edit\x18\x04 \x01(\x0b\x32\x16.preceptor.v1.SelfEdit\x12,\n\x07student\x18\x05 \x01(\x0b\x32\x1b.preceptor.v1.PinnedStudent\x12$\n\x06reward\x18\x06 \x01(\x0b\x32\x14.preceptor.v1.Reward\x12&\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x15.preceptor.v1.Failure\x12)\n\x06trials\x18\x08 \x03(\x0b\x32\x19.preceptor.v1.TrialReport\x12\x0e\n\x06\x63\x61\x63hed\x18\t \x01(\x08\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inish_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x62\x61seline\x18\x0c \x01(\x0b\x32\x19.preceptor.v1.TrialReport\x12+\n\x07overlap\x18\r \x01(\x0b\x32\x1a.preceptor.v1.OverlapAudit\"]\n\rTaskSelfEdits\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.preceptor.v1.Task\x12*\n\nself_edits\x18\x02 \x03(\x0b\x32\x16.preceptor.v1.SelfEdit\"\x98\x02\n\x18\x43reateEvaluationsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12 \n\x04task\x18\x03 \x01(\x0b\x32\x12.preceptor.v1.Task\x12*\n\nself_edits\x18\x04 \x03(\x0b\x32\x16.preceptor.v1.SelfEdit\x12\x32\n\x08protocol\x18\x05 \x01(\x0b\x32 .preceptor.v1.EvaluationProtocol\x12,\n\x07student\x18\x06 \x01(\x0b\x32\x1b.preceptor.v1.PinnedStudent\x12)\n\x04more\x18\x07 \x03(\x0b\x32\x1b.preceptor.v1.TaskSelfEdits\"y\n\x19\x43reateEvaluationsResponse\x12-\n\x0b\x65valuations\x18\x01 \x03(\x0b\x32\x18.preceptor.v1.Evaluation\x12-\n\x08openings\x18\x02 \x03(\x0b\x32\x1b.preceptor.v1.SealedOpening\"0\n\rSealedOpening\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0e\n\x06owners\x18\x02 \x01(\r\"-\n\x14GetEvaluationRequest\x12\x15\n\revaluation_id\x18\x01 \x01(\t\"E\n\x15GetEvaluationResponse\x12,\n\nevaluation\x18\x01 \x01(\x0b\x32\x18.preceptor.v1.Evaluation\"|\n\x16ListEvaluationsRequest\x12\r\n\x05owner\x18\x01 \x01(\t\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.preceptor.v1.EvaluationState\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"a\n\x17ListEvaluationsResponse\x12-\n\x0b\x65valuations\x18\x01 \x03(\x0b\x32\x18.preceptor.v1.Evaluation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"1\n\x17WatchEvaluationsRequest\x12\x16\n\x0e\x65valuation_ids\x18\x01 \x03(\t\"H\n\x18WatchEvaluationsResponse\x12,\n\nevaluation\x18\x01 \x01(\x0b\x32\x18.preceptor.v1.Evaluation\"=\n\x18\x43\x61ncelEvaluationsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\".\n\x19\x43\x61ncelEvaluationsResponse\x12\x11\n\tcancelled\x18\x01 \x01(\r\"a\n\x13GradeAnswersRequest\x12\x0e\n\x06grader\x18\x01 \x01(\t\x12)\n\tquestions\x18\x02 \x03(\x0b\x32\x16.preceptor.v1.Question\x12\x0f\n\x07\x61nswers\x18\x03 \x03(\t\"7\n\x14GradeAnswersResponse\x12\x0f\n\x07\x63orrect\x18\x01 \x03(\x08\x12\x0e\n\x06grader\x18\x02 \x01(\t\"\x17\n\x15GetQueueStatusRequest\"\x97\x01\n\x16GetQueueStatusResponse\x12\x16\n\x0equeued_batches\x18\x01 \x01(\r\x12\x17\n\x0frunning_batches\x18\x02 \x01(\r\x12\x15\n\rworkers_alive\x18\x03 \x01(\r\x12\x13\n\x0btrials_done\x18\x04 \x01(\x04\x12 \n\x18worker_peak_memory_bytes\x18\x05 \x01(\x04*\xcb\x01\n\x0f\x45valuationState\x12 \n\x1c\x45VALUATION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45VALUATION_STATE_QUEUED\x10\x01\x12\x1c\n\x18\x45VALUATION_STATE_RUNNING\x10\x02\x12\x1e\n\x1a\x45VALUATION_STATE_SUCCEEDED\x10\x03\x12\x1b\n\x17\x45VALUATION_STATE_FAILED\x10\x04\x12\x1e\n\x1a\x45VALUATION_STATE_CANCELLED\x10\x05\x32\xb1\x05\n\x10\x45valuatorService\x12\x64\n\x11\x43reateEvaluations\x12&.preceptor.v1.CreateEvaluationsRequest\x1a\'.preceptor.v1.CreateEvaluationsResponse\x12X\n\rGetEvaluation\x12\".preceptor.v1.GetEvaluationRequest\x1a#.preceptor.v1.GetEvaluationResponse\x12^\n\x0fListEvaluations\x12$.preceptor.v1.ListEvaluationsRequest\x1a%.preceptor.v1.ListEvaluationsResponse\x12\x63\n\x10WatchEvaluations\x12%.preceptor.v1.WatchEvaluationsRequest\x1a&.preceptor.v1.WatchEvaluationsResponse0\x01\x12\x64\n\x11\x43\x61ncelEvaluations\x12&.preceptor.v1.CancelEvaluationsRequest\x1a\'.preceptor.v1.CancelEvaluationsResponse\x12U\n\x0cGradeAnswers\x12!.preceptor.v1.GradeAnswersRequest\x1a\".preceptor.v1.GradeAnswersResponse\x12[\n\x0eGetQueueStatus\x12#.preceptor.v1.GetQueueStatusRequest\x1a$.preceptor.v1.GetQueueStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'preceptor.v1.evaluator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EVALUATIONSTATE']._serialized_start=2489
-  _globals['_EVALUATIONSTATE']._serialized_end=2692
-  _globals['_REWARDWEIGHTS']._serialized_start=131
-  _globals['_REWARDWEIGHTS']._serialized_end=211
-  _globals['_EVALUATIONPROTOCOL']._serialized_start=214
-  _globals['_EVALUATIONPROTOCOL']._serialized_end=541
-  _globals['_TRIALREPORT']._serialized_start=544
-  _globals['_TRIALREPORT']._serialized_end=704
-  _globals['_EVALUATION']._serialized_start=707
-  _globals['_EVALUATION']._serialized_end=1118
-  _globals['_TASKSELFEDITS']._serialized_start=1120
-  _globals['_TASKSELFEDITS']._serialized_end=1213
-  _globals['_CREATEEVALUATIONSREQUEST']._serialized_start=1216
-  _globals['_CREATEEVALUATIONSREQUEST']._serialized_end=1496
-  _globals['_CREATEEVALUATIONSRESPONSE']._serialized_start=1498
-  _globals['_CREATEEVALUATIONSRESPONSE']._serialized_end=1572
-  _globals['_GETEVALUATIONREQUEST']._serialized_start=1574
-  _globals['_GETEVALUATIONREQUEST']._serialized_end=1619
-  _globals['_GETEVALUATIONRESPONSE']._serialized_start=1621
-  _globals['_GETEVALUATIONRESPONSE']._serialized_end=1690
-  _globals['_LISTEVALUATIONSREQUEST']._serialized_start=1692
-  _globals['_LISTEVALUATIONSREQUEST']._serialized_end=1816
-  _globals['_LISTEVALUATIONSRESPONSE']._serialized_start=1818
-  _globals['_LISTEVALUATIONSRESPONSE']._serialized_end=1915
-  _globals['_WATCHEVALUATIONSREQUEST']._serialized_start=1917
-  _globals['_WATCHEVALUATIONSREQUEST']._serialized_end=1966
-  _globals['_WATCHEVALUATIONSRESPONSE']._serialized_start=1968
-  _globals['_WATCHEVALUATIONSRESPONSE']._serialized_end=2040
-  _globals['_CANCELEVALUATIONSREQUEST']._serialized_start=2042
-  _globals['_CANCELEVALUATIONSREQUEST']._serialized_end=2103
-  _globals['_CANCELEVALUATIONSRESPONSE']._serialized_start=2105
-  _globals['_CANCELEVALUATIONSRESPONSE']._serialized_end=2151
-  _globals['_GRADEANSWERSREQUEST']._serialized_start=2153
-  _globals['_GRADEANSWERSREQUEST']._serialized_end=2250
-  _globals['_GRADEANSWERSRESPONSE']._serialized_start=2252
-  _globals['_GRADEANSWERSRESPONSE']._serialized_end=2307
-  _globals['_GETQUEUESTATUSREQUEST']._serialized_start=2309
-  _globals['_GETQUEUESTATUSREQUEST']._serialized_end=2332
-  _globals['_GETQUEUESTATUSRESPONSE']._serialized_start=2335
-  _globals['_GETQUEUESTATUSRESPONSE']._serialized_end=2486
-  _globals['_EVALUATORSERVICE']._serialized_start=2695
-  _globals['_EVALUATORSERVICE']._serialized_end=3384
+  _globals['_EVALUATIONSTATE']._serialized_start=3049
+  _globals['_EVALUATIONSTATE']._serialized_end=3252
+  _globals['_REWARDWEIGHTS']._serialized_start=132
+  _globals['_REWARDWEIGHTS']._serialized_end=341
+  _globals['_OVERLAPAUDIT']._serialized_start=343
+  _globals['_OVERLAPAUDIT']._serialized_end=448
+  _globals['_EVALUATIONPROTOCOL']._serialized_start=451
+  _globals['_EVALUATIONPROTOCOL']._serialized_end=778
+  _globals['_TRIALREPORT']._serialized_start=781
+  _globals['_TRIALREPORT']._serialized_end=1077
+  _globals['_EVALUATION']._serialized_start=1080
+  _globals['_EVALUATION']._serialized_end=1581
+  _globals['_TASKSELFEDITS']._serialized_start=1583
+  _globals['_TASKSELFEDITS']._serialized_end=1676
+  _globals['_CREATEEVALUATIONSREQUEST']._serialized_start=1679
+  _globals['_CREATEEVALUATIONSREQUEST']._serialized_end=1959
+  _globals['_CREATEEVALUATIONSRESPONSE']._serialized_start=1961
+  _globals['_CREATEEVALUATIONSRESPONSE']._serialized_end=2082
+  _globals['_SEALEDOPENING']._serialized_start=2084
+  _globals['_SEALEDOPENING']._serialized_end=2132
+  _globals['_GETEVALUATIONREQUEST']._serialized_start=2134
+  _globals['_GETEVALUATIONREQUEST']._serialized_end=2179
+  _globals['_GETEVALUATIONRESPONSE']._serialized_start=2181
+  _globals['_GETEVALUATIONRESPONSE']._serialized_end=2250
+  _globals['_LISTEVALUATIONSREQUEST']._serialized_start=2252
+  _globals['_LISTEVALUATIONSREQUEST']._serialized_end=2376
+  _globals['_LISTEVALUATIONSRESPONSE']._serialized_start=2378
+  _globals['_LISTEVALUATIONSRESPONSE']._serialized_end=2475
+  _globals['_WATCHEVALUATIONSREQUEST']._serialized_start=2477
+  _globals['_WATCHEVALUATIONSREQUEST']._serialized_end=2526
+  _globals['_WATCHEVALUATIONSRESPONSE']._serialized_start=2528
+  _globals['_WATCHEVALUATIONSRESPONSE']._serialized_end=2600
+  _globals['_CANCELEVALUATIONSREQUEST']._serialized_start=2602
+  _globals['_CANCELEVALUATIONSREQUEST']._serialized_end=2663
+  _globals['_CANCELEVALUATIONSRESPONSE']._serialized_start=2665
+  _globals['_CANCELEVALUATIONSRESPONSE']._serialized_end=2711
+  _globals['_GRADEANSWERSREQUEST']._serialized_start=2713
+  _globals['_GRADEANSWERSREQUEST']._serialized_end=2810
+  _globals['_GRADEANSWERSRESPONSE']._serialized_start=2812
+  _globals['_GRADEANSWERSRESPONSE']._serialized_end=2867
+  _globals['_GETQUEUESTATUSREQUEST']._serialized_start=2869
+  _globals['_GETQUEUESTATUSREQUEST']._serialized_end=2892
+  _globals['_GETQUEUESTATUSRESPONSE']._serialized_start=2895
+  _globals['_GETQUEUESTATUSRESPONSE']._serialized_end=3046
+  _globals['_EVALUATORSERVICE']._serialized_start=3255
+  _globals['_EVALUATORSERVICE']._serialized_end=3944
 # @@protoc_insertion_point(module_scope)

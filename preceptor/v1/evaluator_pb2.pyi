@@ -47,29 +47,93 @@ Global___EvaluationState: typing_extensions.TypeAlias = EvaluationState
 
 @typing.final
 class RewardWeights(google.protobuf.message.Message):
-    """Weights of the reward's terms. All zero (or absent) is read as gain = 1; otherwise each is taken as it is."""
+    """Weights of the reward's terms. All zero (or absent) is read as gain = 1; otherwise each is taken as it is. Every term
+    is a mean over seeds; those about questions are also a mean over questions. Default of each: 0.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     GAIN_FIELD_NUMBER: builtins.int
     RETENTION_LOSS_FIELD_NUMBER: builtins.int
     GOLD_LOGPROB_GAIN_FIELD_NUMBER: builtins.int
+    GOLD_PROBABILITY_GAIN_FIELD_NUMBER: builtins.int
+    OVERLAP_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    CERTAINTY_GAIN_FIELD_NUMBER: builtins.int
+    AGREEMENT_GAIN_FIELD_NUMBER: builtins.int
     gain: builtins.float
     """Gain in graded accuracy over the untouched student."""
     retention_loss: builtins.float
-    """Loss of accuracy on the retention probes, subtracted. Default 0."""
+    """Loss of accuracy on the retention probes, subtracted."""
     gold_logprob_gain: builtins.float
-    """Gain in mean log-probability (nats per question) of the gold answers. Default 0."""
+    """Gain in log-probability (nats, summed over the tokens) of the gold answers."""
+    gold_probability_gain: builtins.float
+    """Gain in probability of the gold answers: how often a sampled answer would be exactly the gold one."""
+    overlap: builtins.float
+    """Share of the questions that the self-edit copies (OverlapAudit), subtracted."""
+    tokens: builtins.float
+    """Trained tokens in thousands, subtracted."""
+    seconds: builtins.float
+    """Seconds of a worker, subtracted. Measured, so a reward with this weight is not the same twice."""
+    certainty_gain: builtins.float
+    """Without labels: gain in the student's certainty (Answer.certainty, nats)."""
+    agreement_gain: builtins.float
+    """Without labels: gain in the agreement of sampled answers with the greedy one. Needs AnswerSettings.samples."""
     def __init__(
         self,
         *,
         gain: builtins.float = ...,
         retention_loss: builtins.float = ...,
         gold_logprob_gain: builtins.float = ...,
+        gold_probability_gain: builtins.float = ...,
+        overlap: builtins.float = ...,
+        tokens: builtins.float = ...,
+        seconds: builtins.float = ...,
+        certainty_gain: builtins.float = ...,
+        agreement_gain: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["gain", b"gain", "gold_logprob_gain", b"gold_logprob_gain", "retention_loss", b"retention_loss"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["agreement_gain", b"agreement_gain", "certainty_gain", b"certainty_gain", "gain", b"gain", "gold_logprob_gain", b"gold_logprob_gain", "gold_probability_gain", b"gold_probability_gain", "overlap", b"overlap", "retention_loss", b"retention_loss", "seconds", b"seconds", "tokens", b"tokens"]) -> None: ...
 
 Global___RewardWeights: typing_extensions.TypeAlias = RewardWeights
+
+@typing.final
+class OverlapAudit(google.protobuf.message.Message):
+    """How much a self-edit has of the questions that measure it. A teacher never sees them; what it has of them it has
+    guessed, or learnt from rewards. Word sequences that stand in the task's own text count for nothing.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MEAN_FIELD_NUMBER: builtins.int
+    COPIED_FIELD_NUMBER: builtins.int
+    ANSWERS_STATED_FIELD_NUMBER: builtins.int
+    EXAM_FORM_FIELD_NUMBER: builtins.int
+    EXAMPLES_FIELD_NUMBER: builtins.int
+    mean: builtins.float
+    """Mean over questions: share of the question's word sequences that stand in one document."""
+    copied: builtins.int
+    """Questions most of whose word sequences stand in one document."""
+    answers_stated: builtins.int
+    """Questions whose gold answer stands in a document: what good study material has."""
+    exam_form: builtins.int
+    """Copied questions with their gold answer behind them in the same document: the exam's own form."""
+    @property
+    def examples(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The copied questions' texts, at most three."""
+
+    def __init__(
+        self,
+        *,
+        mean: builtins.float = ...,
+        copied: builtins.int = ...,
+        answers_stated: builtins.int = ...,
+        exam_form: builtins.int = ...,
+        examples: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answers_stated", b"answers_stated", "copied", b"copied", "exam_form", b"exam_form", "examples", b"examples", "mean", b"mean"]) -> None: ...
+
+Global___OverlapAudit: typing_extensions.TypeAlias = OverlapAudit
 
 @typing.final
 class EvaluationProtocol(google.protobuf.message.Message):
@@ -142,6 +206,13 @@ class TrialReport(google.protobuf.message.Message):
     STEPS_FIELD_NUMBER: builtins.int
     TRAINED_TOKENS_FIELD_NUMBER: builtins.int
     CORRECT_FIELD_NUMBER: builtins.int
+    VALUE_FIELD_NUMBER: builtins.int
+    VALUES_FIELD_NUMBER: builtins.int
+    GOLD_LOGPROBS_FIELD_NUMBER: builtins.int
+    PROBES_CORRECT_FIELD_NUMBER: builtins.int
+    CERTAINTIES_FIELD_NUMBER: builtins.int
+    AGREEMENTS_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
     seed: builtins.int
     accuracy: builtins.float
     retention: builtins.float
@@ -149,10 +220,32 @@ class TrialReport(google.protobuf.message.Message):
     final_loss: builtins.float
     steps: builtins.int
     trained_tokens: builtins.int
+    value: builtins.float
+    """What the reward's value would be with this trial alone; 0 for the untouched student."""
+    seconds: builtins.float
+    """Of a worker, training and answering."""
     @property
     def correct(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bool]:
-        """Per question: right or wrong, in the order of the bank."""
+        """Per question: right or wrong, in the order of the bank. Empty after a look."""
 
+    @property
+    def values(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Per question: the share of the value that its terms bring; their mean is the value without its other terms."""
+
+    @property
+    def gold_logprobs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Per question: log-probability of the gold answer in nats."""
+
+    @property
+    def probes_correct(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bool]:
+        """Per probe: right or wrong."""
+
+    @property
+    def certainties(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Per question, where it was asked for: the student's certainty, and the share of samples that agree with its answer."""
+
+    @property
+    def agreements(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
     def __init__(
         self,
         *,
@@ -164,8 +257,15 @@ class TrialReport(google.protobuf.message.Message):
         steps: builtins.int = ...,
         trained_tokens: builtins.int = ...,
         correct: collections.abc.Iterable[builtins.bool] | None = ...,
+        value: builtins.float = ...,
+        values: collections.abc.Iterable[builtins.float] | None = ...,
+        gold_logprobs: collections.abc.Iterable[builtins.float] | None = ...,
+        probes_correct: collections.abc.Iterable[builtins.bool] | None = ...,
+        certainties: collections.abc.Iterable[builtins.float] | None = ...,
+        agreements: collections.abc.Iterable[builtins.float] | None = ...,
+        seconds: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["accuracy", b"accuracy", "correct", b"correct", "final_loss", b"final_loss", "first_loss", b"first_loss", "retention", b"retention", "seed", b"seed", "steps", b"steps", "trained_tokens", b"trained_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accuracy", b"accuracy", "agreements", b"agreements", "certainties", b"certainties", "correct", b"correct", "final_loss", b"final_loss", "first_loss", b"first_loss", "gold_logprobs", b"gold_logprobs", "probes_correct", b"probes_correct", "retention", b"retention", "seconds", b"seconds", "seed", b"seed", "steps", b"steps", "trained_tokens", b"trained_tokens", "value", b"value", "values", b"values"]) -> None: ...
 
 Global___TrialReport: typing_extensions.TypeAlias = TrialReport
 
@@ -186,6 +286,8 @@ class Evaluation(google.protobuf.message.Message):
     CACHED_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
     FINISH_TIME_FIELD_NUMBER: builtins.int
+    BASELINE_FIELD_NUMBER: builtins.int
+    OVERLAP_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Content hash of all that the reward depends on."""
     state: Global___EvaluationState.ValueType
@@ -210,6 +312,12 @@ class Evaluation(google.protobuf.message.Message):
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
     @property
     def finish_time(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
+    @property
+    def baseline(self) -> Global___TrialReport:
+        """The untouched student, where SUCCEEDED."""
+
+    @property
+    def overlap(self) -> Global___OverlapAudit: ...
     def __init__(
         self,
         *,
@@ -224,9 +332,11 @@ class Evaluation(google.protobuf.message.Message):
         cached: builtins.bool = ...,
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         finish_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        baseline: Global___TrialReport | None = ...,
+        overlap: Global___OverlapAudit | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "failure", b"failure", "finish_time", b"finish_time", "reward", b"reward", "self_edit", b"self_edit", "student", b"student"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cached", b"cached", "create_time", b"create_time", "failure", b"failure", "finish_time", b"finish_time", "id", b"id", "reward", b"reward", "self_edit", b"self_edit", "state", b"state", "student", b"student", "task_id", b"task_id", "trials", b"trials"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["baseline", b"baseline", "create_time", b"create_time", "failure", b"failure", "finish_time", b"finish_time", "overlap", b"overlap", "reward", b"reward", "self_edit", b"self_edit", "student", b"student"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["baseline", b"baseline", "cached", b"cached", "create_time", b"create_time", "failure", b"failure", "finish_time", b"finish_time", "id", b"id", "overlap", b"overlap", "reward", b"reward", "self_edit", b"self_edit", "state", b"state", "student", b"student", "task_id", b"task_id", "trials", b"trials"]) -> None: ...
 
 Global___Evaluation: typing_extensions.TypeAlias = Evaluation
 
@@ -306,18 +416,45 @@ class CreateEvaluationsResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     EVALUATIONS_FIELD_NUMBER: builtins.int
+    OPENINGS_FIELD_NUMBER: builtins.int
     @property
     def evaluations(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Evaluation]:
         """In the order of the self-edits, task after task."""
+
+    @property
+    def openings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SealedOpening]:
+        """For each task whose sealed questions were asked for."""
 
     def __init__(
         self,
         *,
         evaluations: collections.abc.Iterable[Global___Evaluation] | None = ...,
+        openings: collections.abc.Iterable[Global___SealedOpening] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["evaluations", b"evaluations"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["evaluations", b"evaluations", "openings", b"openings"]) -> None: ...
 
 Global___CreateEvaluationsResponse: typing_extensions.TypeAlias = CreateEvaluationsResponse
+
+@typing.final
+class SealedOpening(google.protobuf.message.Message):
+    """How often a task's sealed questions were used: each further look makes them a little less of a test."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: builtins.int
+    OWNERS_FIELD_NUMBER: builtins.int
+    task_id: builtins.str
+    owners: builtins.int
+    """Owners (runs) that have asked for them so far, this one included."""
+    def __init__(
+        self,
+        *,
+        task_id: builtins.str = ...,
+        owners: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["owners", b"owners", "task_id", b"task_id"]) -> None: ...
+
+Global___SealedOpening: typing_extensions.TypeAlias = SealedOpening
 
 @typing.final
 class GetEvaluationRequest(google.protobuf.message.Message):

@@ -246,6 +246,7 @@ class RunProgress(google.protobuf.message.Message):
     SECONDS_LEFT_FIELD_NUMBER: builtins.int
     SECONDS_ELAPSED_FIELD_NUMBER: builtins.int
     FIRST_REWARD_SECONDS_FIELD_NUMBER: builtins.int
+    SELF_EDITS_STOPPED_FIELD_NUMBER: builtins.int
     state: Global___RunState.ValueType
     phase: builtins.str
     """e.g. "round 2: evaluating", "held-out: oracle"."""
@@ -263,6 +264,8 @@ class RunProgress(google.protobuf.message.Message):
     seconds_elapsed: builtins.float
     first_reward_seconds: builtins.float
     """Time to the first reward; negative before it."""
+    self_edits_stopped: builtins.int
+    """Measured no further, since others of their group were better."""
     @property
     def rewards(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RoundReward]:
         """One entry per round that has any reward."""
@@ -285,8 +288,9 @@ class RunProgress(google.protobuf.message.Message):
         seconds_left: builtins.float = ...,
         seconds_elapsed: builtins.float = ...,
         first_reward_seconds: builtins.float = ...,
+        self_edits_stopped: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["done_share", b"done_share", "evaluations_cached", b"evaluations_cached", "evaluations_done", b"evaluations_done", "evaluations_failed", b"evaluations_failed", "evaluations_running", b"evaluations_running", "first_reward_seconds", b"first_reward_seconds", "phase", b"phase", "rewards", b"rewards", "round", b"round", "rounds", b"rounds", "seconds_elapsed", b"seconds_elapsed", "seconds_left", b"seconds_left", "self_edits_malformed", b"self_edits_malformed", "state", b"state", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["done_share", b"done_share", "evaluations_cached", b"evaluations_cached", "evaluations_done", b"evaluations_done", "evaluations_failed", b"evaluations_failed", "evaluations_running", b"evaluations_running", "first_reward_seconds", b"first_reward_seconds", "phase", b"phase", "rewards", b"rewards", "round", b"round", "rounds", b"rounds", "seconds_elapsed", b"seconds_elapsed", "seconds_left", b"seconds_left", "self_edits_malformed", b"self_edits_malformed", "self_edits_stopped", b"self_edits_stopped", "state", b"state", "workers", b"workers"]) -> None: ...
 
 Global___RunProgress: typing_extensions.TypeAlias = RunProgress
 
@@ -438,6 +442,10 @@ class LedgerSelfEdit(google.protobuf.message.Message):
     MALFORMED_REASON_FIELD_NUMBER: builtins.int
     REWARD_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
+    LOOK_FIELD_NUMBER: builtins.int
+    STOPPED_FIELD_NUMBER: builtins.int
+    FRESH_FIELD_NUMBER: builtins.int
+    OVERLAP_FIELD_NUMBER: builtins.int
     round: builtins.int
     task_id: builtins.str
     task_title: builtins.str
@@ -449,10 +457,22 @@ class LedgerSelfEdit(google.protobuf.message.Message):
     state: preceptor.v1.evaluator_pb2.EvaluationState.ValueType
     malformed: builtins.bool
     malformed_reason: builtins.str
+    stopped: builtins.bool
+    """Others of its group were better for certain, so it was measured no further. It may have no reward."""
     @property
     def reward(self) -> preceptor.v1.types_pb2.Reward: ...
     @property
     def failure(self) -> preceptor.v1.types_pb2.Failure: ...
+    @property
+    def look(self) -> preceptor.v1.types_pb2.Reward:
+        """What a first look found, where there was one."""
+
+    @property
+    def fresh(self) -> preceptor.v1.types_pb2.Reward:
+        """What one of the best of its group earned on seeds that had no part in choosing it."""
+
+    @property
+    def overlap(self) -> preceptor.v1.evaluator_pb2.OverlapAudit: ...
     def __init__(
         self,
         *,
@@ -468,9 +488,13 @@ class LedgerSelfEdit(google.protobuf.message.Message):
         malformed_reason: builtins.str = ...,
         reward: preceptor.v1.types_pb2.Reward | None = ...,
         failure: preceptor.v1.types_pb2.Failure | None = ...,
+        look: preceptor.v1.types_pb2.Reward | None = ...,
+        stopped: builtins.bool = ...,
+        fresh: preceptor.v1.types_pb2.Reward | None = ...,
+        overlap: preceptor.v1.evaluator_pb2.OverlapAudit | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["failure", b"failure", "reward", b"reward"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["completion", b"completion", "evaluation_id", b"evaluation_id", "failure", b"failure", "index", b"index", "malformed", b"malformed", "malformed_reason", b"malformed_reason", "policy_id", b"policy_id", "reward", b"reward", "round", b"round", "state", b"state", "task_id", b"task_id", "task_title", b"task_title"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["failure", b"failure", "fresh", b"fresh", "look", b"look", "overlap", b"overlap", "reward", b"reward"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["completion", b"completion", "evaluation_id", b"evaluation_id", "failure", b"failure", "fresh", b"fresh", "index", b"index", "look", b"look", "malformed", b"malformed", "malformed_reason", b"malformed_reason", "overlap", b"overlap", "policy_id", b"policy_id", "reward", b"reward", "round", b"round", "state", b"state", "stopped", b"stopped", "task_id", b"task_id", "task_title", b"task_title"]) -> None: ...
 
 Global___LedgerSelfEdit: typing_extensions.TypeAlias = LedgerSelfEdit
 

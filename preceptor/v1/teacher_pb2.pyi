@@ -79,6 +79,8 @@ class Policy(google.protobuf.message.Message):
     SECONDS_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
+    GROUPS_DROPPED_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Content hash of base, parent, examples and settings; "base-..." is the untouched teacher."""
     parent_id: builtins.str
@@ -96,6 +98,9 @@ class Policy(google.protobuf.message.Message):
     steps: builtins.int
     steps_planned: builtins.int
     seconds: builtins.float
+    groups: builtins.int
+    """Groups that were offered, and those of them that had no self-edit worth keeping."""
+    groups_dropped: builtins.int
     @property
     def adapter(self) -> preceptor.v1.types_pb2.Artifact:
         """The adapter in PEFT's format; absent for the base."""
@@ -123,9 +128,11 @@ class Policy(google.protobuf.message.Message):
         seconds: builtins.float = ...,
         failure: preceptor.v1.types_pb2.Failure | None = ...,
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        groups: builtins.int = ...,
+        groups_dropped: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["adapter", b"adapter", "create_time", b"create_time", "failure", b"failure"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["active", b"active", "adapter", b"adapter", "base_commit", b"base_commit", "base_source", b"base_source", "create_time", b"create_time", "failure", b"failure", "final_loss", b"final_loss", "first_loss", b"first_loss", "id", b"id", "kept", b"kept", "offered", b"offered", "parent_id", b"parent_id", "seconds", b"seconds", "state", b"state", "steps", b"steps", "steps_planned", b"steps_planned"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["active", b"active", "adapter", b"adapter", "base_commit", b"base_commit", "base_source", b"base_source", "create_time", b"create_time", "failure", b"failure", "final_loss", b"final_loss", "first_loss", b"first_loss", "groups", b"groups", "groups_dropped", b"groups_dropped", "id", b"id", "kept", b"kept", "offered", b"offered", "parent_id", b"parent_id", "seconds", b"seconds", "state", b"state", "steps", b"steps", "steps_planned", b"steps_planned"]) -> None: ...
 
 Global___Policy: typing_extensions.TypeAlias = Policy
 
@@ -311,12 +318,19 @@ class RewardedSelfEdit(google.protobuf.message.Message):
     PROMPT_FORMAT_FIELD_NUMBER: builtins.int
     REWARD_FIELD_NUMBER: builtins.int
     REWARD_STDERR_FIELD_NUMBER: builtins.int
+    ADVANTAGE_FIELD_NUMBER: builtins.int
+    ADVANTAGE_STDERR_FIELD_NUMBER: builtins.int
     group_id: builtins.str
     """Candidates of one task in one round share the group."""
     completion: builtins.str
     prompt_format: builtins.str
     reward: builtins.float
     reward_stderr: builtins.float
+    advantage: builtins.float
+    """The reward minus its group's mean, and the standard error of that difference from paired answers and shared seeds,
+    in which what is common to the group cancels out. Absent: they are worked out from the rewards.
+    """
+    advantage_stderr: builtins.float
     @property
     def task(self) -> preceptor.v1.types_pb2.Task:
         """The task, without questions."""
@@ -330,9 +344,15 @@ class RewardedSelfEdit(google.protobuf.message.Message):
         prompt_format: builtins.str = ...,
         reward: builtins.float = ...,
         reward_stderr: builtins.float = ...,
+        advantage: builtins.float | None = ...,
+        advantage_stderr: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["task", b"task"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["completion", b"completion", "group_id", b"group_id", "prompt_format", b"prompt_format", "reward", b"reward", "reward_stderr", b"reward_stderr", "task", b"task"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_advantage", b"_advantage", "_advantage_stderr", b"_advantage_stderr", "advantage", b"advantage", "advantage_stderr", b"advantage_stderr", "task", b"task"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_advantage", b"_advantage", "_advantage_stderr", b"_advantage_stderr", "advantage", b"advantage", "advantage_stderr", b"advantage_stderr", "completion", b"completion", "group_id", b"group_id", "prompt_format", b"prompt_format", "reward", b"reward", "reward_stderr", b"reward_stderr", "task", b"task"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_advantage", b"_advantage"]) -> typing.Literal["advantage"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_advantage_stderr", b"_advantage_stderr"]) -> typing.Literal["advantage_stderr"] | None: ...
 
 Global___RewardedSelfEdit: typing_extensions.TypeAlias = RewardedSelfEdit
 
@@ -349,6 +369,8 @@ class UpdateSettings(google.protobuf.message.Message):
     LEARNING_RATE_FIELD_NUMBER: builtins.int
     EPOCHS_FIELD_NUMBER: builtins.int
     BATCH_SIZE_FIELD_NUMBER: builtins.int
+    MIN_REWARD_Z_FIELD_NUMBER: builtins.int
+    MIN_ADVANTAGE_Z_FIELD_NUMBER: builtins.int
     algorithm: builtins.str
     """"rest_em". Default "rest_em"."""
     top_k: builtins.int
@@ -366,6 +388,10 @@ class UpdateSettings(google.protobuf.message.Message):
     """Passes over the kept self-edits. Default 2."""
     batch_size: builtins.int
     """Sequences per step. Default 8."""
+    min_reward_z: builtins.float
+    """Keep only rewards that are so many of their own standard errors above min_reward. Default 0."""
+    min_advantage_z: builtins.float
+    """Keep only advantages that are so many of their own standard errors above 0. Default 0."""
     def __init__(
         self,
         *,
@@ -378,8 +404,10 @@ class UpdateSettings(google.protobuf.message.Message):
         learning_rate: builtins.float = ...,
         epochs: builtins.int = ...,
         batch_size: builtins.int = ...,
+        min_reward_z: builtins.float = ...,
+        min_advantage_z: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["algorithm", b"algorithm", "alpha", b"alpha", "batch_size", b"batch_size", "epochs", b"epochs", "learning_rate", b"learning_rate", "min_advantage", b"min_advantage", "min_reward", b"min_reward", "rank", b"rank", "top_k", b"top_k"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["algorithm", b"algorithm", "alpha", b"alpha", "batch_size", b"batch_size", "epochs", b"epochs", "learning_rate", b"learning_rate", "min_advantage", b"min_advantage", "min_advantage_z", b"min_advantage_z", "min_reward", b"min_reward", "min_reward_z", b"min_reward_z", "rank", b"rank", "top_k", b"top_k"]) -> None: ...
 
 Global___UpdateSettings: typing_extensions.TypeAlias = UpdateSettings
 

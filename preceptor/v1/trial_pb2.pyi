@@ -121,17 +121,29 @@ class AnswerSettings(google.protobuf.message.Message):
 
     PROMPT_FIELD_NUMBER: builtins.int
     MAX_NEW_TOKENS_FIELD_NUMBER: builtins.int
+    LOGPROBS_ONLY_FIELD_NUMBER: builtins.int
+    SAMPLES_FIELD_NUMBER: builtins.int
+    TEMPERATURE_FIELD_NUMBER: builtins.int
     prompt: builtins.str
     """With {question}. Default "Question: {question}\\nAnswer:"."""
     max_new_tokens: builtins.int
     """Default 16."""
+    logprobs_only: builtins.bool
+    """Nothing is decoded: only the gold answers' log-probabilities are measured, and probes are not asked."""
+    samples: builtins.int
+    """Answers sampled for each question beside the greedy one, for their agreement. Default 0."""
+    temperature: builtins.float
+    """Temperature of the samples. Default 1."""
     def __init__(
         self,
         *,
         prompt: builtins.str = ...,
         max_new_tokens: builtins.int = ...,
+        logprobs_only: builtins.bool = ...,
+        samples: builtins.int = ...,
+        temperature: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_new_tokens", b"max_new_tokens", "prompt", b"prompt"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["logprobs_only", b"logprobs_only", "max_new_tokens", b"max_new_tokens", "prompt", b"prompt", "samples", b"samples", "temperature", b"temperature"]) -> None: ...
 
 Global___AnswerSettings: typing_extensions.TypeAlias = AnswerSettings
 
@@ -248,18 +260,28 @@ class Answer(google.protobuf.message.Message):
     TEXT_FIELD_NUMBER: builtins.int
     GOLD_LOGPROB_FIELD_NUMBER: builtins.int
     GOLD_TOKENS_FIELD_NUMBER: builtins.int
+    CERTAINTY_FIELD_NUMBER: builtins.int
+    SAMPLES_FIELD_NUMBER: builtins.int
     text: builtins.str
     gold_logprob: builtins.float
     """Sum of the log-probabilities (nats) of the gold answer's tokens."""
     gold_tokens: builtins.int
+    certainty: builtins.float
+    """Self-certainty: KL(uniform || p) in nats, mean over the tokens of the greedy answer and the one that ends it."""
+    @property
+    def samples(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The sampled answers."""
+
     def __init__(
         self,
         *,
         text: builtins.str = ...,
         gold_logprob: builtins.float = ...,
         gold_tokens: builtins.int = ...,
+        certainty: builtins.float = ...,
+        samples: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["gold_logprob", b"gold_logprob", "gold_tokens", b"gold_tokens", "text", b"text"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["certainty", b"certainty", "gold_logprob", b"gold_logprob", "gold_tokens", b"gold_tokens", "samples", b"samples", "text", b"text"]) -> None: ...
 
 Global___Answer: typing_extensions.TypeAlias = Answer
 
@@ -275,11 +297,14 @@ class TrialResult(google.protobuf.message.Message):
     FINAL_LOSS_FIELD_NUMBER: builtins.int
     STEPS_FIELD_NUMBER: builtins.int
     TRAINED_TOKENS_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
     trial_id: builtins.str
     first_loss: builtins.float
     final_loss: builtins.float
     steps: builtins.int
     trained_tokens: builtins.int
+    seconds: builtins.float
+    """This trial's share of the time that the batch trained and answered."""
     @property
     def answers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Answer]: ...
     @property
@@ -299,9 +324,10 @@ class TrialResult(google.protobuf.message.Message):
         final_loss: builtins.float = ...,
         steps: builtins.int = ...,
         trained_tokens: builtins.int = ...,
+        seconds: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["failure", b"failure"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answers", b"answers", "failure", b"failure", "final_loss", b"final_loss", "first_loss", b"first_loss", "probe_answers", b"probe_answers", "steps", b"steps", "trained_tokens", b"trained_tokens", "trial_id", b"trial_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answers", b"answers", "failure", b"failure", "final_loss", b"final_loss", "first_loss", b"first_loss", "probe_answers", b"probe_answers", "seconds", b"seconds", "steps", b"steps", "trained_tokens", b"trained_tokens", "trial_id", b"trial_id"]) -> None: ...
 
 Global___TrialResult: typing_extensions.TypeAlias = TrialResult
 

@@ -84,9 +84,12 @@ class Question(google.protobuf.message.Message):
     ANSWER_FIELD_NUMBER: builtins.int
     BANK_FIELD_NUMBER: builtins.int
     ALIASES_FIELD_NUMBER: builtins.int
+    WRITTEN_FIELD_NUMBER: builtins.int
     text: builtins.str
     answer: builtins.str
     bank: Global___QuestionBank.ValueType
+    written: builtins.bool
+    """Written by a model from the text, not by people. Whatever is measured with it says so."""
     @property
     def aliases(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Further right answers."""
@@ -98,8 +101,9 @@ class Question(google.protobuf.message.Message):
         answer: builtins.str = ...,
         bank: Global___QuestionBank.ValueType = ...,
         aliases: collections.abc.Iterable[builtins.str] | None = ...,
+        written: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "answer", b"answer", "bank", b"bank", "text", b"text"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "answer", b"answer", "bank", b"bank", "text", b"text", "written", b"written"]) -> None: ...
 
 Global___Question: typing_extensions.TypeAlias = Question
 
@@ -437,6 +441,8 @@ class Reward(google.protobuf.message.Message):
     BASELINE_RETENTION_FIELD_NUMBER: builtins.int
     QUESTIONS_FIELD_NUMBER: builtins.int
     SEEDS_FIELD_NUMBER: builtins.int
+    SEED_STDERR_FIELD_NUMBER: builtins.int
+    LABEL_FREE_FIELD_NUMBER: builtins.int
     value: builtins.float
     """Weighted sum of the terms."""
     stderr: builtins.float
@@ -450,9 +456,15 @@ class Reward(google.protobuf.message.Message):
     baseline_retention: builtins.float
     questions: builtins.int
     seeds: builtins.int
+    seed_stderr: builtins.float
+    """Standard error of the value over seeds alone, the questions being these; absent with one seed."""
+    label_free: builtins.bool
+    """Some of it was measured without labels made by people: the student's own confidence, or questions a model wrote."""
     @property
     def terms(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
-        """The named terms before weighting, e.g. {"gain": 0.4, "retention_loss": 0.1, "gold_logprob_gain": 1.2}."""
+        """The named terms before weighting, e.g. {"gain": 0.4, "retention_loss": 0.1, "gold_logprob_gain": 1.2}. What was not
+        measured has no term: after a look (AnswerSettings.logprobs_only) there is no "gain", and accuracy means nothing.
+        """
 
     def __init__(
         self,
@@ -466,13 +478,17 @@ class Reward(google.protobuf.message.Message):
         baseline_retention: builtins.float | None = ...,
         questions: builtins.int = ...,
         seeds: builtins.int = ...,
+        seed_stderr: builtins.float | None = ...,
+        label_free: builtins.bool = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_baseline_retention", b"_baseline_retention", "_retention", b"_retention", "baseline_retention", b"baseline_retention", "retention", b"retention"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_baseline_retention", b"_baseline_retention", "_retention", b"_retention", "accuracy", b"accuracy", "baseline_accuracy", b"baseline_accuracy", "baseline_retention", b"baseline_retention", "questions", b"questions", "retention", b"retention", "seeds", b"seeds", "stderr", b"stderr", "terms", b"terms", "value", b"value"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_baseline_retention", b"_baseline_retention", "_retention", b"_retention", "_seed_stderr", b"_seed_stderr", "baseline_retention", b"baseline_retention", "retention", b"retention", "seed_stderr", b"seed_stderr"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_baseline_retention", b"_baseline_retention", "_retention", b"_retention", "_seed_stderr", b"_seed_stderr", "accuracy", b"accuracy", "baseline_accuracy", b"baseline_accuracy", "baseline_retention", b"baseline_retention", "label_free", b"label_free", "questions", b"questions", "retention", b"retention", "seed_stderr", b"seed_stderr", "seeds", b"seeds", "stderr", b"stderr", "terms", b"terms", "value", b"value"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_baseline_retention", b"_baseline_retention"]) -> typing.Literal["baseline_retention"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_retention", b"_retention"]) -> typing.Literal["retention"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_seed_stderr", b"_seed_stderr"]) -> typing.Literal["seed_stderr"] | None: ...
 
 Global___Reward: typing_extensions.TypeAlias = Reward
 
