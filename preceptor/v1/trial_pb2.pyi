@@ -124,6 +124,7 @@ class AnswerSettings(google.protobuf.message.Message):
     LOGPROBS_ONLY_FIELD_NUMBER: builtins.int
     SAMPLES_FIELD_NUMBER: builtins.int
     TEMPERATURE_FIELD_NUMBER: builtins.int
+    CERTAINTY_FIELD_NUMBER: builtins.int
     prompt: builtins.str
     """With {question}. Default "Question: {question}\\nAnswer:"."""
     max_new_tokens: builtins.int
@@ -134,6 +135,8 @@ class AnswerSettings(google.protobuf.message.Message):
     """Answers sampled for each question beside the greedy one, for their agreement. Default 0."""
     temperature: builtins.float
     """Temperature of the samples. Default 1."""
+    certainty: builtins.bool
+    """Measure the certainty of the greedy answers."""
     def __init__(
         self,
         *,
@@ -142,8 +145,9 @@ class AnswerSettings(google.protobuf.message.Message):
         logprobs_only: builtins.bool = ...,
         samples: builtins.int = ...,
         temperature: builtins.float = ...,
+        certainty: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["logprobs_only", b"logprobs_only", "max_new_tokens", b"max_new_tokens", "prompt", b"prompt", "samples", b"samples", "temperature", b"temperature"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["certainty", b"certainty", "logprobs_only", b"logprobs_only", "max_new_tokens", b"max_new_tokens", "prompt", b"prompt", "samples", b"samples", "temperature", b"temperature"]) -> None: ...
 
 Global___AnswerSettings: typing_extensions.TypeAlias = AnswerSettings
 
