@@ -20,18 +20,24 @@ from dataclasses import asdict, dataclass
 from google.protobuf.json_format import MessageToDict
 
 from evaluator.graders.grader import grader_label
+from evaluator.overlap import audit
 from evaluator.request import EvaluationRequest, TaskEdits
 from evaluator.resolve import resolve_training
 from evaluator.reward import Weights
 from preceptor.names import content_id, student_identity
 from preceptor.queue import PROTOCOL_VERSION
 from preceptor.tasks import Question
+from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
 
 # Settings that came after evaluations were first stored, with what holds where they are not used. They are part of an
 # identity only where they differ from that, so that what was known stays known.
-_LATER = {"gradient_accumulation": 1, "max_steps": 0, "pad_to": 0}
+_LATER = {
+    **{"gradient_accumulation": 1, "max_steps": 0, "pad_to": 0},
+    **{"logprobs_only": False, "certainty": False, "samples": 0, "temperature": 0.0},
+}
+_FIRST_WEIGHTS = ("gain", "retention_loss", "gold_logprob_gain")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +47,39 @@ class Exam:
     questions: tuple[Question, ...]
     probes: tuple[Question, ...]
     grader: str  # name
-    grader_label: str  # name/version
+    grader_label: str  # name/version; empty where nothing is graded
     weights: Weights
+    certainty: bool = False  # whether the answers carry it
+    samples: int = 0  # sampled answers per question
+
+    @property
+    def graded(self) -> bool:
+        """Whether answers are right or wrong, not only probable."""
+        return bool(self.grader_label)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every question has a gold answer."""
+        return all(question.answer for question in self.questions)
 
     @property
     def id(self) -> str:
         """Content id; the bank of a question is not part of it."""
-        return content_id(
-            "exam",
-            {
-                "questions": [[q.text, q.answer, sorted(set(q.aliases))] for q in self.questions],
-                "probes": [[q.text, q.answer, sorted(set(q.aliases))] for q in self.probes],
-                "grader": self.grader_label,
-                "weights": asdict(self.weights),
-            },
-        )
+        weights = asdict(self.weights)
+        asked = {
+            "questions": [_as_list(question) for question in self.questions],
+            "probes": [_as_list(question) for question in self.probes],
+            "grader": self.grader_label,
+            "weights": {name: weight for name, weight in weights.items() if weight or name in _FIRST_WEIGHTS},
+        }
+        confidence = {"certainty": self.certainty, "samples": self.samples}
+        return content_id("exam", asked | {name: value for name, value in confidence.items() if value})
+
+
+def _as_list(question: Question) -> list[object]:
+    """A question as part of an identity."""
+    values: list[object] = [question.text, question.answer, sorted(set(question.aliases))]
+    return [*values, "written"] if question.written else values
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +93,7 @@ class PlannedEvaluation:
     exam_id: str
     baseline: trial.Trial
     trials: tuple[trial.Trial, ...]  # one per seed, ascending
+    overlap: pb.OverlapAudit
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,17 +133,31 @@ def plan(request: EvaluationRequest, student: types.PinnedStudent) -> Plan:
     """What is to be done for a request about a pinned student."""
     evaluations = tuple(item for group in request.tasks for item in _plan_task(request, group, student))
     evaluation_of = {one.id: item for item in evaluations for one in (item.baseline, *item.trials)}
-    return Plan(student, evaluations, evaluation_of, request.probes, request.replay_documents, request.answers)
+    return Plan(student, evaluations, evaluation_of, _probes(request), request.replay_documents, request.answers)
+
+
+def _probes(request: EvaluationRequest) -> tuple[Question, ...]:
+    """Those that are asked: a look at log-probabilities asks none."""
+    return () if request.answers.logprobs_only else request.probes
 
 
 def _plan_task(request: EvaluationRequest, group: TaskEdits, student: types.PinnedStudent) -> list[PlannedEvaluation]:
-    exam = Exam(group.questions, request.probes, request.grader.name, grader_label(request.grader), request.weights)
+    looking, answers = request.answers.logprobs_only, request.answers
+    exam = Exam(
+        questions=group.questions,
+        probes=_probes(request),
+        grader="" if looking else request.grader.name,
+        grader_label="" if looking else grader_label(request.grader),
+        weights=request.weights,
+        certainty=answers.certainty,
+        samples=answers.samples,
+    )
     exam_id = exam.id
     shared = {
         "protocol": PROTOCOL_VERSION,
         "student": student_identity(student),
         "questions": [[q.text, q.answer] for q in group.questions],
-        "probes": [[q.text, q.answer] for q in request.probes],
+        "probes": [[q.text, q.answer] for q in exam.probes],
         "answers": _values(request.answers),
     }
     # Hashed once: the replay corpus can be a thousand times longer than a self-edit.
@@ -139,9 +178,14 @@ def _plan_task(request: EvaluationRequest, group: TaskEdits, student: types.Pinn
             )
             for seed in request.seeds
         )
-        identity = {"trials": [item.id for item in trials], "baseline": baseline.id, "exam": exam_id}
+        overlap = audit(edit.self_edit.documents, group.text, group.questions)
+        identity: dict[str, object] = {"trials": [item.id for item in trials], "baseline": baseline.id, "exam": exam_id}
+        if request.weights.overlap:  # the one term that depends on the task's text
+            identity["copied"] = overlap.copied
         name = content_id("eval", identity)
-        evaluations.append(PlannedEvaluation(name, group.task_id, edit.self_edit, exam, exam_id, baseline, trials))
+        evaluations.append(
+            PlannedEvaluation(name, group.task_id, edit.self_edit, exam, exam_id, baseline, trials, overlap)
+        )
     return evaluations
 
 

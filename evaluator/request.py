@@ -46,6 +46,7 @@ class TaskEdits:
     """A task and its self-edits."""
 
     task_id: str
+    text: str
     edits: tuple[PlannedEdit, ...]
     questions: tuple[Question, ...]  # of the protocol's bank
 
@@ -118,7 +119,7 @@ def _read_group(group: pb.TaskSelfEdits, protocol: pb.EvaluationProtocol, place:
         _check_texts(f"{place_of_edit}.documents", edit.documents, MAX_DOCUMENTS)
         settings = resolve_training(protocol.training, edit.directive, place_of_edit)
         edits.append(PlannedEdit(edit, (*passage, *edit.documents), settings))
-    return TaskEdits(name, tuple(edits), questions)
+    return TaskEdits(name, task.passage.text, tuple(edits), questions)
 
 
 def check_student(student: types.PinnedStudent) -> None:

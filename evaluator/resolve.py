@@ -7,6 +7,7 @@ default does (it changes because the resolved number does).
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import get_args
 
 from evaluator.reward import Weights
@@ -74,9 +75,12 @@ def resolve_training(given: trial.TrainingSettings, directive: types.Directive, 
 
 def resolve_answers(given: trial.AnswerSettings) -> trial.AnswerSettings:
     """How questions are put, with defaults. Raises PreceptorError(INVALID_REQUEST)."""
-    answers = trial.AnswerSettings(
-        prompt=given.prompt or "Question: {question}\nAnswer:", max_new_tokens=given.max_new_tokens or 16
-    )
+    answers = trial.AnswerSettings()
+    answers.CopyFrom(given)
+    answers.prompt = given.prompt or "Question: {question}\nAnswer:"
+    answers.max_new_tokens = given.max_new_tokens or 16
+    if given.samples:
+        answers.temperature = given.temperature or 1.0
     _check("{question}" in answers.prompt, "protocol.answers.prompt", "needs {question}", answers.prompt)
     _check(
         answers.max_new_tokens <= MAX_NEW_TOKENS,
@@ -89,11 +93,10 @@ def resolve_answers(given: trial.AnswerSettings) -> trial.AnswerSettings:
 
 def resolve_weights(given: pb.RewardWeights) -> Weights:
     """The weights as they are; all zero is read as gain = 1. Raises PreceptorError(INVALID_REQUEST)."""
-    weights = Weights(given.gain, given.retention_loss, given.gold_logprob_gain)
-    for name in ("gain", "retention_loss", "gold_logprob_gain"):
-        value = getattr(weights, name)
+    values = {field.name: getattr(given, field.name) for field in fields(Weights)}
+    for name, value in values.items():
         _check(math.isfinite(value), f"protocol.weights.{name}", "must be a finite number", value)
-    return weights if weights != Weights(0.0, 0.0, 0.0) else Weights()
+    return Weights(**values) if any(values.values()) else Weights()
 
 
 def _check_training(settings: trial.TrainingSettings, place: str) -> None:

@@ -10,10 +10,11 @@ import math
 from collections.abc import Sequence
 from itertools import islice
 
+from evaluator.graders.exact import normalise
 from evaluator.graders.grader import Given, Grader, grader_label
 from evaluator.graders.rack import Graders
 from evaluator.identity import Exam
-from evaluator.reward import Marks, reward
+from evaluator.reward import Marks, measure
 from evaluator.store import Sitting
 from preceptor.errors import PreceptorError
 from preceptor.tasks import Question
@@ -24,6 +25,8 @@ from preceptor.v1 import types_pb2 as types
 
 def asks_a_judge(sitting: Sitting, graders: Graders) -> bool:
     """Whether ``score`` may take minutes."""
+    if not sitting.exam.graded:
+        return False
     try:
         return graders.named(sitting.exam.grader).waits
     except PreceptorError:  # which ``score`` makes a failure of
@@ -40,30 +43,45 @@ def score(sitting: Sitting, graders: Graders) -> pb.Evaluation:
     failure = _first_failure(sitting)
     if failure is not None:
         return failed(evaluation, failure)
-    try:
-        grader = graders.named(sitting.exam.grader)
-    except PreceptorError as error:  # it was at hand when the evaluation was asked for
-        return failed(evaluation, _failure(error.reason, error.message))
-    if grader_label(grader) != sitting.exam.grader_label:
-        return failed(evaluation, _failure("GRADER_UNKNOWN", f"{sitting.exam.grader_label} is not at hand any more"))
-    results = [result for _, result in sitting.results]
-    *trained, baseline = mark(sitting.exam, grader, [*results, sitting.baseline])
-    evaluation.reward.CopyFrom(reward(trained, baseline, sitting.exam.weights))
-    for (seed, result), marks in zip(sitting.results, trained, strict=True):
-        evaluation.trials.append(
-            pb.TrialReport(
-                seed=seed,
-                accuracy=marks.accuracy,
-                retention=marks.retention or 0.0,
-                first_loss=result.first_loss,
-                final_loss=result.final_loss,
-                steps=result.steps,
-                trained_tokens=result.trained_tokens,
-                correct=marks.correct,
-            )
-        )
+    grader = None
+    if sitting.exam.graded:
+        try:
+            grader = graders.named(sitting.exam.grader)
+        except PreceptorError as error:  # it was at hand when the evaluation was asked for
+            return failed(evaluation, _failure(error.reason, error.message))
+        if grader_label(grader) != sitting.exam.grader_label:
+            gone = f"{sitting.exam.grader_label} is not at hand any more"
+            return failed(evaluation, _failure("GRADER_UNKNOWN", gone))
+    exam, results = sitting.exam, [result for _, result in sitting.results]
+    *trained, baseline = mark(exam, grader, [*results, sitting.baseline])
+    written = any(question.written for question in exam.questions)
+    found = measure(trained, baseline, exam.weights, copied=evaluation.overlap.copied, written=written)
+    evaluation.reward.CopyFrom(found.reward)
+    for at, (seed, result) in enumerate(sitting.results):
+        report = _report(trained[at], result)
+        report.seed, report.value = seed, found.values_S[at]
+        report.values.extend(found.values_S_Q[at])
+        evaluation.trials.append(report)
+    evaluation.baseline.CopyFrom(_report(baseline, sitting.baseline))
     evaluation.state = pb.EVALUATION_STATE_SUCCEEDED
     return evaluation
+
+
+def _report(marks: Marks, result: trial.TrialResult) -> pb.TrialReport:
+    return pb.TrialReport(
+        accuracy=marks.accuracy or 0.0,
+        retention=marks.retention or 0.0,
+        first_loss=result.first_loss,
+        final_loss=result.final_loss,
+        steps=result.steps,
+        trained_tokens=result.trained_tokens,
+        correct=marks.correct,
+        gold_logprobs=marks.gold_logprobs,
+        probes_correct=marks.probes_correct,
+        certainties=marks.certainties,
+        agreements=marks.agreements,
+        seconds=result.seconds,
+    )
 
 
 def failed(evaluation: pb.Evaluation, failure: types.Failure) -> pb.Evaluation:
@@ -75,23 +93,43 @@ def failed(evaluation: pb.Evaluation, failure: types.Failure) -> pb.Evaluation:
     return evaluation
 
 
-def mark(exam: Exam, grader: Grader, results: Sequence[trial.TrialResult]) -> list[Marks]:
-    """The graded answers of trials that have all of them; asked for together, so that a judge is asked at once."""
-    given = [item for result in results for item in _given(exam, result)]
-    verdicts = iter(grader.grade(given))
+def mark(exam: Exam, grader: Grader | None, results: Sequence[trial.TrialResult]) -> list[Marks]:
+    """What the trials showed, all of which have all answers; asked for together, so that a judge is asked at once.
 
-    def next_of(questions: Sequence[Question]) -> tuple[bool, ...]:
-        return tuple(verdict.right for verdict in islice(verdicts, len(questions)))
+    Without a grader no answer is right or wrong. Questions without gold answers are not graded, probes are.
+    """
+    questions = exam.questions if exam.labelled else ()
+    given = [item for result in results for item in _given(questions, result.answers)]
+    given += [item for result in results for item in _given(exam.probes, result.probe_answers)]
+    verdicts = iter(grader.grade(given) if grader else ())
+
+    def verdicts_on(asked: Sequence[Question]) -> list[tuple[bool, ...]]:
+        return [tuple(verdict.right for verdict in islice(verdicts, len(asked))) for _ in results]
 
     return [
-        Marks(next_of(exam.questions), tuple(answer.gold_logprob for answer in result.answers), next_of(exam.probes))
-        for result in results
+        Marks(
+            correct=correct,
+            gold_logprobs=tuple(answer.gold_logprob for answer in result.answers) if exam.labelled else (),
+            probes_correct=probes_correct,
+            certainties=tuple(answer.certainty for answer in result.answers) if exam.certainty else (),
+            agreements=tuple(map(agreement, result.answers)) if exam.samples else (),
+            tokens=result.trained_tokens,
+            seconds=result.seconds,
+        )
+        for result, correct, probes_correct in zip(
+            results, verdicts_on(questions), verdicts_on(exam.probes), strict=True
+        )
     ]
 
 
-def _given(exam: Exam, result: trial.TrialResult) -> list[Given]:
-    asked, answers = (*exam.questions, *exam.probes), (*result.answers, *result.probe_answers)
-    return [Given(question, answer.text) for question, answer in zip(asked, answers, strict=True)]
+def agreement(answer: trial.Answer) -> float:
+    """Share of the sampled answers that say what the greedy one says, but for case, punctuation and articles."""
+    greedy = normalise(answer.text)
+    return sum(normalise(sample) == greedy for sample in answer.samples) / len(answer.samples)
+
+
+def _given(asked: Sequence[Question], answers: Sequence[trial.Answer]) -> list[Given]:
+    return [Given(question, answer.text) for question, answer in zip(asked, answers, strict=bool(asked))]
 
 
 def _first_failure(sitting: Sitting) -> types.Failure | None:
@@ -110,7 +148,9 @@ def _first_failure(sitting: Sitting) -> types.Failure | None:
                 f"{name}: the worker answered {len(result.answers)} questions and "
                 f"{len(result.probe_answers)} probes of {len(exam.questions)} and {len(exam.probes)}",
             )
-        if not all(math.isfinite(answer.gold_logprob) for answer in result.answers):
+        if any(len(answer.samples) != exam.samples for answer in result.answers):
+            return _failure("TRIAL_FAILED", f"{name}: the worker did not sample {exam.samples} answers per question")
+        if not all(math.isfinite(answer.gold_logprob + answer.certainty) for answer in result.answers):
             return _failure("TRIAL_DIVERGED", f"{name}: log-probabilities that are not finite")
     return None
 

@@ -248,7 +248,13 @@ class EvaluationStore:
             if exam_id not in stored:
                 tx.execute(insert(exams).values(id=exam_id, body=canonical_json(asdict(exam))))
         for item in to_start:
-            body = pb.Evaluation(id=item.id, task_id=item.task_id, self_edit=item.self_edit, student=plan.student)
+            body = pb.Evaluation(
+                id=item.id,
+                task_id=item.task_id,
+                self_edit=item.self_edit,
+                student=plan.student,
+                overlap=item.overlap,
+            )
             values = {
                 "state": State.QUEUED,
                 "exam_id": item.exam_id,
@@ -291,7 +297,10 @@ def _read_exam(body: str) -> Exam:
     values = json.loads(body)
 
     def questions(name: str) -> tuple[Question, ...]:
-        return tuple(Question(q["text"], q["answer"], aliases=tuple(q["aliases"])) for q in values[name])
+        return tuple(
+            Question(q["text"], q["answer"], aliases=tuple(q["aliases"]), written=q.get("written", False))
+            for q in values[name]
+        )
 
     return Exam(
         questions("questions"),
@@ -299,6 +308,7 @@ def _read_exam(body: str) -> Exam:
         values["grader"],
         values["grader_label"],
         Weights(**values["weights"]),
+        **{name: values[name] for name in ("certainty", "samples") if name in values},
     )
 
 

@@ -43,13 +43,17 @@ def mask_from_proto(mask: types.LossMask.ValueType) -> LossMask | None:
 def question_to_proto(question: Question) -> types.Question:
     """A question as a message."""
     return types.Question(
-        text=question.text, answer=question.answer, bank=_BANKS[question.bank], aliases=question.aliases
+        text=question.text,
+        answer=question.answer,
+        bank=_BANKS[question.bank],
+        aliases=question.aliases,
+        written=question.written,
     )
 
 
 def question_from_proto(message: types.Question) -> Question:
     """A question from a message."""
-    return Question(message.text, message.answer, _BANK_OF[message.bank], tuple(message.aliases))
+    return Question(message.text, message.answer, _BANK_OF[message.bank], tuple(message.aliases), message.written)
 
 
 def directive_to_proto(directive: Directive) -> types.Directive:

@@ -34,12 +34,13 @@ Schedule = Literal["linear", "constant", "cosine"]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question with its gold answer; ``aliases`` are further right answers."""
+    """One question with its gold answer; ``aliases`` are further right ones; ``written``: by a model, not by people."""
 
     text: str
     answer: str
     bank: Bank = Bank.REWARD
     aliases: tuple[str, ...] = ()
+    written: bool = False
 
 
 @dataclass(frozen=True, slots=True)

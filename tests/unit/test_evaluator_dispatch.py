@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import exp
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,35 @@ def house(tmp_path: Path) -> Iterator[House]:
     made.close()
 
 
+def test_a_look_measures_log_probabilities_and_grades_nothing(house: House) -> None:
+    request = group("Ada lives in Lisbon.", "Bread.")
+    request.protocol.answers.logprobs_only = True
+    request.protocol.training.max_steps = 2
+    request.protocol.weights.CopyFrom(pb.RewardWeights(gold_logprob_gain=1.0))
+    made = house.evaluations.create(request)
+    house.step()
+    house.broker.take()
+    house.broker.finish()
+    house.step()
+    good, bad = (house.evaluations.get(item.id).reward for item in made)
+    assert (good.value, bad.value) == (1.25, 0.0)
+    assert "gain" not in good.terms
+    assert not good.HasField("retention")
+
+
+def test_a_copied_question_costs_what_the_weights_say(house: House) -> None:
+    request = group("Where does Ada live? Lisbon", "Ada lives in Lisbon.")
+    request.protocol.weights.overlap = 1.0
+    made = house.evaluations.create(request)
+    house.step()
+    house.broker.take()
+    house.broker.finish()
+    house.step()
+    copied, honest = (house.evaluations.get(item.id) for item in made)
+    assert (copied.overlap.copied, honest.overlap.copied) == (1, 0)
+    assert (copied.reward.value, honest.reward.value) == (0.0, 0.5)
+
+
 def test_an_evaluation_goes_from_queued_over_running_to_its_reward(house: House) -> None:
     made = house.create("Ada lives in Lisbon.", "Nothing, and forget", seeds=(1, 2))
     assert [item.state for item in made] == [QUEUED, QUEUED]
@@ -119,7 +149,16 @@ def test_an_evaluation_goes_from_queued_over_running_to_its_reward(house: House)
     good, bad = (house.evaluations.get(item.id) for item in made)
     assert (good.state, bad.state) == (SUCCEEDED, SUCCEEDED)
     assert good.reward.value == 0.5  # one of two questions, nothing forgotten
-    assert dict(good.reward.terms) == {"gain": 0.5, "gold_logprob_gain": 1.25, "retention_loss": 0.0}
+    terms = dict(good.reward.terms)
+    assert terms.pop("gold_probability_gain") == pytest.approx((exp(-0.5) - exp(-3)) / 2)
+    assert terms == {
+        **{"gain": 0.5, "gold_logprob_gain": 1.25, "retention_loss": 0.0},
+        **{"overlap": 0.0, "tokens": 0.03, "seconds": 0.0},
+    }
+    report, _ = good.trials
+    assert (list(report.correct), list(report.gold_logprobs)) == ([True, False], [-0.5, -3.0])
+    assert (report.value, list(report.values)) == (0.5, [1.0, 0.0])
+    assert (list(good.baseline.correct), list(good.baseline.gold_logprobs)) == ([False, False], [-3.0, -3.0])
     assert bad.reward.value == -0.5  # nothing learnt, all forgotten, at half weight
     assert [report.seed for report in good.trials] == [1, 2]
     assert list(good.trials[0].correct) == [True, False]

@@ -50,6 +50,12 @@ DIFFERENT: dict[str, Change] = {
     "accumulation": lambda r: setattr(r.protocol.training, "gradient_accumulation", 2),
     "step limit": lambda r: setattr(r.protocol.training, "max_steps", 5),
     "padding": lambda r: setattr(r.protocol.training, "pad_to", 2048),
+    "look": lambda r: setattr(r.protocol.answers, "logprobs_only", True),
+    "samples": lambda r: setattr(r.protocol.answers, "samples", 4),
+    "certainty": lambda r: setattr(r.protocol.answers, "certainty", True),
+    "weight of a term": lambda r: setattr(r.protocol.weights, "gold_probability_gain", 0.5),
+    "weight of the overlap": lambda r: setattr(r.protocol.weights, "overlap", 1.0),
+    "written question": lambda r: setattr(r.task.passage.questions[0], "written", True),
     "passage trained on": lambda r: setattr(r.protocol, "include_passage", True),
 }
 

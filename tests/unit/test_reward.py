@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluator.reward import Marks, Weights, reward, variance_of_mean
+from evaluator.reward import Marks, Weights, measure, reward, variance_of_mean
 
 logprobs = st.floats(-30, 0)
 
@@ -126,15 +126,68 @@ def test_the_error_covers_the_truth_as_often_as_it_should() -> None:
 
 
 @pytest.mark.parametrize(
-    ("trained", "baseline"),
+    ("trained", "baseline", "problem"),
     [
-        ([], Marks((True,), (0.0,))),
-        ([Marks((), ())], Marks((), ())),
-        ([Marks((True,), (0.0,))], Marks((True, True), (0.0, 0.0))),
-        ([Marks((True,), (0.0,))], Marks((True,), (0.0,), (True,))),
-        ([Marks((True,), ())], Marks((True,), ())),
+        ([], Marks((True,), (0.0,)), "same questions"),
+        ([Marks((), ())], Marks((), ()), "no questions"),
+        ([Marks((True,), (0.0,))], Marks((True, True), (0.0, 0.0)), "same questions"),
+        ([Marks((True,), (0.0,))], Marks((True,), (0.0,), (True,)), "same questions"),
+        ([Marks((True, True), (0.0,))], Marks((True, True), (0.0,)), r"\[1, 2\] questions"),
+        ([Marks((), (0.0,))], Marks((), (0.0,)), "gain has a weight and was not measured"),
     ],
 )
-def test_answers_that_do_not_match_are_never_scored(trained: list[Marks], baseline: Marks) -> None:
-    with pytest.raises(ValueError, match="same questions"):
+def test_answers_that_do_not_match_are_never_scored(trained: list[Marks], baseline: Marks, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
         reward(trained, baseline, Weights())
+
+
+def test_a_look_has_a_value_of_log_probabilities_and_no_accuracy() -> None:
+    found = reward([Marks((), (-1.0, -3.0))], Marks((), (-2.0, -8.0)), Weights(gain=0, gold_logprob_gain=1))
+    assert found.value == pytest.approx(3.0)
+    assert set(found.terms) == {"gold_logprob_gain", "gold_probability_gain", "overlap", "tokens", "seconds"}
+    assert found.accuracy == found.baseline_accuracy == 0
+
+
+def test_the_probability_term_is_what_sampled_answers_would_gain() -> None:
+    trained = Marks((True, False), (math.log(0.75), math.log(0.25)))
+    found = reward([trained], Marks((False, False), (math.log(0.25), math.log(0.25))), Weights(0, 0, 0, 1.0))
+    assert found.terms["gold_probability_gain"] == found.value == pytest.approx(0.25)
+
+
+def test_costs_and_copied_questions_are_subtracted() -> None:
+    trained = [
+        Marks((True,) * 4, (0.0,) * 4, tokens=tokens, seconds=seconds) for tokens, seconds in ((500, 1), (1500, 3))
+    ]
+    weights = Weights(1.0, overlap=2.0, tokens=0.1, seconds=0.01)
+    found = measure(trained, Marks((False,) * 4, (0.0,) * 4), weights, copied=1)
+    assert dict(found.reward.terms) == pytest.approx(
+        {"gain": 1, "gold_logprob_gain": 0, "gold_probability_gain": 0, "overlap": 0.25, "tokens": 1, "seconds": 2}
+    )
+    assert found.reward.value == pytest.approx(1 - 2 * 0.25 - 0.1 * 1 - 0.01 * 2)
+    assert found.values_S == pytest.approx((1 - 0.5 - 0.05 - 0.01, 1 - 0.5 - 0.15 - 0.03))
+    assert found.reward.seed_stderr == pytest.approx(stdev(found.values_S) / math.sqrt(2))
+
+
+def test_confidence_needs_no_gold_answers_and_is_marked() -> None:
+    untouched = Marks(certainties=(1.0, 2.0), agreements=(0.0, 0.5))
+    trained = Marks(certainties=(3.0, 2.0), agreements=(1.0, 0.5))
+    found = reward([trained], untouched, Weights(gain=0, certainty_gain=0.5, agreement_gain=1.0))
+    assert found.value == pytest.approx(0.5 * 1.0 + 0.5)
+    assert found.label_free
+    assert "gain" not in found.terms
+
+
+def test_what_is_measured_on_written_questions_is_marked() -> None:
+    marks = Marks((True,), (0.0,))
+    assert reward([marks], marks, Weights(), written=True).label_free
+    assert not reward([marks], marks, Weights()).label_free
+
+
+@given(experiments())
+def test_the_parts_add_up_to_the_whole(experiment: tuple[list[Marks], Marks]) -> None:
+    trained, baseline = experiment
+    found = measure(trained, baseline, Weights(1.0, 0.5, 0.1, 0.3))
+    assert fmean(found.values_S) == pytest.approx(found.reward.value)
+    of_questions = fmean(fmean(row) for row in found.values_S_Q)
+    assert of_questions - 0.5 * dict(found.reward.terms).get("retention_loss", 0.0) == pytest.approx(found.reward.value)
+    assert found.reward.HasField("seed_stderr") == (len(trained) > 1)
