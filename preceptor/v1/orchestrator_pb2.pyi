@@ -102,8 +102,11 @@ class CreateRunRequest(google.protobuf.message.Message):
     HELDOUT_TASKS_FIELD_NUMBER: builtins.int
     PROBES_FIELD_NUMBER: builtins.int
     REPLAY_DOCUMENTS_FIELD_NUMBER: builtins.int
+    BANKS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     config_json: builtins.str
+    banks: builtins.str
+    """How the questions came to their banks, for the report: e.g. "divided once by seed 7"."""
     @property
     def tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[preceptor.v1.types_pb2.Task]:
         """Tasks the teacher trains on."""
@@ -127,8 +130,9 @@ class CreateRunRequest(google.protobuf.message.Message):
         heldout_tasks: collections.abc.Iterable[preceptor.v1.types_pb2.Task] | None = ...,
         probes: collections.abc.Iterable[preceptor.v1.types_pb2.Question] | None = ...,
         replay_documents: collections.abc.Iterable[builtins.str] | None = ...,
+        banks: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["config_json", b"config_json", "heldout_tasks", b"heldout_tasks", "probes", b"probes", "replay_documents", b"replay_documents", "request_id", b"request_id", "tasks", b"tasks"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["banks", b"banks", "config_json", b"config_json", "heldout_tasks", b"heldout_tasks", "probes", b"probes", "replay_documents", b"replay_documents", "request_id", b"request_id", "tasks", b"tasks"]) -> None: ...
 
 Global___CreateRunRequest: typing_extensions.TypeAlias = CreateRunRequest
 
