@@ -9,6 +9,7 @@ from preceptor.v1 import types_pb2 as types
 
 SELECTION = "selection"
 HELDOUT = "heldout"
+FAILED = (evaluator.EVALUATION_STATE_FAILED, evaluator.EVALUATION_STATE_CANCELLED)
 
 
 def round_stage(number: int) -> str:
@@ -28,7 +29,13 @@ class EditKey:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One self-edit. ``malformed`` says why it is none, or is empty; ``evaluation`` is None before it was asked for."""
+    """One self-edit and what was measured of it.
+
+    ``malformed`` says why it is none, or is empty. ``evaluation`` is the latest one with all steps and answers, in a
+    race the one with most seeds; ``look`` is a race's first look; ``fresh`` is the evaluation of one of the best of its
+    group on seeds that had no part in choosing it. Each is None before it was asked for. ``stopped``: others of its
+    group were better, so it was measured no further; it may have a reward of fewer seeds, or none.
+    """
 
     key: EditKey
     task_id: str
@@ -38,25 +45,44 @@ class Entry:
     self_edit: types.SelfEdit | None = None
     evaluation: evaluator.Evaluation | None = None
     cached: bool = False
+    look: evaluator.Evaluation | None = None
+    fresh: evaluator.Evaluation | None = None
+    stopped: bool = False
 
     @property
     def state(self) -> evaluator.EvaluationState.ValueType:
-        """The evaluation's state; UNSPECIFIED where there is none."""
-        return self.evaluation.state if self.evaluation else evaluator.EVALUATION_STATE_UNSPECIFIED
+        """The evaluation's state, or the look's where there is no more; UNSPECIFIED where there is none."""
+        shown = self.evaluation or self.look
+        return shown.state if shown else evaluator.EVALUATION_STATE_UNSPECIFIED
 
     @property
     def reward(self) -> types.Reward | None:
-        """What it earned; None for anything but a success."""
-        if self.evaluation is not None and self.state == evaluator.EVALUATION_STATE_SUCCEEDED:
-            return self.evaluation.reward
-        return None
+        """What it earned when its group was compared; None for anything but a success. A look is no reward."""
+        return _reward(self.evaluation)
+
+    @property
+    def earned(self) -> types.Reward | None:
+        """What is said of it and offered to the teacher: the fresh reward where it was measured again (None if that
+        failed: the one that chose it flatters it), else ``reward``."""
+        return self.reward if self.fresh is None else _reward(self.fresh)
+
+    @property
+    def failures(self) -> tuple[evaluator.Evaluation, ...]:
+        """Its measurements that ended without a result."""
+        known = (self.look, self.evaluation, self.fresh)
+        return tuple(one for one in known if one is not None and one.state in FAILED)
 
     @property
     def failed(self) -> bool:
-        """Whether its evaluation ended without a result."""
-        return self.state in (evaluator.EVALUATION_STATE_FAILED, evaluator.EVALUATION_STATE_CANCELLED)
+        """Whether a measurement of it ended without a result, so that it has nothing to offer."""
+        return bool(self.failures)
 
     @property
     def settled(self) -> bool:
-        """Whether nothing more will become known of it."""
-        return bool(self.malformed) or self.reward is not None or self.failed
+        """Whether enough is known of it to count it as done; a race may still measure it better."""
+        return bool(self.malformed) or self.reward is not None or self.failed or self.stopped
+
+
+def _reward(evaluation: evaluator.Evaluation | None) -> types.Reward | None:
+    succeeded = evaluation is not None and evaluation.state == evaluator.EVALUATION_STATE_SUCCEEDED
+    return evaluation.reward if evaluation is not None and succeeded else None
