@@ -1,7 +1,7 @@
 """Prompt formats by name: how a passage is put before the teacher.
 
 A format is a template with ``{title}`` and ``{text}``. Every format asks for the same shape of answer, which
-``teacher.parsing`` reads: a first line ``directive: key=value ...`` and then one study document per line.
+``preceptor.completions`` reads: a first line ``directive: key=value ...`` and then one study document per line.
 The tiny teacher of ``worlds/almanac`` was warm-started on exactly these strings, so a change here means
 rebuilding it (``make worlds``); that is why each format carries a version.
 """

@@ -9,10 +9,10 @@ from typing import Any
 import grpc
 
 from preceptor import convert
+from preceptor.completions import Limits, parse
 from preceptor.errors import PreceptorError
 from preceptor.v1 import teacher_pb2 as pb
 from preceptor.v1 import teacher_pb2_grpc, types_pb2
-from teacher.parsing import Limits, parse
 from teacher.policies import Policies
 from teacher.policy_store import Policy, PolicyState
 from teacher.prompts import FORMATS

@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+from preceptor.completions import Limits, MalformedSelfEdit, parse
 from preceptor.errors import PreceptorError
 from preceptor.names import canonical_json, content_id
 from teacher.decoding import Decoder
 from teacher.model import PolicyModels, TeacherBase
-from teacher.parsing import Limits, MalformedSelfEdit, parse
 from teacher.policies import Policies
 from teacher.policy_store import PolicyStore
 from teacher.prompts import PromptFormat, prompt_format

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
+from preceptor.completions import Limits, parse, render
 from preceptor.tasks import Bank, Passage
-from teacher.parsing import Limits, parse, render
 from worlds.almanac import edits
 from worlds.almanac.facts import ATTRIBUTES, FIRST_NAMES, LAST_NAMES, population
 from worlds.almanac.memory import replay_documents, retention_probes

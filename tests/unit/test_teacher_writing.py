@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from preceptor.completions import Limits
 from preceptor.convert import task_to_proto
 from preceptor.errors import PreceptorError
 from preceptor.tasks import Directive, Passage, Question, SelfEdit
 from preceptor.v1 import teacher_pb2 as pb
 from preceptor.v1 import types_pb2
-from teacher.parsing import Limits
 from teacher.prompts import FORMATS
 from teacher.sampling import SamplingSettings
 from teacher.service import Teacher

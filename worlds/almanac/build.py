@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from preceptor.completions import render
 from preceptor.tasks import Bank
-from teacher.parsing import render
 from teacher.prompts import FORMATS
 from worlds.almanac import edits, lessons, shapes, tokens
 from worlds.almanac.facts import ATTRIBUTES, population

@@ -12,8 +12,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from preceptor.completions import render
 from preceptor.tasks import Bank
-from teacher.parsing import render
 from teacher.prompts import FORMATS
 from worlds.almanac import edits
 from worlds.almanac.facts import ATTRIBUTES, LINKED_EVERY, Fact, population, random_facts

@@ -1,4 +1,4 @@
-"""Reads a teacher's completion as a self-edit, and writes a self-edit the way a teacher should.
+"""Reads a completion as a self-edit, and writes a self-edit the way a teacher should.
 
 The form is::
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from preceptor.completions import Limits, MalformedSelfEdit, parse
 from preceptor.tasks import LossMask
-from teacher.parsing import Limits, MalformedSelfEdit, parse
 
 
 @pytest.mark.parametrize("mask", list(LossMask))
