@@ -43,6 +43,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev, variance
 from typing import Any
 
+from preceptor.paired import variance_of_mean
 from preceptor.v1 import types_pb2 as types
 
 
@@ -186,26 +187,6 @@ def measure(
     if len(trained) > 1:
         found.seed_stderr = stdev(values_S) / math.sqrt(len(trained))
     return Score(found, tuple(map(tuple, shares_S_Q)), values_S)
-
-
-def variance_of_mean(values_S_Q: Sequence[Sequence[float]], widest: float) -> float:  # noqa: N803  (sizes in the name)
-    """Variance of the mean over S x Q values (module docstring); ``widest`` stands in for the spread of one column."""
-    seeds, questions = len(values_S_Q), len(values_S_Q[0])
-    of_question = [fmean(column) for column in zip(*values_S_Q, strict=True)]
-    of_seed = [fmean(row) for row in values_S_Q]
-    result = variance(of_question) / questions if questions > 1 else widest**2
-    if seeds > 1:
-        component = variance(of_seed)
-        if questions > 1:
-            mean = fmean(of_seed)
-            squares = math.fsum(
-                (value - of_question[q] - of_seed[s] + mean) ** 2
-                for s, row in enumerate(values_S_Q)
-                for q, value in enumerate(row)
-            )
-            component -= squares / ((seeds - 1) * (questions - 1)) / questions
-        result += max(0.0, component) / seeds
-    return result
 
 
 def _shape(marks: Marks) -> tuple[int, ...]:

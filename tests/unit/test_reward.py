@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluator.reward import Marks, Weights, measure, reward, variance_of_mean
+from evaluator.reward import Marks, Weights, measure, reward
+from preceptor.paired import variance_of_mean
 
 logprobs = st.floats(-30, 0)
 
