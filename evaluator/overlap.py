@@ -6,26 +6,28 @@ not copy the questions. So what is counted are sequences of ``SEQUENCE`` words t
 and not with the task's own text, where both would have them from.
 
 Four words, because names and phrases that anybody must use to speak of the same thing ("the Treaty of Lisbon", "how
-many people live") have up to three or four, and most questions have more: three find twice as much in honest self-edits
-(docs/reward_hacks.md). A shorter question is one sequence of all its words, and one of a single word or none, which
-stands everywhere, is never copied. Words are compared without case, punctuation, diacritics and what is invisible;
-ideographs and kana are a word each. Letters of other alphabets that only look alike stay different, as they are to a
-student: what it has learnt about them it is not asked.
+many people") mostly have fewer, and most questions have more. In 400 real self-edits that copied nothing, sequences of
+three find 1.6 times as much as those of four; at four, 1.7% of the questions are copied by chance where the self-edit
+consists of questions and answers, and none where it does not (docs/reward_hacks.md). A shorter question is one sequence
+of all its words, and one of a single word or none, which stands everywhere, is never copied. Words are compared without
+case, punctuation, diacritics and what is invisible; ideographs and kana are a word each. Letters of other alphabets
+that only look alike stay different, as they are to a student: what it has learnt about them it is not asked.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from evaluator.graders.words import fold
 from preceptor.tasks import Question
 from preceptor.v1 import evaluator_pb2 as pb
 
 SEQUENCE = 4
-# From this share of its sequences on a question is copied. An inserted or changed word breaks four of them, so that of
-# a question of ten words with one word changed three of seven are left; honest material has most at a fifth.
+# From this share of its sequences on a question is copied: most of it. Less would be one long name that the task's
+# text spells otherwise; more could be had for one changed word, which breaks four sequences.
 COPIED = 0.5
 # Words behind a copied question in which its answer is looked for: a sentence or two, not the next question's answer.
 _BEHIND = 16
@@ -40,48 +42,42 @@ def audit(documents: Sequence[str], text: str, questions: Sequence[Question]) ->
     """What a self-edit of these documents for a task with this text has of these questions.
 
     Neither the order of documents nor repeated ones change anything. Any text will do, lone surrogates included.
-    Linear in the documents' length: 1000 documents of 25 words against 200 questions take 20 ms.
+    Linear in the documents' length: 1000 documents of 25 words against 200 questions take 15 ms.
     """
     studied = [words(document) for document in dict.fromkeys(documents)]
     asked = [_sequences(words(question.text)) for question in questions]
-    lengths = {len(sequence) for sequences in asked for sequence in sequences}
-    own = words(text)
-    places: dict[_Words, list[int]] = {}
+    golds = [_golds(question) for question in questions]
+    places: dict[_Words, list[int]] = {}  # sequence -> the questions that have it
     for number, sequences in enumerate(asked):
         for sequence in sequences:
             places.setdefault(sequence, []).append(number)
-    for length in lengths:
-        for sequence in places.keys() & set(_runs(own, length)):
-            del places[sequence]
+    lengths = {len(sequence) for sequence in places}
+    own_words = words(text)
+    counted = places.keys() - {run for length in lengths for run in _runs(own_words, length)}
 
     most = [0] * len(asked)
-    holders: list[list[int]] = [[] for _ in asked]  # documents that have a question copied
-    for number, document in enumerate(studied):
-        shared: dict[int, int] = {}
+    copied, in_exam_form = set[int](), set[int]()
+    for document in studied:
+        shared = Counter[int]()
         for length in lengths:
-            for sequence in places.keys() & set(_runs(document, length)):
-                for question in places[sequence]:
-                    shared[question] = shared.get(question, 0) + 1
-        for question, count in shared.items():
-            most[question] = max(most[question], count)
-            if count >= COPIED * len(asked[question]):
-                holders[question].append(number)
+            for sequence in counted & set(_runs(document, length)):
+                shared.update(places[sequence])
+        for number, count in shared.items():
+            most[number] = max(most[number], count)
+        here = {number for number, count in shared.items() if count >= COPIED * len(asked[number])}
+        copied |= here
+        if here - in_exam_form:
+            ends = _ends(document, lengths, places)
+            in_exam_form |= {number for number in here if _follows(document, ends[number], golds[number])}
 
-    golds = [_golds(question) for question in questions]
-    copied = [number for number, some in enumerate(holders) if some]
-    found = pb.OverlapAudit(
+    shares = [count / len(sequences) for count, sequences in zip(most, asked, strict=True) if sequences]
+    return pb.OverlapAudit(
+        mean=sum(shares) / len(questions) if questions else 0.0,
         copied=len(copied),
         answers_stated=_stated(studied, golds),
-        exam_form=sum(
-            any(_answered(studied[holder], asked[number], golds[number]) for holder in holders[number])
-            for number in copied
-        ),
-        examples=[_printable(questions[number].text) for number in copied[:_MOST_EXAMPLES]],
+        exam_form=len(in_exam_form),
+        examples=[_printable(questions[number].text) for number in sorted(copied)[:_MOST_EXAMPLES]],
     )
-    if questions:
-        shares = (count / len(sequences) for count, sequences in zip(most, asked, strict=True) if sequences)
-        found.mean = sum(shares) / len(questions)
-    return found
 
 
 def words(text: str) -> list[str]:
@@ -116,11 +112,22 @@ def _stated(studied: Sequence[list[str]], golds: Sequence[list[str]]) -> int:
     return sum(any(known.issuperset(gold.split()) and gold in everything for gold in some) for some in golds)
 
 
-def _answered(document: list[str], sequences: set[_Words], golds: Sequence[str]) -> bool:
-    """Whether a gold answer stands behind a place where the question, or what is copied of it, ends."""
-    length = len(next(iter(sequences)))
-    here = [run in sequences for run in _runs(document, length)]
-    ends = [place + length for place, own in enumerate(here) if own and not (here[place + 1 : place + 2] or [False])[0]]
+def _ends(document: list[str], lengths: Iterable[int], places: Mapping[_Words, Sequence[int]]) -> dict[int, list[int]]:
+    """For each question the places where it, or what is copied of it, ends."""
+    ends: dict[int, list[int]] = {}
+    for length in lengths:
+        for end, run in enumerate(_runs(document, length), length):
+            for number in places.get(run, ()):
+                so_far = ends.setdefault(number, [])
+                if so_far and so_far[-1] == end - 1:
+                    so_far[-1] = end
+                else:
+                    so_far.append(end)
+    return ends
+
+
+def _follows(document: list[str], ends: Sequence[int], golds: Sequence[str]) -> bool:
+    """Whether a gold answer stands behind one of these places."""
     longest = max((len(gold.split()) for gold in golds), default=0)
     behind = [_line(document[end : end + _BEHIND + longest]) for end in ends]
     return any(gold in line for gold in golds for line in behind)
