@@ -22,6 +22,9 @@ from preceptor.tasks import Schedule
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+# A weight of the reward: a number, not a text or a yes. Far beyond any use, and small enough that sums stay finite.
+Weight = Annotated[float, Field(strict=True, ge=-1e6, le=1e6)]
+Cost = Annotated[float, Field(strict=True, ge=0, le=1e6)]  # of what is subtracted
 
 
 class Section(BaseModel):
@@ -139,7 +142,8 @@ class AnswerConfig(Section):
     """How the student is asked."""
 
     prompt: str = "Question: {question}\nAnswer:"
-    max_new_tokens: int = Field(16, ge=1, le=4096)
+    # Extractive answers of real reading tests have up to about 30 words; a longer gold answer than this is refused.
+    max_new_tokens: int = Field(32, ge=1, le=4096)
 
     @model_validator(mode="after")
     def _has_question(self) -> AnswerConfig:
@@ -154,7 +158,7 @@ class RaceConfig(Section):
     look_steps: int = Field(0, ge=0, le=100_000, description="optimiser steps of the first look at all; 0: none")
     look_keep: float = Field(0.5, gt=0, le=1, description="share of a group that goes on after the look")
     max_seeds: int = Field(3, ge=1, le=64, description="fine-tunes of one self-edit, at most")
-    budget: float = Field(2.0, gt=0, le=64, description="fine-tunes per self-edit on average, looks by their tokens")
+    budget: float = Field(2.0, ge=1, le=64, description="fine-tunes per self-edit on average, looks by their tokens")
     z: float = Field(1.0, ge=0, le=10, description="standard errors that make a difference clear")
 
 
@@ -165,15 +169,15 @@ class RewardConfig(Section):
     grader: Literal["exact", "lexical", "judge", "cascade"] = Field(
         "exact", description="who says what is right; judge and cascade need PRECEPTOR_JUDGE_URL"
     )
-    gain: float = 1.0
-    retention_loss: float = Field(0.3, ge=0)
-    gold_logprob_gain: float = Field(0.0, description="per nat")
-    gold_probability_gain: float = 0.0
-    overlap: float = Field(1.0, ge=0, description="per copied question's share")
-    tokens: float = Field(0.0, ge=0, description="per thousand trained tokens")
-    seconds: float = Field(0.0, ge=0, description="per second of a worker; a run with it is not the same twice")
-    certainty_gain: float = Field(0.0, description="without labels: per nat")
-    agreement_gain: float = Field(0.0, description="without labels; needs reward.samples")
+    gain: Weight = 1.0
+    retention_loss: Cost = 0.3
+    gold_logprob_gain: Weight = Field(0.0, description="per nat")
+    gold_probability_gain: Weight = 0.0
+    overlap: Cost = Field(1.0, description="per copied question's share")
+    tokens: Cost = Field(0.0, description="per thousand trained tokens")
+    seconds: Cost = Field(0.0, description="per second of a worker; a run with it is not the same twice")
+    certainty_gain: Weight = Field(0.0, description="without labels: per nat")
+    agreement_gain: Weight = Field(0.0, description="without labels; needs reward.samples")
     samples: int = Field(0, ge=0, le=64, description="answers sampled per question, for their agreement")
     probes: int = Field(32, ge=0, description="retention probes asked in training rounds, at most")
     # 8 fill a step on a CPU: more gain nothing there, and are waited for longer (docs/log.md).
@@ -182,6 +186,23 @@ class RewardConfig(Section):
         0, ge=0, le=64, description="fine-tunes of a group's best on new seeds, which alone count then; 0: none"
     )
     race: RaceConfig | None = Field(None, description="stop measuring self-edits that cannot be among the best")
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether gold answers have a part in the reward."""
+        return any((self.gain, self.gold_logprob_gain, self.gold_probability_gain))
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> RewardConfig:
+        if not (self.needs_answers or self.certainty_gain or self.agreement_gain):
+            raise ValueError("no term with a weight can be earned: set gain, gold_logprob_gain or another gain")
+        if self.agreement_gain and not self.samples:
+            raise ValueError("agreement_gain compares sampled answers; set samples, e.g. samples = 8")
+        if self.race is not None and self.race.max_seeds < self.seeds:
+            raise ValueError(f"race.max_seeds = {self.race.max_seeds} is less than seeds = {self.seeds}")
+        if self.race is not None and self.race.look_steps and not self.needs_answers:
+            raise ValueError("race.look_steps looks at gold answers, and no weight does; set it to 0")
+        return self
 
 
 class FixedStrategy(Section):
@@ -248,18 +269,13 @@ def parse_config_json(text: str) -> RunConfig:
         raise _bad_config(error, "config_json", "") from None
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config in ``path`` with ``key.path=value`` overrides: values in TOML, a bare word is a string, nothing takes
-    the key back.
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config in ``path`` (None: nothing but defaults) with ``key.path=value`` overrides: values in TOML, a bare
+    word is a string, nothing takes the key back.
 
     Raises PreceptorError(FILE_NOT_FOUND, BAD_CONFIG) naming file, line and key.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise PreceptorError("FILE_NOT_FOUND", f"there is no config file {path}", file=str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PreceptorError("BAD_CONFIG", f"cannot be read: {error}", file=str(path)) from None
+    text = "" if path is None else _read(path)
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -272,7 +288,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise _bad_config(error, str(path), text, overrides) from None
+        raise _bad_config(error, str(path or ""), text, overrides) from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise PreceptorError("FILE_NOT_FOUND", f"there is no config file {path}", file=str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PreceptorError("BAD_CONFIG", f"cannot be read: {error}", file=str(path)) from None
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -320,12 +345,14 @@ def _bad_config(error: ValidationError, file: str, text: str, overrides: Sequenc
 
 
 def _line_of(text: str, location: tuple[int | str, ...]) -> int | None:
-    """The line of a key, found by reading tables top to bottom (tomllib keeps no places)."""
+    """The line of a key or table, found by reading from top to bottom (tomllib keeps no places)."""
     *tables, key = [part for part in location if isinstance(part, str)] or [""]
     current: list[str] = []
     for number, line in enumerate(text.splitlines(), 1):
         if header := re.match(r"\s*\[+([^\]]+)\]+", line):
             current = [part.strip() for part in header[1].split(".")]
+            if current == [*tables, key]:
+                return number
         elif re.match(rf"\s*{re.escape(key)}\s*=", line) and current == tables:
             return number
     return None

@@ -7,7 +7,8 @@ Three forms, told apart by the path:
 * a folder of ``.md``/``.txt`` files and a ``questions.jsonl`` of ``{"file", "question", "answer"}``
 
 A question may have a ``bank`` (reward, gate, sealed) and ``aliases`` (further right answers); a passage may have an
-``id`` and ``labels``. Nothing is repaired silently: what is wrong is a problem, what is passed over is a note.
+``id`` and ``labels``. Nothing is repaired silently: what is wrong is a problem, what is passed over is a note. A
+question that is asked twice in the same bank with the same answer is read once (real files have such), with a note.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from preceptor.errors import PreceptorError
 from preceptor.json_places import JsonPlaces
+from preceptor.question_faults import question_faults
 from preceptor.task_problems import (
     InvalidJson,
+    Place,
     Problem,
     field_name,
     join,
@@ -41,16 +45,26 @@ _PASSAGE_KEYS = {"id", "title", "context", "questions", "labels"}
 _QUESTION_KEYS = {"id", "question", "answer", "bank", "aliases"}
 _LINK_KEYS = {"file", "passage"}
 
+# Tells where something stands. Asked for only when there is something to say about it: lines of JSON are counted then.
+Where = Callable[[], Place]
+
 
 @dataclass(frozen=True, slots=True)
 class ReadPassage:
-    """A passage and where it stands. ``named_banks``: at least one of its questions says which bank it is for."""
+    """A passage, and where it and each of its questions stand. ``named_banks``: at least one of its questions says
+    which bank it is for."""
 
     passage: Passage
     file: str
     line: int
     field: str
     named_banks: bool
+    questions_at: tuple[Where, ...]
+
+    @property
+    def place(self) -> Place:
+        """Where it stands."""
+        return Place(self.file, self.line, self.field)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +81,12 @@ class TaskFile:
         raise_problems(self.path, self.problems)
 
 
-def read_task_file(path: Path) -> TaskFile:
-    """Reads a file or folder to its end, whatever is wrong in it. Raises PreceptorError(FILE_NOT_FOUND)."""
-    reader = _Reader(path)
+def read_task_file(path: Path, *, questions_needed: bool = True, answers_needed: bool = True) -> TaskFile:
+    """Reads a file or folder to its end, whatever is wrong in it. Raises PreceptorError(FILE_NOT_FOUND).
+
+    What is not needed may be missing: a passage's questions, a question's answer (which is empty then).
+    """
+    reader = _Reader(path, questions_needed, answers_needed)
     if not path.exists():
         raise PreceptorError("FILE_NOT_FOUND", f"there is no task file {path}", file=str(path))
     if path.is_dir():
@@ -123,6 +140,8 @@ class _Reader:
     """What has been read so far."""
 
     path: Path
+    questions_needed: bool = True
+    answers_needed: bool = True
     passages: list[ReadPassage] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -133,16 +152,36 @@ class _Reader:
     def problem(self, file: str, line: int, where: str, message: str) -> None:
         self.problems.append(Problem(file, line, where, message))
 
-    def add(self, read: ReadPassage, identity: str) -> None:
-        """Keeps a passage, unless it repeats an earlier one's text or id."""
-        here = f"{read.file}:{read.line}"
+    def add(
+        self,
+        title: str,
+        text: str,
+        labels: dict[str, str],
+        asked: Sequence[tuple[Question, Where]],
+        at: Place,
+        named_banks: bool,
+        identity: str,
+    ) -> None:
+        """Keeps a passage with each of its questions once; what is wrong with them, or with its repeating an earlier
+        one's text or id, is a problem."""
         if other := self._ids.get(identity) if identity else None:
-            self.problem(read.file, read.line, join(read.field, "id"), f"id {identity!r} is taken by {other}")
-        if other := self._texts.get(read.passage.text):
-            self.problem(read.file, read.line, read.field, f"has the same text as {other}; merge their questions")
-        self._ids.setdefault(identity, here)
-        self._texts.setdefault(read.passage.text, here)
-        self.passages.append(read)
+            self.problem(at.file, at.line, join(at.field, "id"), f"id {identity!r} is taken by {other}")
+        if other := self._texts.get(text):
+            self.problem(at.file, at.line, at.field, f"has the same text as {other}; merge their questions")
+        self._ids.setdefault(identity, str(at))
+        self._texts.setdefault(text, str(at))
+        repeats = set()
+        for fault in question_faults(title, text, [question for question, _ in asked]):
+            place = asked[fault.index][1]()
+            if fault.repeat:
+                repeats.add(fault.index)
+                self.notes.append(f"{place}: {fault.message} and read once")
+            else:
+                self.problems.append(Problem.at(place, fault.message))
+        kept = [one for index, one in enumerate(asked) if index not in repeats]
+        passage = Passage(title, text, tuple(question for question, _ in kept), labels)
+        places = tuple(place for _, place in kept)
+        self.passages.append(ReadPassage(passage, at.file, at.line, at.field, named_banks, places))
 
     def all_notes(self) -> Iterator[str]:
         yield from self.notes
@@ -180,14 +219,15 @@ def _read_folder(folder: Path, reader: _Reader) -> None:
             texts[name] = read_text(path, reader.problem)
     if not texts:
         reader.problem(str(folder), 0, "", f"has no {' or '.join(TEXT_SUFFIXES)} files")
-    if not listed.is_file():
+    if not listed.is_file() and reader.questions_needed:
         form = '{"file": ..., "question": ..., "answer": ...}'
         reader.problem(str(listed), 0, "", f"is missing; write one line {form} for each question")
         return
     stems = {name.rsplit(".", 1)[0]: name for name in reversed(texts)}
-    asked: dict[str, list[tuple[Question, bool]]] = {name: [] for name in texts}
+    asked: dict[str, list[tuple[Question, Where]]] = {name: [] for name in texts}
+    named_banks = set()
     named_anywhere = set()
-    for line, value in json_lines(listed, reader.problem):
+    for line, value in json_lines(listed, reader.problem) if listed.is_file() else ():
         values = _Values(reader, str(listed), _always(line))
         if not values.is_object(value, ()):
             continue
@@ -200,17 +240,17 @@ def _read_folder(folder: Path, reader: _Reader) -> None:
         if name:
             named_anywhere.add(name)
         if question and name:
-            asked[name].append((question, "bank" in value))
+            asked[name].append((question, partial(Place, str(listed), line, "")))
+            if "bank" in value:
+                named_banks.add(name)
     for name, text in texts.items():
         path = folder / name
         if text is None:
             continue
-        if name not in named_anywhere:
+        if name not in named_anywhere and reader.questions_needed:
             reader.problem(str(path), 0, "", f"has no question in {QUESTIONS_FILE}")
         title = text.strip().splitlines()[0].lstrip("#").strip() if text.lstrip().startswith("#") else path.stem
-        questions = _without_repeats([question for question, _ in asked[name]], reader, str(path), 0, "")
-        passage = Passage(title or path.stem, text.strip(), questions)
-        reader.add(ReadPassage(passage, str(path), 0, "", any(named for _, named in asked[name])), "")
+        reader.add(title or path.stem, text.strip(), {}, asked[name], Place(str(path), 0, ""), name in named_banks, "")
 
 
 class _Values:
@@ -231,30 +271,30 @@ class _Values:
         if not isinstance(identity, (str, int)):
             self._wrong((*at, "id"), f"must be a string, is {kind(identity)}")
             identity = ""
-        entries = value.get("questions")
-        questions, named = [], False
+        entries = value.get("questions", None if self._reader.questions_needed else [])
+        asked: list[tuple[Question, Where]] = []
+        named = False
         if entries is None:
             self._wrong((*at, "questions"), "is missing")
         elif not isinstance(entries, list):
             self._wrong((*at, "questions"), f"must be a list, is {kind(entries)}")
-        elif not entries:
+        elif not entries and self._reader.questions_needed:
             self._wrong((*at, "questions"), "is empty: a passage needs at least one question")
         else:
             for index, entry in enumerate(entries):
                 here = (*at, "questions", index)
                 if self.is_object(entry, here) and (question := self.question(entry, here)):
-                    questions.append(question)
+                    asked.append((question, partial(self._place, here)))
                     named = named or "bank" in entry
         if text is not None:
-            line, where = self._line_of(at), field_name(at)
-            kept = _without_repeats(questions, self._reader, self._file, line, where)
-            passage = Passage(title or " ".join(text.split()[:6]), text, kept, labels)
-            self._reader.add(ReadPassage(passage, self._file, line, where, named), str(identity))
+            title = title or " ".join(text.split()[:6])
+            self._reader.add(title, text, labels, asked, self._place(at), named, str(identity))
 
     def question(self, value: dict[str, Any], at: tuple[str | int, ...], links: bool = False) -> Question | None:
         """Reads one question object; None if something is wrong with it. ``links``: it may name its passage."""
         self._note_ignored(value, _QUESTION_KEYS | (_LINK_KEYS if links else set()))
-        text, answer = self.text(value, "question", at), self.text(value, "answer", at)
+        wanted = "answer" in value or self._reader.answers_needed
+        text, answer = self.text(value, "question", at), self.text(value, "answer", at) if wanted else ""
         bank, aliases = value.get("bank", Bank.REWARD.value), value.get("aliases", [])
         right = True
         if bank not in tuple(Bank):
@@ -296,22 +336,8 @@ class _Values:
 
     def _wrong(self, at: tuple[str | int, ...], message: str) -> bool:
         """Notes a problem; always False."""
-        self._reader.problem(self._file, self._line_of(at), field_name(at), message)
+        self._reader.problems.append(Problem.at(self._place(at), message))
         return False
 
-
-def _without_repeats(
-    questions: Sequence[Question], reader: _Reader, file: str, line: int, where: str
-) -> tuple[Question, ...]:
-    """The questions, each once. The same question with another answer is a problem: one of them would always fail."""
-    kept: dict[tuple[str, Bank], Question] = {}
-    for question in questions:
-        first = kept.setdefault((question.text, question.bank), question)
-        if first is question:
-            continue
-        if first.answer == question.answer:
-            reader.notes.append(f"{file}{f':{line}' if line else ''}: {question.text!r} is asked twice and read once")
-        else:
-            message = f"{question.text!r} has two answers; put the second into aliases of the first"
-            reader.problem(file, line, where, message)
-    return tuple(kept.values())
+    def _place(self, at: tuple[str | int, ...]) -> Place:
+        return Place(self._file, self._line_of(at), field_name(at))

@@ -21,6 +21,18 @@ Report = Callable[[str, int, str, str], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where something stands. ``line`` counts from 1; 0: the file as a whole. ``field`` may be empty."""
+
+    file: str
+    line: int
+    field: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """What is wrong, and where. ``line`` counts from 1; 0: the file as a whole. ``field`` may be empty."""
 
@@ -29,23 +41,28 @@ class Problem:
     field: str
     message: str
 
+    @staticmethod
+    def at(place: Place, message: str) -> Problem:
+        """A problem with what stands at a place."""
+        return Problem(place.file, place.line, place.field, message)
+
     def __str__(self) -> str:
-        place = f"{self.file}:{self.line}" if self.line else self.file
+        place = Place(self.file, self.line, self.field)
         return f"{place}: {self.message}" + (f" [{self.field}]" if self.field else "")
 
 
-def raise_problems(path: str, problems: Sequence[Problem]) -> None:
-    """Raises PreceptorError(BAD_TASK_FILE) with all the problems, if there are any."""
+def raise_problems(path: str, problems: Sequence[Problem], reason: str = "BAD_TASK_FILE") -> None:
+    """Raises a PreceptorError with all the problems, if there are any."""
     if len(problems) == 1:
         only = problems[0]
         place: dict[str, str | int] = {"line": only.line} if only.line else {}
         place |= {"field": only.field} if only.field else {}
-        raise PreceptorError("BAD_TASK_FILE", only.message, file=only.file, **place)
+        raise PreceptorError(reason, only.message, file=only.file, **place)
     if problems:
         lines = [f"\n  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
         if (more := len(problems) - SHOWN_PROBLEMS) > 0:
             lines.append(f"\n  and {more} more")
-        raise PreceptorError("BAD_TASK_FILE", f"{len(problems)} problems" + "".join(lines), file=path)
+        raise PreceptorError(reason, f"{len(problems)} problems" + "".join(lines), file=path)
 
 
 def json_lines(path: Path, problem: Report) -> Iterator[tuple[int, Any]]:

@@ -1,21 +1,25 @@
 """From a run's config to its tasks: a world that ships, or people's own files.
 
 ``gather_tasks(config)`` is a pure function of the config and the files it names: the seed decides which passages are
-held out and, where questions name no bank, which of them are sealed. A passage's questions are divided once:
+held out and, where a passage's questions name no bank, which question is in which. They are divided once:
 
-* for training, half of them (rounded up) give rewards and the others are sealed; a single one gives rewards;
+* for training, a quarter (but at least one) is the sealed bank, as many are the gate, and the others give rewards; of
+  two questions one gives rewards and one is sealed; a single one gives rewards;
 * held out, all are sealed, as nothing is ever rewarded there.
+
+Which question goes where depends on the seed and the passage's text alone. ``RunTasks.banks`` says how it was done.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from preceptor.config import RunConfig
 from preceptor.names import derived_seed
+from preceptor.question_faults import answer_fault
 from preceptor.task_files import ReadPassage, TaskFile, read_probes, read_replay, read_task_file
 from preceptor.task_problems import Problem, raise_problems
 from preceptor.tasks import Bank, Passage, Question
@@ -23,13 +27,15 @@ from preceptor.tasks import Bank, Passage, Question
 
 @dataclass(frozen=True, slots=True)
 class RunTasks:
-    """What a run learns from and is measured on. ``notes`` are for people; ``places`` tells where each text of a
-    file stands (file, line or 0), for errors that only a service can find."""
+    """What a run learns from and is measured on. ``banks`` says how the questions came to their banks, ``notes`` what
+    else people should know; ``places`` tells where each text of a file stands (file, line or 0), for errors that only a
+    service can find."""
 
     train: tuple[Passage, ...]
     heldout: tuple[Passage, ...]
     probes: tuple[Question, ...]
     replay_documents: tuple[str, ...]
+    banks: str
     notes: tuple[str, ...] = ()
     places: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
@@ -50,25 +56,35 @@ def _from_world(config: RunConfig) -> RunTasks:
     from worlds.almanac.passages import passages
 
     tasks = config.tasks
-    notes: tuple[str, ...] = ()
     heldout: Sequence[Passage] = passages(config.seed, "heldout", tasks.heldout)
+    banks = "the world's own, each in words of its own"
+    notes: tuple[str, ...] = ()
+    reads: Sequence[ReadPassage] = ()
     if tasks.heldout_path:
         file = read_task_file(Path(tasks.heldout_path))
         file.raise_problems()
-        heldout = _sealed(_shuffled(file.passages, config.seed)[: tasks.heldout])
-        notes = file.notes
+        reads = _shuffled(file.passages, config.seed)[: tasks.heldout]
+        heldout, problems = _sealed(reads, config)
+        raise_problems(file.path, problems)
+        banks, notes = f"{banks}; held out: {_banks(reads, config.seed)}", file.notes
     return RunTasks(
         train=tuple(passages(config.seed, "train", tasks.train)),
         heldout=tuple(heldout),
         probes=tuple(retention_probes()),
         replay_documents=tuple(replay_documents()),
+        banks=banks,
         notes=notes,
+        places=_places(reads),
     )
 
 
 def _from_files(config: RunConfig) -> RunTasks:
     tasks = config.tasks
-    file = read_task_file(Path(tasks.path or ""))
+    file = read_task_file(
+        Path(tasks.path or ""),
+        questions_needed=tasks.questions == "given",
+        answers_needed=config.reward.needs_answers,
+    )
     other = read_task_file(Path(tasks.heldout_path)) if tasks.heldout_path else None
     raise_problems(file.path, (*file.problems, *(other.problems + _overlap(file, other) if other else ())))
     own = _shuffled(file.passages, config.seed)
@@ -83,16 +99,20 @@ def _from_files(config: RunConfig) -> RunTasks:
                 f"{file.path} has {len(own)} passages: {len(train)} to train on and {count} held out"
                 f" (asked for: {tasks.train} and {tasks.heldout})"
             )
-    single = sum(1 for read in train if not read.named_banks and len(read.passage.questions) == 1)
-    if single:
-        notes.append(f"training passages with one question only: {single}; it gives the reward and none is sealed")
+    few = [read for read in train if not read.named_banks and len(read.passage.questions) < len(Bank)]
+    if few and tasks.questions == "given":
+        notes.append(_too_few(few))
+    rewarded, of_train = _rewarded(train, config)
+    sealed, of_heldout = _sealed(heldout, config)
+    raise_problems(file.path, (*of_train, *of_heldout))
     return RunTasks(
-        train=_rewarded(train, config.seed),
-        heldout=_sealed(heldout),
+        train=rewarded,
+        heldout=sealed,
         probes=(),
         replay_documents=(),
+        banks=_banks([*train, *heldout], config.seed),
         notes=tuple(notes),
-        places={read.passage.text: (read.file, read.line) for read in (*train, *heldout)},
+        places=_places([*train, *heldout]),
     )
 
 
@@ -113,49 +133,83 @@ def _overlap(file: TaskFile, other: TaskFile) -> tuple[Problem, ...]:
     """Held-out passages that are trained on: a measurement on them would mean nothing."""
     own = {read.passage.text: read for read in file.passages}
     return tuple(
-        Problem(read.file, read.line, read.field, f"is also a training passage ({_place(own[read.passage.text])})")
+        Problem(read.file, read.line, read.field, f"is also a training passage ({own[read.passage.text].place})")
         for read in other.passages
         if read.passage.text in own
     )
 
 
-def _rewarded(reads: Sequence[ReadPassage], seed: int) -> tuple[Passage, ...]:
-    """Training passages, each with at least one question that gives rewards."""
-    problems, passages = [], []
-    for read in reads:
-        passage = read.passage if read.named_banks else _divided(read.passage, seed)
-        passages.append(passage)
-        if not passage.questions_of(Bank.REWARD):
-            problems.append(_lacks(read, "is a training passage without a question of bank reward"))
-    raise_problems(reads[0].file, problems)
-    return tuple(passages)
+def _rewarded(reads: Sequence[ReadPassage], config: RunConfig) -> tuple[tuple[Passage, ...], list[Problem]]:
+    """Training passages with their banks; a problem for each without a question to be rewarded for."""
+    passages = [read.passage if read.named_banks else _divided(read.passage, config.seed) for read in reads]
+    problems = []
+    for read, passage in zip(reads, passages, strict=True):
+        if config.tasks.questions == "given" and not passage.questions_of(Bank.REWARD):
+            problems.append(Problem.at(read.place, "is a training passage without a question of bank reward"))
+        if config.reward.needs_answers:
+            problems += _long_answers(read, passage, Bank.REWARD, config)
+    return tuple(passages), problems
 
 
-def _sealed(reads: Sequence[ReadPassage]) -> tuple[Passage, ...]:
-    """Held-out passages, each with at least one sealed question."""
-    problems, passages = [], []
+def _sealed(reads: Sequence[ReadPassage], config: RunConfig) -> tuple[tuple[Passage, ...], list[Problem]]:
+    """Held-out passages with their banks; a problem for each without a sealed question, with its answer."""
+    passages, problems = [], []
     for read in reads:
         passage = read.passage
         if not read.named_banks:
             passage = replace(passage, questions=tuple(replace(q, bank=Bank.SEALED) for q in passage.questions))
         passages.append(passage)
         if not passage.questions_of(Bank.SEALED):
-            problems.append(_lacks(read, "is a held-out passage without a question of bank sealed"))
-    raise_problems(reads[0].file if reads else "", problems)
-    return tuple(passages)
+            problems.append(Problem.at(read.place, "is a held-out passage without a question of bank sealed"))
+        for question, place in zip(passage.questions, read.questions_at, strict=True):
+            if question.bank is Bank.SEALED and not question.answer:
+                problems.append(Problem.at(place(), "is asked in the final measurement and has no answer"))
+        problems += _long_answers(read, passage, Bank.SEALED, config)
+    return tuple(passages), problems
+
+
+def _long_answers(read: ReadPassage, passage: Passage, bank: Bank, config: RunConfig) -> Iterator[Problem]:
+    """Gold answers of the bank that is asked that no student could give."""
+    for question, place in zip(passage.questions, read.questions_at, strict=True):
+        if question.bank is bank and (fault := answer_fault(question, config.answers.max_new_tokens)):
+            yield Problem.at(place(), fault)
+
+
+def bank_sizes(questions: int) -> dict[Bank, int]:
+    """How many questions of a training passage go to each bank where the file names none."""
+    sealed = max(1, questions // 4) if questions > 1 else 0
+    gate = max(1, questions // 4) if questions > 2 else 0
+    return {Bank.REWARD: questions - gate - sealed, Bank.GATE: gate, Bank.SEALED: sealed}
 
 
 def _divided(passage: Passage, seed: int) -> Passage:
-    places = list(range(len(passage.questions)))
-    random.Random(derived_seed("banks", seed, passage.text)).shuffle(places)
-    sealed = set(places[: len(places) // 2])
-    return replace(
-        passage,
-        questions=tuple(
-            replace(question, bank=Bank.SEALED if place in sealed else Bank.REWARD)
-            for place, question in enumerate(passage.questions)
-        ),
+    banks = [bank for bank, size in bank_sizes(len(passage.questions)).items() for _ in range(size)]
+    random.Random(derived_seed("banks", seed, passage.text)).shuffle(banks)
+    questions = (replace(question, bank=bank) for question, bank in zip(passage.questions, banks, strict=True))
+    return replace(passage, questions=tuple(questions))
+
+
+def _banks(reads: Sequence[ReadPassage], seed: int) -> str:
+    """How the questions came to their banks, for people."""
+    named = sum(read.named_banks for read in reads)
+    if named == len(reads):
+        return "named in the file"
+    divided = f"divided once by seed {seed}"
+    return f"named in the file for {named} passages, {divided} for {len(reads) - named}" if named else divided
+
+
+def _too_few(reads: Sequence[ReadPassage]) -> str:
+    """Says of training passages that they cannot fill three banks, and what became of that."""
+    shown = ", ".join(f"{read.place} has {len(read.passage.questions)}" for read in reads[:3])
+    more = f" and {len(reads) - 3} more" if len(reads) > 3 else ""
+    return (
+        f"training passages with fewer questions than the {len(Bank)} banks: {len(reads)} ({shown}{more});"
+        " one question gives the reward, of two the other is sealed, none is left for the gate"
     )
+
+
+def _places(reads: Sequence[ReadPassage]) -> dict[str, tuple[str, int]]:
+    return {read.passage.text: (read.file, read.line) for read in reads}
 
 
 def _shuffled(reads: Sequence[ReadPassage], seed: int) -> list[ReadPassage]:
@@ -163,11 +217,3 @@ def _shuffled(reads: Sequence[ReadPassage], seed: int) -> list[ReadPassage]:
     order = sorted(reads, key=lambda read: read.passage.text)
     random.Random(derived_seed("split", seed)).shuffle(order)
     return order
-
-
-def _lacks(read: ReadPassage, message: str) -> Problem:
-    return Problem(read.file, read.line, read.field, message)
-
-
-def _place(read: ReadPassage) -> str:
-    return f"{read.file}:{read.line}" if read.line else read.file

@@ -31,6 +31,7 @@ def create_request(config: RunConfig, tasks: RunTasks, request_id: str = "") -> 
         heldout_tasks=[task_to_proto(task) for task in tasks.heldout],
         probes=[question_to_proto(probe) for probe in tasks.probes],
         replay_documents=tasks.replay_documents,
+        banks=tasks.banks,
     )
     if (size := request.ByteSize()) > MAX_MESSAGE_BYTES:
         raise PreceptorError(
@@ -59,6 +60,7 @@ def dry_run_text(config: RunConfig, tasks: RunTasks) -> str:
         f"# config_sha256: {config.digest()}",
         f"# tasks: {len(tasks.train)} to train on, {len(tasks.heldout)} held out,"
         f" {len(tasks.probes)} retention probes, {len(tasks.replay_documents)} replay documents",
+        f"# banks of questions: {tasks.banks}",
         *(f"# note: {note}" for note in tasks.notes),
     ]
     return "\n".join([*about, *_toml(config.model_dump(mode="json", exclude_none=True))])
@@ -75,6 +77,7 @@ def dry_run_json(config: RunConfig, tasks: RunTasks) -> dict[str, Any]:
             "probes": len(tasks.probes),
             "replay_documents": len(tasks.replay_documents),
         },
+        "banks": tasks.banks,
         "notes": list(tasks.notes),
     }
 

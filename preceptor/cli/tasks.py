@@ -40,6 +40,8 @@ def check(context: click.Context, file: Path, as_json: bool) -> None:
         print_table(["passage", "place", "words", "questions", "banks"], rows, empty="no passage could be read")
         questions = sum(len(read.passage.questions) for read in found.passages)
         print(f"{len(rows)} passages, {questions} questions, {len(found.problems)} problems")
+        if not all(read.named_banks for read in found.passages):
+            print("note: a run's seed divides the questions that name no bank; of held-out passages all are sealed")
         for note in found.notes:
             print(f"note: {plain(note)}")
     for problem in found.problems:
@@ -59,10 +61,19 @@ def _row(read: ReadPassage) -> list[object]:
 
 
 def _banks(read: ReadPassage) -> str:
+    """How many questions are in each bank, and of what a run would divide by its seed, how many there would be."""
+    counts = _bank_sizes(read)
+    words = ", ".join(f"{count} {bank}" for bank, count in counts.items() if count)
+    return words if read.named_banks else f"{words} (to be divided)"
+
+
+def _bank_sizes(read: ReadPassage) -> dict[str, int]:
+    from preceptor.task_sources import bank_sizes
+    from preceptor.tasks import Bank
+
     if not read.named_banks:
-        return "divided by the run's seed"
-    counts = {question.bank: len(read.passage.questions_of(question.bank)) for question in read.passage.questions}
-    return ", ".join(f"{count} {bank}" for bank, count in sorted(counts.items()))
+        return {bank.value: size for bank, size in bank_sizes(len(read.passage.questions)).items()}
+    return {bank.value: len(read.passage.questions_of(bank)) for bank in Bank}
 
 
 def _as_json(found: TaskFile) -> dict[str, Any]:
@@ -76,6 +87,7 @@ def _as_json(found: TaskFile) -> dict[str, Any]:
                 "words": len(read.passage.text.split()),
                 "questions": len(read.passage.questions),
                 "named_banks": read.named_banks,
+                "banks": _bank_sizes(read),
             }
             for read in found.passages
         ],

@@ -205,3 +205,45 @@ def test_bad_json_from_the_wire_is_a_config_error() -> None:
     with pytest.raises(PreceptorError) as caught:
         parse_config_json("{")
     assert caught.value.reason == "BAD_CONFIG"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("gain = true", "reward.gain: Input should be a valid number (given: true)"),
+        ('gain = "much"', 'reward.gain: Input should be a valid number (given: "much")'),
+        ('gain = "1.0"', "reward.gain: Input should be a valid number"),
+        ("gain = nan", "reward.gain: Input should be a finite number"),
+        ("overlap = inf", "reward.overlap: Input should be a finite number"),
+        ("tokens = -1", "reward.tokens: Input should be greater than or equal to 0"),
+        ("gold_logprob_gain = 1e300", "reward.gold_logprob_gain: Input should be less than or equal to 1000000"),
+        ("race = { budget = 0.5 }", "reward.race.budget: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_weight_that_is_no_sensible_number_is_named_with_its_line(tmp_path: Path, line: str, said: str) -> None:
+    error = error_of(write(tmp_path, f"{GOOD}\n[reward]\n{line}\n"))
+    assert error.message.startswith(said)
+    if "race" not in line:  # within a table on one line, the key has no line of its own
+        assert error.metadata["line"] == str(len(GOOD.splitlines()) + 3)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("gain = 0", "no term with a weight can be earned"),
+        ("agreement_gain = 1.0", "agreement_gain compares sampled answers; set samples"),
+        ("seeds = 4\nrace = { max_seeds = 3 }", "race.max_seeds = 3 is less than seeds = 4"),
+        ("gain = 0\ncertainty_gain = 1.0\nrace = { look_steps = 4 }", "race.look_steps looks at gold answers"),
+    ],
+)
+def test_rewards_that_make_no_sense_are_refused_at_their_table(tmp_path: Path, lines: str, said: str) -> None:
+    error = error_of(write(tmp_path, f"{GOOD}\n[reward]\n{lines}\n"))
+    assert said in error.message
+    assert error.metadata["line"] == str(len(GOOD.splitlines()) + 2)
+
+
+def test_a_reward_without_labels_and_a_race_can_be_had(tmp_path: Path) -> None:
+    lines = "gain = 0\nagreement_gain = 1\nsamples = 8\nrace = { max_seeds = 3 }"
+    reward = load_config(write(tmp_path, f"{GOOD}\n[reward]\n{lines}\n")).reward
+    assert not reward.needs_answers
+    assert reward.race is not None

@@ -143,14 +143,62 @@ def test_the_same_text_twice_and_the_same_id_twice_are_problems(tmp_path: Path) 
     ]
 
 
-def test_the_same_question_with_two_answers_is_a_problem_and_with_one_a_note(tmp_path: Path) -> None:
-    twice = [{"question": "Where?", "answer": "Lisbon"}, {"question": "Where?", "answer": "Porto"}]
-    path = json_file(tmp_path, changed(questions=twice))
-    assert problems(path) == [f"{path}:2: 'Where?' has two answers; put the second into aliases of the first [[0]]"]
-    found = read_task_file(json_file(tmp_path, changed(questions=[twice[0], twice[0]])))
+LISBON = {"question": "Where does Ada live?", "answer": "Lisbon"}
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ({"answer": "Porto"}, "has the answer 'Porto' here and 'Lisbon' before; ask it once"),
+        ({"question": "where does  ada live", "answer": "Porto"}, "has the answer 'Porto' here and 'Lisbon' before"),
+        ({"aliases": ["LX"]}, "is asked twice with other aliases; ask it once, with all of them"),
+        ({"bank": "sealed"}, "is asked in bank reward, too; each bank has words of its own"),
+        ({"bank": "gate", "question": "Where does Ada  live ?"}, "is asked in bank reward, too"),
+    ],
+)
+def test_a_question_that_contradicts_another_or_is_in_two_banks_is_named(
+    tmp_path: Path, second: dict[str, Any], said: str
+) -> None:
+    path = json_file(tmp_path, changed(questions=[LISBON, {**LISBON, **second}]))
+    (problem,) = problems(path)
+    assert problem.startswith(f"{path}:10: ")
+    assert said in problem
+    assert problem.endswith("[[0].questions[1]]")
+
+
+def test_a_question_that_is_asked_twice_is_read_once_with_a_note(tmp_path: Path) -> None:
+    again = {"question": " where does Ada live", "answer": "lisbon "}
+    first = {**LISBON, "aliases": ["LX"]}
+    path = json_file(tmp_path, changed(questions=[first, again, {"question": "Who lives there?", "answer": "Ada"}]))
+    found = read_task_file(path)
     assert not found.problems
-    assert len(found.passages[0].passage.questions) == 1
-    assert "asked twice" in found.notes[0]
+    assert [question.text for question in found.passages[0].passage.questions] == [
+        "Where does Ada live?",
+        "Who lives there?",
+    ]
+    assert found.notes == (f"{path}:13: 'where does Ada live' is asked twice and read once",)
+    assert [place().line for place in found.passages[0].questions_at] == [6, 17]
+
+
+def test_in_a_folder_too_a_contradiction_is_named_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("Ada lives in Lisbon.")
+    lines = [{"file": "a.md", **LISBON}, {"file": "a.md", **LISBON, "answer": "Porto"}]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (problem,) = problems(tmp_path)
+    assert problem.startswith(f"{tmp_path}/questions.jsonl:2: 'Where does Ada live?' has the answer 'Porto' here")
+
+
+@pytest.mark.parametrize("bank", list(Bank))
+def test_a_question_that_the_teacher_could_read_in_the_passage_is_named(tmp_path: Path, bank: Bank) -> None:
+    asked = {**LISBON, "bank": bank.value}
+    text = "Questions we get:\n- where does  ADA live\n  In Lisbon."
+    path = json_file(tmp_path, changed(context=text, questions=[asked]))
+    (problem,) = problems(path)
+    assert problem.startswith(f"{path}:6: 'Where does Ada live?' stands in the passage, which the teacher reads")
+    path = json_file(tmp_path, changed(title="Where does Ada live?", questions=[asked]))
+    assert len(problems(path)) == 1
+    path = json_file(tmp_path, changed(context="Nowhere does Ada live.", questions=[asked]))
+    assert not problems(path)
 
 
 def test_keys_that_are_not_read_are_noted(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from preceptor.config import RunConfig
 from preceptor.errors import PreceptorError
-from preceptor.task_sources import gather_tasks, heldout_count
+from preceptor.task_sources import bank_sizes, gather_tasks, heldout_count
 from preceptor.tasks import Bank
 
 
@@ -96,17 +98,39 @@ def test_questions_without_a_bank_are_divided_by_the_seed(tmp_path: Path) -> Non
     path = write(tmp_path / "t.json", entries(6, questions=5))
     found = gather_tasks(config(path, heldout=2))
     for task in found.train:
-        assert (len(task.questions_of(Bank.REWARD)), len(task.questions_of(Bank.SEALED))) == (3, 2)
+        assert [len(task.questions_of(bank)) for bank in (Bank.REWARD, Bank.GATE, Bank.SEALED)] == [3, 1, 1]
     for task in found.heldout:
         assert len(task.questions_of(Bank.SEALED)) == 5
     assert gather_tasks(config(path, heldout=2)) == found
     assert gather_tasks(config(path, heldout=2, seed=9)).train != found.train
+    assert found.banks == "divided once by seed 0"
+
+
+def test_banks_depend_on_the_seed_and_the_passage_and_not_on_its_neighbours(tmp_path: Path) -> None:
+    def banks(count: int, seed: int) -> list[Bank]:
+        path = write(tmp_path / "t.json", entries(count, questions=12))
+        (passage,) = [p for p in gather_tasks(config(path, seed, heldout=0)).train if p.title == "text 0"]
+        return [question.bank for question in passage.questions]
+
+    assert banks(3, seed=5) == banks(9, seed=5)
+    assert banks(3, seed=5) != banks(3, seed=6)
+
+
+@given(st.integers(0, 500))
+def test_every_question_has_a_bank_and_reward_is_the_largest(questions: int) -> None:
+    sizes = bank_sizes(questions)
+    assert sum(sizes.values()) == questions
+    assert sizes[Bank.REWARD] >= sizes[Bank.SEALED] >= sizes[Bank.GATE] >= 0
+    assert sum(size > 0 for size in sizes.values()) == min(questions, 3)
+    if questions >= 4:
+        assert sizes[Bank.REWARD] >= questions / 2
 
 
 def test_a_single_question_gives_the_reward_and_the_notes_say_so(tmp_path: Path) -> None:
     found = gather_tasks(config(write(tmp_path / "t.json", entries(3, questions=1)), heldout=0))
     assert all(task.questions_of(Bank.REWARD) for task in found.train)
-    assert "training passages with one question only: 3" in found.notes[0]
+    assert "training passages with fewer questions than the 3 banks: 3" in found.notes[0]
+    assert f"{tmp_path}/t.json:1 has 1" in found.notes[0]
 
 
 def test_named_banks_are_kept(tmp_path: Path) -> None:
@@ -116,6 +140,55 @@ def test_named_banks_are_kept(tmp_path: Path) -> None:
     found = gather_tasks(config(write(tmp_path / "t.json", values), heldout=2))
     for task in (*found.train, *found.heldout):
         assert [question.bank for question in task.questions] == [Bank.SEALED, Bank.REWARD]
+    assert found.banks == "named in the file"
+
+
+def test_a_file_that_names_some_banks_is_said_to(tmp_path: Path) -> None:
+    values = entries(4, questions=4)
+    values[0]["questions"][0]["bank"] = "sealed"
+    found = gather_tasks(config(write(tmp_path / "t.json", values), heldout=0))
+    assert found.banks == "named in the file for 1 passages, divided once by seed 0 for 3"
+
+
+def test_a_gold_answer_that_no_student_may_give_is_named_by_its_place(tmp_path: Path) -> None:
+    values = entries(3)
+    values[1]["questions"][2]["answer"] = "one two three four five"
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(values, indent=0))
+    limited: dict[str, Any] = {"tasks": {"path": str(path), "heldout": 3}, "answers": {"max_new_tokens": 4}}
+    with pytest.raises(PreceptorError, match="has 5 words, and an answer may have 4 tokens") as caught:
+        gather_tasks(RunConfig.model_validate(limited))
+    line = path.read_text().splitlines().index('"answer": "one two three four five"') + 1
+    assert caught.value.metadata == {"file": str(path), "line": str(line - 2), "field": "[1].questions[2]"}
+    limited["answers"]["max_new_tokens"] = 5
+    gather_tasks(RunConfig.model_validate(limited))
+
+
+def test_without_labels_questions_need_no_answers_but_the_final_measurement_does(tmp_path: Path) -> None:
+    values = entries(4)
+    for entry in values:
+        for question in entry["questions"]:
+            del question["answer"]
+    path = write(tmp_path / "t.json", values)
+    with pytest.raises(PreceptorError, match="is missing"):
+        gather_tasks(config(path, heldout=0))
+    label_free = {"reward": {"gain": 0.0, "certainty_gain": 1.0}}
+    found = gather_tasks(RunConfig.model_validate({"tasks": {"path": str(path), "heldout": 0}, **label_free}))
+    assert {question.answer for task in found.train for question in task.questions} == {""}
+    with pytest.raises(PreceptorError, match="is asked in the final measurement and has no answer"):
+        gather_tasks(RunConfig.model_validate({"tasks": {"path": str(path), "heldout": 2}, **label_free}))
+
+
+def test_where_questions_are_written_for_it_a_text_needs_none(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "texts" / f"{name}.md").write_text(f"All about {name}.")
+    tasks = {"path": str(tmp_path / "texts"), "heldout": 0}
+    with pytest.raises(PreceptorError, match=r"questions.jsonl: is missing"):
+        gather_tasks(config(tmp_path / "texts", heldout=0))
+    found = gather_tasks(RunConfig.model_validate({"tasks": {**tasks, "questions": "written"}}))
+    assert [task.questions for task in found.train] == [(), ()]
+    assert found.notes == ()
 
 
 def test_a_heldout_file_of_its_own_is_used_whole(tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""What is wrong with the questions of one passage, whoever brings them: a file, or a request.
+
+Three things make a measurement mean something else than it says: a question that is asked twice (counted double, or in
+two banks that are to be apart), one that has two answers, and one that the teacher can read in the passage. A fourth
+makes it impossible: a gold answer longer than any answer may be.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from preceptor.tasks import Question
+
+# A question of fewer words ("Who was he?") may stand in a passage by chance.
+LEAST_WORDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is wrong with the question at ``index``. ``repeat``: it says nothing that an earlier one does not, so it can
+    be left out."""
+
+    index: int
+    message: str
+    repeat: bool = False
+
+
+def question_faults(title: str, text: str, questions: Sequence[Question]) -> Iterator[Fault]:
+    """Every fault of a passage's questions, in their order. Case, spacing and the final mark make no difference."""
+    seen: dict[str, Question] = {}
+    shown = [_words(title), _words(text)]
+    for index, question in enumerate(questions):
+        first = seen.setdefault(_wording(question.text), question)
+        if first is not question:
+            yield _second(index, first, question)
+        asked = _words(question.text)
+        if asked.count(" ") + 1 >= LEAST_WORDS and any(f" {asked} " in f" {known} " for known in shown):
+            message = f"{_short(question.text)} stands in the passage, which the teacher reads; ask in other words"
+            yield Fault(index, message)
+
+
+def answer_fault(question: Question, max_new_tokens: int) -> str:
+    """Why no student can give this gold answer; empty if one may be able to.
+
+    A token is at most a word, so an answer of more words than tokens cannot be given. One of fewer words may still not
+    fit, but only the student's tokenizer can tell.
+    """
+    words = min(len(answer.split()) for answer in (question.answer, *question.aliases))
+    if words <= max_new_tokens:
+        return ""
+    return (
+        f"the gold answer has {words} words, and an answer may have {max_new_tokens} tokens"
+        f" (answers.max_new_tokens); raise that or shorten the answer: {_short(question.answer)}"
+    )
+
+
+def _second(index: int, first: Question, again: Question) -> Fault:
+    """What it means that ``again`` asks what ``first`` did."""
+    if _fold(again.answer) not in _golds(first):
+        message = (
+            f"{_short(again.text)} has the answer {_short(again.answer)} here and {_short(first.answer)} before;"
+            " ask it once, with further right answers as aliases"
+        )
+        return Fault(index, message)
+    if not _golds(again) <= _golds(first):
+        return Fault(index, f"{_short(again.text)} is asked twice with other aliases; ask it once, with all of them")
+    if again.bank is not first.bank:
+        return Fault(index, f"{_short(again.text)} is asked in bank {first.bank}, too; each bank has words of its own")
+    return Fault(index, f"{_short(again.text)} is asked twice", repeat=True)
+
+
+def _golds(question: Question) -> set[str]:
+    return {_fold(answer) for answer in (question.answer, *question.aliases)}
+
+
+def _wording(text: str) -> str:
+    return _fold(text).rstrip(" ?.!")
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
