@@ -320,6 +320,7 @@ class RewardedSelfEdit(google.protobuf.message.Message):
     REWARD_STDERR_FIELD_NUMBER: builtins.int
     ADVANTAGE_FIELD_NUMBER: builtins.int
     ADVANTAGE_STDERR_FIELD_NUMBER: builtins.int
+    ONLY_COMPARED_FIELD_NUMBER: builtins.int
     group_id: builtins.str
     """Candidates of one task in one round share the group."""
     completion: builtins.str
@@ -331,6 +332,8 @@ class RewardedSelfEdit(google.protobuf.message.Message):
     in which what is common to the group cancels out. Absent: they are worked out from the rewards.
     """
     advantage_stderr: builtins.float
+    only_compared: builtins.bool
+    """It says what its group is like and is not to be kept itself: others were measured better."""
     @property
     def task(self) -> preceptor.v1.types_pb2.Task:
         """The task, without questions."""
@@ -346,9 +349,10 @@ class RewardedSelfEdit(google.protobuf.message.Message):
         reward_stderr: builtins.float = ...,
         advantage: builtins.float | None = ...,
         advantage_stderr: builtins.float | None = ...,
+        only_compared: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_advantage", b"_advantage", "_advantage_stderr", b"_advantage_stderr", "advantage", b"advantage", "advantage_stderr", b"advantage_stderr", "task", b"task"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_advantage", b"_advantage", "_advantage_stderr", b"_advantage_stderr", "advantage", b"advantage", "advantage_stderr", b"advantage_stderr", "completion", b"completion", "group_id", b"group_id", "prompt_format", b"prompt_format", "reward", b"reward", "reward_stderr", b"reward_stderr", "task", b"task"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_advantage", b"_advantage", "_advantage_stderr", b"_advantage_stderr", "advantage", b"advantage", "advantage_stderr", b"advantage_stderr", "completion", b"completion", "group_id", b"group_id", "only_compared", b"only_compared", "prompt_format", b"prompt_format", "reward", b"reward", "reward_stderr", b"reward_stderr", "task", b"task"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_advantage", b"_advantage"]) -> typing.Literal["advantage"] | None: ...
     @typing.overload
