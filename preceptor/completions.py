@@ -21,7 +21,11 @@ from preceptor.tasks import Directive, LossMask, SelfEdit
 
 
 class MalformedSelfEdit(ValueError):
-    """A completion that is no self-edit; the message says why."""
+    """A completion that is no self-edit; the message says why. ``line`` counts from 1; 0: the completion as a whole."""
+
+    def __init__(self, message: str, line: int = 0) -> None:
+        super().__init__(message)
+        self.line = line
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +68,24 @@ def parse(completion: str, limits: Limits, *, finished: bool = True) -> SelfEdit
     """
     if not finished:
         raise MalformedSelfEdit("the completion ran into the token limit before it ended")
-    lines = [line.strip() for line in completion.splitlines()]
-    lines = [line for line in lines if line]
+    lines = [(at, line.strip()) for at, line in enumerate(completion.splitlines(), 1) if line.strip()]
     directive = Directive()
-    if lines and (match := _DIRECTIVE.match(lines[0])):
-        directive = _parse_directive(match[1], limits)
+    if lines and (match := _DIRECTIVE.match(lines[0][1])):
+        try:
+            directive = _parse_directive(match[1], limits)
+        except MalformedSelfEdit as error:
+            raise MalformedSelfEdit(str(error), lines[0][0]) from None
         lines = lines[1:]
     if not lines:
         raise MalformedSelfEdit("no study document")
     if len(lines) > limits.documents:
         raise MalformedSelfEdit(f"{len(lines)} documents; at most {limits.documents} are allowed")
-    for number, line in enumerate(lines, 1):
+    for number, (at, line) in enumerate(lines, 1):
         if len(line) > limits.document_chars:
-            raise MalformedSelfEdit(f"document {number} has {len(line)} characters, limit {limits.document_chars}")
+            raise MalformedSelfEdit(f"document {number} has {len(line)} characters, limit {limits.document_chars}", at)
         if _DIRECTIVE.match(line):
-            raise MalformedSelfEdit(f"a second directive in document {number}")
-    return SelfEdit(tuple(lines), directive)
+            raise MalformedSelfEdit(f"a second directive in document {number}", at)
+    return SelfEdit(tuple(line for _, line in lines), directive)
 
 
 def _parse_directive(text: str, limits: Limits) -> Directive:

@@ -31,6 +31,9 @@ CATALOGUE: dict[str, Entry] = {
     # what the user gave
     "BAD_CONFIG": Entry(_INVALID, "correct the named key; `preceptor run CONFIG --dry-run` prints what is read"),
     "BAD_TASK_FILE": Entry(_INVALID, "correct the named place; `preceptor tasks check FILE` lists all of them"),
+    "BAD_SELF_EDIT": Entry(
+        _INVALID, 'correct the named place; a self-edit is text, one document a line, or JSON {"documents": [...]}'
+    ),
     "FILE_NOT_FOUND": Entry(_INVALID, "check the path"),
     "OUTPUT_NOT_WRITABLE": Entry(_STATE, "choose another folder with --out, or make room and set its permissions"),
     "INVALID_REQUEST": Entry(_INVALID, "correct the named field"),
