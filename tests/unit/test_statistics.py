@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.statistics import Cluster, accuracy, clustered_mean, paired_difference
+from orchestrator.statistics import (
+    SMALLEST_DIFFERENCE,
+    Cluster,
+    accuracy,
+    clustered_mean,
+    needed_passages,
+    needed_questions,
+    paired_difference,
+)
 
 clusters = st.lists(
     st.integers(1, 8).flatmap(lambda n: st.integers(0, n).map(lambda right: Cluster(right, n))), min_size=1, max_size=12
@@ -108,3 +116,69 @@ def test_a_single_value_has_no_known_error() -> None:
     assert clustered_mean([0.3], [0]) == (0.3, None)
     with pytest.raises(ValueError, match="no values"):
         clustered_mean([], [])
+
+
+def two_arms(
+    generator: np.random.Generator, passages: int, better: float, *, questions: int = 6
+) -> tuple[list[Cluster], list[Cluster]]:
+    """Passages that are easy or hard for both arms, of unequal size; the first arm is better by ``better`` on average,
+    on some passages more than on others."""
+    first, second = [], []
+    for _ in range(passages):
+        size = int(generator.integers(questions - 2, questions + 3))
+        rate = generator.uniform(0.2, 0.6)
+        raised = np.clip(rate + better + generator.choice([-0.15, 0.15]), 0, 1)
+        first.append(Cluster(int(generator.binomial(size, raised)), size))
+        second.append(Cluster(int(generator.binomial(size, rate)), size))
+    return first, second
+
+
+@pytest.mark.parametrize("better", [0.1, 0.2])
+def test_the_needed_passages_show_the_difference_four_times_out_of_five(better: float) -> None:
+    generator = np.random.default_rng(1)
+    # The formula's inputs from very many passages; then fresh experiments of the size that it says.
+    needed = needed_passages(*two_arms(generator, 4000, better))
+    assert needed is not None
+    seen = 0
+    for trial in range(300):
+        estimate = paired_difference(*two_arms(generator, needed, better), trial, 300)
+        assert estimate is not None
+        seen += estimate.low > 0
+    assert 0.72 <= seen / 300 <= 0.88  # 0.8 +- 3 standard errors
+
+
+def test_half_the_difference_needs_four_times_as_many_passages() -> None:
+    spread = [Cluster(right, 10) for right in (0, 10, 0, 10, 0, 10, 0, 10)]
+    small = needed_passages(spread, [Cluster(4.5, 10)] * 8)
+    large = needed_passages(spread, [Cluster(4.0, 10)] * 8)
+    assert small is not None
+    assert large is not None
+    assert small / large == pytest.approx(4, rel=0.02)
+
+
+@given(clusters, st.data())
+def test_what_is_needed_does_not_depend_on_who_is_first_and_is_more_than_there_is_where_nothing_shows(
+    found: list[Cluster], data: st.DataObject
+) -> None:
+    other = [Cluster(data.draw(st.integers(0, c.questions)), c.questions) for c in found]
+    there, back = needed_passages(found, other), needed_passages(other, found)
+    assert there == back
+    estimate = paired_difference(found, other, 0, 400)
+    assert estimate is not None
+    if there is None:
+        assert len(found) < 2 or abs(estimate.mean) < SMALLEST_DIFFERENCE
+    elif estimate.low <= 0 <= estimate.high and len(found) >= 8:
+        assert there > len(found)
+    questions = needed_questions(found, other)
+    assert (questions is None) == (there is None)
+    if there is not None and questions is not None:
+        assert questions >= there  # a passage has at least one question here
+
+
+def test_no_difference_and_no_spread_need_no_number() -> None:
+    same = [Cluster(right, 4) for right in (1, 3, 0, 4)]
+    assert needed_questions(same, same) is None
+    assert needed_questions([Cluster(3, 4)], [Cluster(1, 4)]) is None
+    assert needed_questions([], []) is None
+    with pytest.raises(ValueError, match="same length"):
+        needed_passages(same, same[:2])
