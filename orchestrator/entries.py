@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import types_pb2 as types
@@ -25,6 +26,14 @@ class EditKey:
     arm: str  # "" in rounds; the candidate's number in SELECTION; the arm's name in HELDOUT
     task: int  # position among the stage's tasks
     index: int  # among the self-edits of one task
+
+
+class Kind(StrEnum):
+    """What an evaluation of a self-edit is for."""
+
+    LOOK = "look"  # a race's first look
+    FULL = "full"  # its reward
+    FRESH = "fresh"  # the reward of one of the best, again, on seeds that no candidate had
 
 
 @dataclass(frozen=True, slots=True)

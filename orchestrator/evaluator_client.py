@@ -1,19 +1,21 @@
-"""The evaluator as the loop sees it: groups go in as they are written, evaluations come out as they are done.
+"""The evaluator as the loop sees it: self-edits go in as they are written, evaluations come out as they are done.
 
-Three threads, so that nobody waits for anybody: one takes groups from the caller's iterable (which may itself wait
-for the teacher) and creates their evaluations, one watches what is under way, and the caller's own thread receives.
-Promises: every key of every group is reported with a final evaluation exactly once; what either thread raises is
-raised to the caller; when the caller stops receiving, both threads end.
+A flow is open while something is written, asked for or under way. Nobody in it waits for anybody: a thread feeds what
+the caller's iterable gives (which may itself wait for the teacher), another watches what is under way, and the caller's
+own thread receives, and may submit more on what it has received. Promises: every key of every submission is reported
+with a final evaluation exactly once; what a thread raises is raised to the caller; when the caller leaves, the threads
+end at their next step.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from orchestrator.entries import EditKey
+from orchestrator.entries import EditKey, Kind
 from orchestrator.remote import Remote
 from orchestrator.stop import Stop, Stopped
 from preceptor.errors import PreceptorError
@@ -22,6 +24,8 @@ from preceptor.v1 import evaluator_pb2_grpc
 
 # A watch is opened again after so long; evaluations have time limits of their own.
 WATCH_SECONDS = 600.0
+# Whoever waits in a flow looks so often whether the run was asked to end.
+LOOK_SECONDS = 0.5
 
 FINAL = (
     evaluator.EVALUATION_STATE_SUCCEEDED,
@@ -29,13 +33,16 @@ FINAL = (
     evaluator.EVALUATION_STATE_CANCELLED,
 )
 
+Opened = Callable[[Sequence[evaluator.SealedOpening]], None]
+
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """Groups for the evaluator, and whose self-edits these are, in the order of the request."""
+    """Groups for the evaluator, whose self-edits these are, in the order of the request, and what is measured."""
 
     keys: tuple[EditKey, ...]
     request: evaluator.CreateEvaluationsRequest
+    kind: Kind = Kind.FULL
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,122 +51,172 @@ class Reported:
 
     keys: tuple[EditKey, ...]
     evaluation: evaluator.Evaluation
+    kind: Kind = Kind.FULL
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing more will be reported of it."""
+        return self.evaluation.state in FINAL
 
 
 class EvaluatorClient:
     """Calls the evaluator with patience on behalf of one run."""
 
-    def __init__(self, stub: evaluator_pb2_grpc.EvaluatorServiceStub, patience_seconds: float, stop: Stop) -> None:
+    def __init__(
+        self,
+        stub: evaluator_pb2_grpc.EvaluatorServiceStub,
+        patience_seconds: float,
+        stop: Stop,
+        opened: Opened = lambda _openings: None,
+    ) -> None:
+        """``opened`` is told how often sealed questions were used, by the thread that asked for them."""
         self._stub = stub
         self._patience = patience_seconds
         self._stop = stop
+        self._opened = opened
+
+    @contextmanager
+    def flow(self) -> Iterator[Flow]:
+        """A flow for as long as the context is open."""
+        flow = Flow(
+            self._stub, lambda: Remote("evaluator service", self._patience, self._stop), self._stop, self._opened
+        )
+        threading.Thread(target=flow.watch, name="watch", daemon=True).start()
+        try:
+            yield flow
+        finally:
+            flow.leave()
 
     def evaluate(self, submissions: Iterable[Submission]) -> Iterator[Reported]:
-        """Submits the groups and yields each evaluation when it is created and when it reaches a final state.
+        """Submits all of them and yields each evaluation when it is created and when it reaches a final state.
 
         Raises what the iterable raises, PreceptorError from the evaluator, Stopped.
         """
-        flow = _Flow(self._stub, lambda: Remote("evaluator service", self._patience, self._stop), self._stop)
-        threads = [
-            threading.Thread(target=flow.submit, args=(submissions,), name="submit", daemon=True),
-            threading.Thread(target=flow.watch, name="watch", daemon=True),
-        ]
-        for thread in threads:
-            thread.start()
-        try:
+        with self.flow() as flow:
+            flow.feed(submissions)
             yield from flow.reports()
-        finally:
-            flow.abandon()
 
 
-class _Flow:
-    """The state shared by the threads of one ``evaluate``."""
+class Flow:
+    """Evaluations under way, shared by the threads of one caller."""
 
-    def __init__(self, stub: evaluator_pb2_grpc.EvaluatorServiceStub, remote: Callable[[], Remote], stop: Stop) -> None:
+    def __init__(
+        self,
+        stub: evaluator_pb2_grpc.EvaluatorServiceStub,
+        remote: Callable[[], Remote],
+        stop: Stop,
+        opened: Opened,
+    ) -> None:
         self._stub = stub
         self._remote = remote
         self._stop = stop
+        self._opened = opened
         self._changed = threading.Condition()
-        self._waiting: dict[str, tuple[EditKey, ...]] = {}  # evaluation id -> whose it is; not final yet
+        self._feeds = 0  # iterables that may give more
+        self._waiting: dict[str, list[Submission]] = {}  # by evaluation, for whom: parts of submissions; not final yet
         self._unwatched = False  # something was added that the open watch does not know
-        self._all_submitted = False
-        self._abandoned = False
-        self._reports: queue.SimpleQueue[Reported | Exception | None] = queue.SimpleQueue()
+        self._left = False
+        self._news: deque[Reported | Exception] = deque()
 
-    def reports(self) -> Iterator[Reported]:
-        """What the threads report, until all is final; raises what they raised."""
-        while (report := self._reports.get()) is not None:
-            if isinstance(report, Exception):
-                raise report
-            yield report
-
-    def abandon(self) -> None:
-        """Nobody receives any more: the threads are to end at their next step."""
+    def feed(self, submissions: Iterable[Submission]) -> None:
+        """Submits what the iterable gives, as it comes, in a thread of its own."""
         with self._changed:
-            self._abandoned = True
-            self._changed.notify_all()
+            self._feeds += 1
+        threading.Thread(target=self._feed, args=(submissions,), name="submit", daemon=True).start()
 
-    def submit(self, submissions: Iterable[Submission]) -> None:
-        """Thread: creates the evaluations of one submission after the other."""
-        try:
-            for submission in submissions:
-                if self._abandoned:
-                    return
-                self._create(submission)
-            with self._changed:
-                self._all_submitted = True
-                self._changed.notify_all()
-        except Exception as error:  # raised to the caller of evaluate()
-            self._reports.put(error)
-
-    def _create(self, submission: Submission) -> None:
+    def submit(self, submission: Submission) -> None:
+        """Creates the evaluations now. To be called by whoever receives the reports, between two of them, so that the
+        flow cannot end meanwhile. Raises PreceptorError, Stopped."""
         answer = self._remote().call(self._stub.CreateEvaluations, submission.request)
         if len(answer.evaluations) != len(submission.keys):
             raise PreceptorError(
                 "INTERNAL", f"{len(submission.keys)} self-edits were sent, {len(answer.evaluations)} evaluations came"
             )
+        if answer.openings:
+            self._opened(answer.openings)
         keys_of: dict[str, list[EditKey]] = {}  # a self-edit that was written twice has one evaluation
         for key, evaluation in zip(submission.keys, answer.evaluations, strict=True):
             keys_of.setdefault(evaluation.id, []).append(key)
-        for evaluation in {evaluation.id: evaluation for evaluation in answer.evaluations}.values():
-            keys = tuple(keys_of[evaluation.id])
-            self._reports.put(Reported(keys, evaluation))
-            if evaluation.state not in FINAL:
-                with self._changed:
-                    self._waiting[evaluation.id] = self._waiting.get(evaluation.id, ()) + keys
+        with self._changed:
+            for evaluation in {evaluation.id: evaluation for evaluation in answer.evaluations}.values():
+                keys = tuple(keys_of[evaluation.id])
+                self._news.append(Reported(keys, evaluation, submission.kind))
+                if evaluation.state not in FINAL:
+                    part = Submission(keys, submission.request, submission.kind)
+                    self._waiting.setdefault(evaluation.id, []).append(part)
                     self._unwatched = True
-                    self._changed.notify_all()
+            self._changed.notify_all()
+
+    def reports(self) -> Iterator[Reported]:
+        """What becomes known, until every iterable has ended and all is final. Raises what the threads raised."""
+        while (news := self._next()) is not None:
+            if isinstance(news, Exception):
+                raise news
+            yield news
+
+    def leave(self) -> None:
+        """Nobody receives any more: the threads are to end at their next step."""
+        with self._changed:
+            self._left = True
+            self._changed.notify_all()
 
     def watch(self) -> None:
-        """Thread: watches all that is under way until everything submitted is final."""
+        """Thread: watches all that is under way until the caller leaves."""
         try:
             while self._something_to_watch():
                 for response in self._remote().follow(
                     self._stub.WatchEvaluations, self._watch_request, deadline=WATCH_SECONDS
                 ):
+                    evaluation = response.evaluation
                     with self._changed:
-                        keys = self._waiting.pop(response.evaluation.id, ())
-                        more = self._unwatched
-                    if keys:
-                        self._reports.put(Reported(keys, response.evaluation))
-                    if more or self._abandoned:
-                        break  # look at the groups that came meanwhile, too
-            self._reports.put(None)
-        except Exception as error:  # raised to the caller of evaluate()
-            self._reports.put(error)
+                        for part in self._waiting.pop(evaluation.id, ()):
+                            self._news.append(Reported(part.keys, evaluation, part.kind))
+                        self._changed.notify_all()
+                        more = self._unwatched or self._left
+                    if more:
+                        break  # look at what came meanwhile, too
+        except Exception as error:  # raised to the caller
+            self._tell(error)
+
+    def _next(self) -> Reported | Exception | None:
+        with self._changed:
+            while not self._news:
+                if not self._feeds and not self._waiting:
+                    return None
+                self._wait()
+            return self._news.popleft()
+
+    def _feed(self, submissions: Iterable[Submission]) -> None:
+        """Thread: one submission after the other."""
+        try:
+            for submission in submissions:
+                if self._left:
+                    return
+                self.submit(submission)
+        except Exception as error:  # raised to the caller
+            self._tell(error)
+        finally:
+            with self._changed:
+                self._feeds -= 1
+                self._changed.notify_all()
+
+    def _tell(self, error: Exception) -> None:
+        with self._changed:
+            self._news.append(error)
+            self._changed.notify_all()
+
+    def _wait(self) -> None:
+        """Waits for a change, a moment at most. Raises Stopped."""
+        self._changed.wait(LOOK_SECONDS)
+        if self._stop.is_set():
+            raise Stopped
 
     def _something_to_watch(self) -> bool:
-        """Waits until there is; False when everything is final or nobody receives."""
+        """Waits until there is; False when nobody receives."""
         with self._changed:
-            while not self._abandoned:
-                if self._waiting:
-                    return True
-                if self._all_submitted:
-                    return False
-                self._changed.wait(0.5)
-                if self._stop.is_set():
-                    raise Stopped
-            return False
+            while not self._left and not self._waiting:
+                self._wait()
+            return not self._left
 
     def _watch_request(self) -> evaluator.WatchEvaluationsRequest | None:
         with self._changed:

@@ -55,7 +55,7 @@ class Execution:
             self.progress.first_reward(record.first_reward_seconds)
         self._ledger = Ledger(engine, record.id, record.created, self._changed)
         self._teacher = TeacherClient(services.teacher, patience_seconds, self.stop)
-        self._evaluator = EvaluatorClient(services.evaluator, patience_seconds, self.stop)
+        self._evaluator = EvaluatorClient(services.evaluator, patience_seconds, self.stop, self._ledger.opened)
 
     def run(self) -> None:
         """Does what is left of the run. Raises PreceptorError, Stopped."""
@@ -80,7 +80,7 @@ class Execution:
     def _ask_again_after_resume(self) -> None:
         """A run that was resumed on request tries failed evaluations again, outside the rounds that are done."""
         if self._record.resumes:
-            self._ledger.forget_failures(round_stage(number) for number in self._ledger.finished_rounds())
+            self._ledger.ask_again(round_stage(number) for number in self._ledger.finished_rounds())
 
     def _base_policy(self) -> str:
         if self._record.base_policy:

@@ -23,7 +23,7 @@ from orchestrator.entries import HELDOUT, SELECTION, EditKey, Entry
 from orchestrator.evaluator_client import EvaluatorClient, Submission
 from orchestrator.ledger import Ledger
 from orchestrator.loop import most_common_failure
-from orchestrator.plan import RunPlan, own_text, under
+from orchestrator.plan import RunPlan, under
 from orchestrator.progress import Progress
 from orchestrator.stop import Stop
 from orchestrator.teacher_client import TeacherClient
@@ -31,6 +31,7 @@ from orchestrator.timing import RUN, RunClock
 from orchestrator.writing import Adapt, Writer, unchanged
 from preceptor.config import FixedStrategy
 from preceptor.errors import PreceptorError
+from preceptor.protocols import own_text
 from preceptor.v1 import types_pb2 as types
 
 UNTRAINED, TRAINED, FIXED, PASSAGE = "untrained_teacher", "trained_teacher", "fixed_strategy", "passage_only"
@@ -65,7 +66,7 @@ class HeldoutMeasurement:
         if not self._plan.heldout_tasks:
             return
         for report in self._evaluator.evaluate(self._submissions(base_policy, trained_policy)):
-            self._ledger.record(report.keys, report.evaluation)
+            self._ledger.record(report)
         entries = self._ledger.entries(HELDOUT)
         failed = [entry for entry in entries if entry.failed]
         if failed and not any(entry.reward is not None for entry in entries):

@@ -6,15 +6,29 @@ Whoever continues a run reads what is settled and does only the rest. Safe to us
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
-from sqlalchemy import Engine, delete, select
+from sqlalchemy import Engine, Select, and_, delete, select
 from sqlalchemy.orm import Session
 
-from orchestrator.entries import EditKey, Entry, round_stage
-from orchestrator.tables import EntryRow, RoundRow
+from orchestrator.entries import EditKey, Entry, Kind, round_stage
+from orchestrator.evaluator_client import FINAL, Reported
+from orchestrator.tables import EntryRow, MeasuredRow, OpeningRow, RoundGroupsRow, RoundRow
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import teacher_pb2 as teacher
 from preceptor.v1 import types_pb2 as types
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRound:
+    """A round that is done, and the policy after it: how many of its self-edits were offered to the teacher and kept,
+    and of how many groups nothing was (None: not counted when the round was made)."""
+
+    policy_id: str
+    kept: int
+    offered: int
+    groups: int | None = None
+    groups_dropped: int | None = None
 
 
 class Ledger:
@@ -43,73 +57,136 @@ class Ledger:
             session.commit()
         self._on_change(entries)
 
-    def record(self, keys: Iterable[EditKey], evaluation: evaluator.Evaluation) -> None:
-        """Notes what is known of the evaluation of the self-edits at ``keys``."""
+    def record(self, report: Reported) -> None:
+        """Notes what is known of an evaluation of the self-edits at its keys. What was final before stays until what
+        replaces it is: a race measures the same self-edit better and better."""
+        evaluation = report.evaluation
         # Known before: made before this run was. What the run itself asked for, and asks for again after a crash, is
         # not. (An evaluator that gives no time has its word taken.)
         cached = evaluation.cached and evaluation.create_time.ToMicroseconds() / 1e6 < self._created
         changed = []
         with Session(self._engine) as session:
-            for key in keys:
-                row = session.get_one(EntryRow, (self._run_id, key.stage, key.arm, key.task, key.index))
-                row.evaluation_id = evaluation.id
-                row.evaluation = evaluation.SerializeToString()
-                row.cached = row.cached or cached
-                changed.append(_entry(row))
+            for key in report.keys:
+                row = session.get_one(EntryRow, self._at(key))
+                measured = session.get(MeasuredRow, self._at(key))
+                data = evaluation.SerializeToString()
+                if report.kind is Kind.FULL:
+                    if report.final or not _is_final(row.evaluation):
+                        row.evaluation_id, row.evaluation = evaluation.id, data
+                        row.cached = row.cached or cached
+                else:
+                    if measured is None:
+                        measured = self._measured(key)
+                        session.add(measured)
+                    if report.final or not _is_final(getattr(measured, report.kind)):
+                        setattr(measured, report.kind, data)
+                changed.append(_entry(row, measured))
             session.commit()
         self._on_change(changed)
 
+    def stop(self, keys: Iterable[EditKey]) -> None:
+        """Notes that these are measured no further, for others of their group were better."""
+        changed = []
+        with Session(self._engine) as session:
+            for key in keys:
+                measured = session.get(MeasuredRow, self._at(key)) or self._measured(key)
+                measured.stopped = True
+                session.add(measured)
+                changed.append(_entry(session.get_one(EntryRow, self._at(key)), measured))
+            session.commit()
+        if changed:
+            self._on_change(changed)
+
     def entries(self, stage: str | None = None, arm: str | None = None) -> list[Entry]:
         """Lines in the order of their keys."""
-        query = select(EntryRow).where(EntryRow.run_id == self._run_id)
+        query = self._lines()
         if stage is not None:
             query = query.where(EntryRow.stage == stage)
         if arm is not None:
             query = query.where(EntryRow.arm == arm)
         with Session(self._engine) as session:
-            return sorted((_entry(row) for row in session.scalars(query)), key=lambda entry: entry.key)
+            return sorted((_entry(*row) for row in session.execute(query)), key=lambda entry: entry.key)
 
     def page(self, round_number: int, offset: int, limit: int) -> list[Entry]:
         """Lines of one round, or of all rounds for 0, in the order of their keys."""
         rounds = EntryRow.stage.like("round-%") if round_number == 0 else EntryRow.stage == round_stage(round_number)
-        query = select(EntryRow).where(EntryRow.run_id == self._run_id, rounds)
+        query = self._lines().where(rounds)
         query = query.order_by(EntryRow.stage, EntryRow.task, EntryRow.index).offset(offset).limit(limit)
         with Session(self._engine) as session:
-            return [_entry(row) for row in session.scalars(query)]
+            return [_entry(*row) for row in session.execute(query)]
 
-    def forget_failures(self, stages_done: Iterable[str]) -> None:
-        """Failed evaluations outside the finished stages are to be asked for again (a run resumed on request)."""
+    def ask_again(self, stages_done: Iterable[str]) -> None:
+        """What failed outside the finished stages is to be asked for again (a run resumed on request), and whatever
+        followed from it: a race that had lost somebody may take another course."""
         done = set(stages_done)
-        again = [entry.key for entry in self.entries() if entry.failed and entry.key.stage not in done]
+        open_ = [entry for entry in self.entries() if entry.key.stage not in done]
+        failed = {(entry.key.stage, entry.key.arm, entry.key.task) for entry in open_ if entry.failed}
+        again = [entry for entry in open_ if (entry.key.stage, entry.key.arm, entry.key.task) in failed]
         with Session(self._engine) as session:
-            for key in again:
-                row = session.get_one(EntryRow, (self._run_id, key.stage, key.arm, key.task, key.index))
+            for entry in again:
+                row = session.get_one(EntryRow, self._at(entry.key))
                 row.evaluation_id, row.evaluation = "", None
+                if (measured := session.get(MeasuredRow, self._at(entry.key))) is not None:
+                    session.delete(measured)
             session.commit()
         self._on_change(self.entries())
+
+    # Sealed questions
+
+    def opened(self, openings: Iterable[evaluator.SealedOpening]) -> None:
+        """Notes how many owners have asked for tasks' sealed questions so far, this run included."""
+        with Session(self._engine) as session:
+            for opening in openings:
+                row = session.get(OpeningRow, (self._run_id, opening.task_id))
+                most = max(opening.owners, row.owners if row else 0)
+                session.merge(OpeningRow(run_id=self._run_id, task_id=opening.task_id, owners=most))
+            session.commit()
+
+    def openings(self) -> dict[str, int]:
+        """By task, the most that was noted."""
+        with Session(self._engine) as session:
+            rows = session.scalars(select(OpeningRow).where(OpeningRow.run_id == self._run_id))
+            return {row.task_id: row.owners for row in rows}
 
     # Rounds
 
     def finish_round(self, number: int, policy: teacher.Policy) -> None:
         """The round is done and this is the policy after it."""
+        values = {"run_id": self._run_id, "round": number}
         with Session(self._engine) as session:
-            session.execute(delete(RoundRow).where(RoundRow.run_id == self._run_id, RoundRow.round == number))
-            session.add(
-                RoundRow(
-                    run_id=self._run_id,
-                    round=number,
-                    policy_id=policy.id,
-                    kept=policy.kept,
-                    offered=policy.offered,
-                )
-            )
+            for table in (RoundRow, RoundGroupsRow):
+                session.execute(delete(table).where(table.run_id == self._run_id, table.round == number))
+            session.add(RoundRow(**values, policy_id=policy.id, kept=policy.kept, offered=policy.offered))
+            session.add(RoundGroupsRow(**values, groups=policy.groups, dropped=policy.groups_dropped))
             session.commit()
 
-    def finished_rounds(self) -> dict[int, RoundRow]:
+    def finished_rounds(self) -> dict[int, FinishedRound]:
         """The finished rounds by number."""
-        with Session(self._engine, expire_on_commit=False) as session:
-            rows = session.scalars(select(RoundRow).where(RoundRow.run_id == self._run_id).order_by(RoundRow.round))
-            return {row.round: row for row in rows}
+        same = and_(RoundGroupsRow.run_id == RoundRow.run_id, RoundGroupsRow.round == RoundRow.round)
+        query = select(RoundRow, RoundGroupsRow).outerjoin(RoundGroupsRow, same)
+        query = query.where(RoundRow.run_id == self._run_id).order_by(RoundRow.round)
+        with Session(self._engine) as session:
+            return {
+                row.round: FinishedRound(
+                    row.policy_id,
+                    row.kept,
+                    row.offered,
+                    *((groups.groups, groups.dropped) if groups is not None else (None, None)),
+                )
+                for row, groups in session.execute(query)
+            }
+
+    def _at(self, key: EditKey) -> tuple[str, str, str, int, int]:
+        return self._run_id, key.stage, key.arm, key.task, key.index
+
+    def _measured(self, key: EditKey) -> MeasuredRow:
+        place = dict(zip(("run_id", "stage", "arm", "task", "index"), self._at(key), strict=True))
+        return MeasuredRow(**place, stopped=False)
+
+    def _lines(self) -> Select[EntryRow, MeasuredRow]:
+        names = ("run_id", "stage", "arm", "task", "index")
+        same = and_(*(getattr(MeasuredRow, name) == getattr(EntryRow, name) for name in names))
+        return select(EntryRow, MeasuredRow).outerjoin(MeasuredRow, same).where(EntryRow.run_id == self._run_id)
 
     def _row(self, entry: Entry) -> EntryRow:
         return EntryRow(
@@ -126,7 +203,7 @@ class Ledger:
         )
 
 
-def _entry(row: EntryRow) -> Entry:
+def _entry(row: EntryRow, measured: MeasuredRow | None) -> Entry:
     return Entry(
         key=EditKey(row.stage, row.arm, row.task, row.index),
         task_id=row.task_id,
@@ -134,6 +211,18 @@ def _entry(row: EntryRow) -> Entry:
         completion=row.completion,
         malformed=row.malformed,
         self_edit=types.SelfEdit.FromString(row.self_edit) if row.self_edit is not None else None,
-        evaluation=evaluator.Evaluation.FromString(row.evaluation) if row.evaluation is not None else None,
+        evaluation=_evaluation(row.evaluation),
         cached=row.cached,
+        look=_evaluation(measured.look) if measured else None,
+        fresh=_evaluation(measured.fresh) if measured else None,
+        stopped=measured.stopped if measured else False,
     )
+
+
+def _evaluation(data: bytes | None) -> evaluator.Evaluation | None:
+    return None if data is None else evaluator.Evaluation.FromString(data)
+
+
+def _is_final(data: bytes | None) -> bool:
+    known = _evaluation(data)
+    return known is not None and known.state in FINAL

@@ -3,7 +3,7 @@
     for each round:
         the policy writes K self-edits for each of the round's tasks
         each group goes to the evaluator as soon as it is written; workers fine-tune the pinned student on each
-        self-edit and measure what it then knows
+        self-edit and measure what it then knows; where the run races, the better ones go on (orchestrator/heats.py)
         the rewarded self-edits train the next policy
 
 Promises
@@ -19,7 +19,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from orchestrator.entries import Entry, round_stage
-from orchestrator.evaluator_client import EvaluatorClient, Submission
+from orchestrator.evaluator_client import EvaluatorClient
+from orchestrator.heats import Heats
 from orchestrator.ledger import Ledger
 from orchestrator.plan import RunPlan
 from orchestrator.progress import Progress
@@ -63,25 +64,31 @@ class Loop:
         return policy_id
 
     def _round(self, number: int, policy_id: str) -> str:
-        for report in self._evaluator.evaluate(self._written(number, policy_id)):
-            self._ledger.record(report.keys, report.evaluation)
+        heats = Heats(self._plan, number)
+        with self._evaluator.flow() as flow:
+            flow.feed(heats.start(self._written(number, policy_id)))
+            for report in flow.reports():
+                self._ledger.record(report)
+                following = heats.take(report)
+                self._ledger.stop(following.stopped)
+                for submission in following.submissions:
+                    flow.submit(submission)
         entries = self._ledger.entries(round_stage(number))
         self._refuse_too_many_failures(number, entries)
         policy = self._learn(number, policy_id, entries)
         self._ledger.finish_round(number, policy)
         return policy.id
 
-    def _written(self, number: int, policy_id: str) -> Iterator[Submission]:
+    def _written(self, number: int, policy_id: str) -> Iterator[list[Entry]]:
         """The round's groups as they are written. Runs beside the evaluations that they lead to."""
         self._enter(number, "generate", "writing and evaluating")
         request = self._plan.round_generation(number, policy_id)
-        groups = self._writer.groups(round_stage(number), request, {"": unchanged})
-        yield from self._plan.round_submissions(number, groups)
+        yield from self._writer.groups(round_stage(number), request, {"": unchanged})
         self._enter(number, "evaluate", "evaluating")
 
     def _refuse_too_many_failures(self, number: int, entries: list[Entry]) -> None:
         failed = [entry for entry in entries if entry.failed]
-        tried = len(failed) + sum(entry.reward is not None for entry in entries)
+        tried = sum(entry.failed or entry.stopped or entry.reward is not None for entry in entries)
         if tried and len(failed) / tried > self._plan.config.rounds.max_failed_share:
             raise PreceptorError(
                 "TOO_MANY_FAILURES",
@@ -103,10 +110,6 @@ class Loop:
 
 def most_common_failure(failed: list[Entry]) -> str:
     """Reason and message that most of the failures share."""
-    reasons = Counter(
-        (entry.evaluation.failure.reason, entry.evaluation.failure.message)
-        for entry in failed
-        if entry.evaluation is not None
-    )
+    reasons = Counter((one.failure.reason, one.failure.message) for entry in failed for one in entry.failures)
     (reason, message), _ = reasons.most_common(1)[0]
     return f"most: {reason or 'CANCELLED'}, {message or 'cancelled by somebody else'}"

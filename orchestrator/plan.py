@@ -11,22 +11,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from orchestrator.entries import Entry, round_stage
+from orchestrator.entries import Entry, Kind, round_stage
 from orchestrator.evaluator_client import Submission
+from orchestrator.heats import GroupSettings, Measurement
 from orchestrator.run_store import RunRecord
-from preceptor.config import FixedStrategy, RunConfig, TrainingConfig
-from preceptor.convert import for_teacher, mask_to_proto
-from preceptor.names import derived_seed
-from preceptor.tasks import LossMask
+from preceptor.config import FixedStrategy, RunConfig
+from preceptor.convert import for_teacher
+from preceptor.groups import advantages
+from preceptor.names import content_id, derived_seed
+from preceptor.protocols import as_trained, chosen_probes, evaluation_protocol, look_protocol
+from preceptor.racing import RaceSettings
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import teacher_pb2 as teacher
-from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
 
 # Arms whose edits need no teacher; those of Task.reference_edits are left out where the tasks bring none.
 REFERENCE_ARMS = ("oracle", "shuffled_facts")
-# The most that a directive may ask for.
-MAX_EPOCHS = 1024
+# The most that the evaluator takes in one request.
+MAX_SELF_EDITS = 1024
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,12 @@ class RunPlan:
         return self.generation(policy_id, self.heldout_tasks, samples=1, prompt_format=prompt_format, seed=seed)
 
     def update(self, number: int, parent_id: str, entries: Sequence[Entry]) -> teacher.UpdatePolicyRequest:
-        """The round's update from its rewarded self-edits; what failed or was malformed is not among them."""
+        """The round's update from its rewarded self-edits; what failed, was malformed or was stopped without a reward
+        is not among them.
+
+        Where the best of a group were measured again on fresh seeds, that alone counts for them, in their group's mean
+        too, and the others are there for comparison: the seeds that chose somebody flatter him.
+        """
         tasks = {task.id: task for task in self.tasks_of_round(number)}
         settings = self.config.update
         request = teacher.UpdatePolicyRequest(
@@ -143,34 +150,80 @@ class RunPlan:
             seed=self._seed("update", number),
             activate=False,  # several runs may learn at once; the last policy is activated when its run succeeds
         )
+        groups: dict[str, list[Entry]] = {}
         for entry in entries:
-            if (reward := entry.reward) is not None:
-                request.examples.add(
-                    group_id=entry.task_id,
-                    task=for_teacher(tasks[entry.task_id]),
+            if entry.earned is not None:
+                groups.setdefault(entry.task_id, []).append(entry)
+        for task_id, group in groups.items():
+            measured = [entry.fresh or entry.evaluation for entry in group]
+            differences = advantages([one for one in measured if one is not None])
+            for entry, (advantage, stderr) in zip(group, differences, strict=True):
+                assert entry.earned is not None
+                example = request.examples.add(
+                    group_id=task_id,
+                    task=for_teacher(tasks[task_id]),
                     completion=entry.completion,
                     prompt_format=self.config.teacher.prompt_format,
-                    reward=reward.value,
-                    reward_stderr=reward.stderr,
+                    reward=entry.earned.value,
+                    reward_stderr=entry.earned.stderr,
+                    only_compared=bool(self.config.reward.fresh_seeds) and entry.fresh is None,
                 )
+                if len(group) > 1:  # one alone has nothing to be compared with
+                    example.advantage, example.advantage_stderr = advantage, stderr
         return request
 
     # What is asked of the evaluator
 
-    # A group is one task's entries. Which groups share a request, and so train together, depends on their order alone:
-    # a request is made again, and is the same, as long as one of its entries is not settled.
+    # A group is one task's entries. Which groups share a request, and so train together, depends on their order and
+    # on results alone: a request is made again, and is the same, by whoever goes on with the run.
 
-    def round_submissions(self, number: int, groups: Iterable[Sequence[Entry]]) -> Iterator[Submission]:
-        """A round's groups. All candidates share the round's trial seeds (common random numbers)."""
-        protocol = self._training_protocol("trial", number)
-        for some in self._together(groups, self.config.reward.seeds):
-            yield self._submission("", self.tasks_of_round(number), some, protocol)
+    @cached_property
+    def groups(self) -> GroupSettings:
+        """How the groups of the rounds are measured."""
+        reward, top = self.config.reward, self.config.update.top_k
+        race = None if reward.race is None else RaceSettings(**reward.race.model_dump(), top=top)
+        return GroupSettings(race, reward.seeds, reward.fresh_seeds, top)
+
+    def heats(self, groups: Iterable[Sequence[Entry]]) -> Iterator[list[Sequence[Entry]]]:
+        """Groups in a row that are measured together: of which a usual step has enough trials to train together.
+
+        A race's later steps are about near-ties, two at least; so a heat of races is larger than its first step needs.
+        """
+
+        def trials(group: Sequence[Entry]) -> int:
+            return len(group) * self.config.reward.seeds if self.groups.race is None else max(2, self.groups.top)
+
+        return self._together(groups, trials)
+
+    def trial_seeds(self, number: int, count: int) -> list[int]:
+        """The first seeds of a round's trials, which all its candidates share (common random numbers)."""
+        return [self._seed("trial", number, i) for i in range(count)]
+
+    def round_submission(self, number: int, measurement: Measurement, groups: Sequence[Sequence[Entry]]) -> Submission:
+        """Measures these entries of some groups of a round, in their order."""
+        keys = [[entry.key.task, entry.key.index] for group in groups for entry in group]
+        # What is asked follows from results. Where these changed under the run (another one had a failed evaluation
+        # tried again), it is another question, and needs another id.
+        part = f"{measurement.kind}-{measurement.seeds}-{content_id('of', keys)}"
+        protocol = self._round_protocol(number, measurement)
+        return self._submission(part, self.tasks_of_round(number), groups, protocol, measurement.kind)
+
+    def _round_protocol(self, number: int, measurement: Measurement) -> evaluator.EvaluationProtocol:
+        if measurement.kind is Kind.FRESH:
+            return self._training_protocol([self._seed("fresh", number, i) for i in range(measurement.seeds)])
+        protocol = self._training_protocol(self.trial_seeds(number, measurement.seeds))
+        if measurement.kind is Kind.LOOK:
+            assert self.groups.race is not None
+            return look_protocol(protocol, self.groups.race.look_steps)
+        return protocol
 
     def selection_submissions(self, candidate: int, groups: Iterable[Sequence[Entry]]) -> Iterator[Submission]:
         """Each task's self-edits under the candidates for the fixed strategy of which ``candidate`` is the first."""
-        protocol = self._training_protocol("selection", 0)
-        for some in self._together(groups, self.config.reward.seeds):
-            yield self._submission(str(candidate), self.selection_tasks, some, protocol)
+        seeds = self.config.reward.seeds
+        protocol = self._training_protocol([self._seed("selection", 0, i) for i in range(seeds)])
+        for some in self._together(groups, lambda group: len(group) * seeds):
+            if _unsettled(some):
+                yield self._submission(str(candidate), self.selection_tasks, some, protocol)
 
     def heldout_submissions(self, name: str, groups: Iterable[Sequence[Entry]]) -> Iterator[Submission]:
         """Each held-out task's self-edits of some arms; ``name`` tells apart the requests of one task."""
@@ -179,27 +232,29 @@ class RunPlan:
         def bank(group: Sequence[Entry]) -> types.QuestionBank.ValueType:
             return heldout_bank(self.heldout_tasks[group[0].key.task])
 
-        for some in self._together(groups, seeds, bank):
-            protocol = self._protocol(bank(some[0]), self.probes, "heldout", 0, seeds)
-            yield self._submission(name, self.heldout_tasks, some, protocol)
+        for some in self._together(groups, lambda group: len(group) * seeds, bank):
+            if _unsettled(some):
+                yield self._submission(name, self.heldout_tasks, some, self._heldout_protocol(bank(some[0])))
 
     def _together(
         self,
         groups: Iterable[Sequence[Entry]],
-        seeds: int,
+        trials: Callable[[Sequence[Entry]], int],
         asked: Callable[[Sequence[Entry]], object] = lambda _group: None,
     ) -> Iterator[list[Sequence[Entry]]]:
-        """Groups in a row that have enough trials to train together and are ``asked`` alike, unless all is settled."""
+        """Groups in a row that have enough ``trials`` to train together and are ``asked`` alike."""
         some: list[Sequence[Entry]] = []
         for group in groups:
-            if some and asked(group) != asked(some[0]):
-                yield from _unsettled(some)
+            full = sum(map(len, some)) + len(group) > MAX_SELF_EDITS
+            if some and (full or asked(group) != asked(some[0])):
+                yield some
                 some = []
             some.append(group)
-            if sum(map(len, some)) * seeds >= self.config.reward.trials_together:
-                yield from _unsettled(some)
+            if sum(map(trials, some)) >= self.config.reward.trials_together:
+                yield some
                 some = []
-        yield from _unsettled(some)
+        if some:
+            yield some
 
     def _submission(
         self,
@@ -207,6 +262,7 @@ class RunPlan:
         tasks: Sequence[types.Task],
         groups: Sequence[Sequence[Entry]],
         protocol: evaluator.EvaluationProtocol,
+        kind: Kind = Kind.FULL,
     ) -> Submission:
         first = groups[0][0]
         valid = [[entry for entry in group if entry.self_edit is not None] for group in groups]
@@ -220,50 +276,36 @@ class RunPlan:
             protocol=protocol,
             student=self.student,
         )
-        return Submission(tuple(entry.key for group in valid for entry in group), request)
+        return Submission(tuple(entry.key for group in valid for entry in group), request, kind)
 
     def _task_edits(self, task: types.Task, entries: Sequence[Entry]) -> evaluator.TaskSelfEdits:
-        edits = [self._as_trained(entry.self_edit) for entry in entries if entry.self_edit is not None]
-        asked = evaluator.TaskSelfEdits(task=task, self_edits=edits)
+        edits = [entry.self_edit for entry in entries if entry.self_edit is not None]
+        training = self.config.training
+        asked = evaluator.TaskSelfEdits(task=task, self_edits=[as_trained(edit, training) for edit in edits])
         asked.task.ClearField("reference_edits")
         return asked
 
-    def _as_trained(self, self_edit: types.SelfEdit) -> types.SelfEdit:
-        """A recipe is followed as published: no directive changes it."""
-        return types.SelfEdit(documents=self_edit.documents) if self.config.training.recipe else self_edit
-
-    def _training_protocol(self, purpose: str, number: int) -> evaluator.EvaluationProtocol:
-        probes = self.probes
-        if len(probes) > self.config.reward.probes:
-            # One choice for the whole run, so that the untouched student is asked once.
-            chosen = random.Random(self._seed("probes")).sample(range(len(probes)), self.config.reward.probes)
-            probes = tuple(probes[i] for i in sorted(chosen))
-        return self._protocol(types.QUESTION_BANK_REWARD, probes, purpose, number, self.config.reward.seeds)
-
-    def _protocol(
-        self,
-        bank: types.QuestionBank.ValueType,
-        probes: Sequence[types.Question],
-        purpose: str,
-        number: int,
-        seeds: int,
-    ) -> evaluator.EvaluationProtocol:
-        training = self.config.training.model_dump(exclude={"recipe", "include_passage", "loss_mask"})
-        loss_mask = mask_to_proto(LossMask(self.config.training.loss_mask))
-        reward = self.config.reward
-        return evaluator.EvaluationProtocol(
-            training=trial.TrainingSettings(**training, loss_mask=loss_mask),
-            answers=trial.AnswerSettings(**self.config.answers.model_dump()),
-            probes=probes,
+    def _training_protocol(self, seeds: Sequence[int]) -> evaluator.EvaluationProtocol:
+        return evaluation_protocol(
+            self.config,
+            bank=types.QUESTION_BANK_REWARD,
+            probes=chosen_probes(self.config, self.probes),
             replay_documents=self.replay_documents,
-            bank=bank,
-            grader=reward.grader,
-            weights=evaluator.RewardWeights(
-                gain=reward.gain, retention_loss=reward.retention_loss, gold_logprob_gain=reward.gold_logprob_gain
-            ),
-            seeds=[self._seed(purpose, number, i) for i in range(seeds)],
-            include_passage=self.config.training.include_passage,
+            seeds=seeds,
         )
+
+    def _heldout_protocol(self, bank: types.QuestionBank.ValueType) -> evaluator.EvaluationProtocol:
+        protocol = evaluation_protocol(
+            self.config,
+            bank=bank,
+            probes=self.probes,
+            replay_documents=self.replay_documents,
+            seeds=[self._seed("heldout", 0, i) for i in range(self.config.heldout.seeds)],
+        )
+        # The measurement is made with labels, however the teacher was rewarded: confidence is not asked for.
+        protocol.answers.samples, protocol.answers.certainty = 0, False
+        protocol.weights.certainty_gain = protocol.weights.agreement_gain = 0.0
+        return protocol
 
     def _seed(self, *parts: str | int) -> int:
         return derived_seed(self.config.seed, *parts)
@@ -274,9 +316,8 @@ class RunPlan:
         return ".".join((self.run_id, str(self.resumes), *parts))
 
 
-def _unsettled(groups: list[Sequence[Entry]]) -> Iterator[list[Sequence[Entry]]]:
-    if not all(entry.settled for group in groups for entry in group):
-        yield groups
+def _unsettled(groups: Sequence[Sequence[Entry]]) -> bool:
+    return not all(entry.settled for group in groups for entry in group)
 
 
 def heldout_bank(task: types.Task) -> types.QuestionBank.ValueType:
@@ -291,14 +332,3 @@ def under(strategy: FixedStrategy, self_edit: types.SelfEdit) -> types.SelfEdit:
         learning_rate=strategy.learning_rate, epochs=strategy.epochs, replay_share=strategy.replay_share
     )
     return types.SelfEdit(documents=self_edit.documents, directive=directive)
-
-
-def own_text(task: types.Task, training: TrainingConfig) -> types.SelfEdit:
-    """The passage as the only study material, one document a line, under the run's own training settings.
-
-    A passage is often a single line, which the usual number of epochs would show only a few times; where the run has
-    a token budget, the passage is repeated until it is spent, as much training as any other material can get.
-    """
-    lines = [line.strip() for line in task.passage.text.splitlines()]
-    directive = types.Directive(epochs=MAX_EPOCHS) if training.max_train_tokens else types.Directive()
-    return types.SelfEdit(documents=[line for line in lines if line], directive=directive)

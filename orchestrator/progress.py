@@ -27,11 +27,9 @@ class _Mark:
     created: bool
     failed: bool
     cached: bool
+    stopped: bool
+    settled: bool
     reward: float | None
-
-    @property
-    def settled(self) -> bool:
-        return self.malformed or self.failed or self.reward is not None
 
 
 class Progress:
@@ -60,12 +58,14 @@ class Progress:
         """These ledger lines are new or have changed."""
         with self._change():
             for entry in entries:
-                reward = entry.reward
+                reward = entry.earned
                 self._marks[entry.key] = _Mark(
                     malformed=bool(entry.malformed),
-                    created=entry.evaluation is not None,
+                    created=entry.evaluation is not None or entry.look is not None,
                     failed=entry.failed,
                     cached=entry.cached,
+                    stopped=entry.stopped,
+                    settled=entry.settled,
                     reward=None if reward is None else reward.value,
                 )
 
@@ -116,6 +116,7 @@ class Progress:
         message.evaluations_running = sum(mark.created and not mark.settled for mark in values)
         message.evaluations_cached = sum(mark.cached for mark in values)
         message.self_edits_malformed = sum(mark.malformed for mark in values)
+        message.self_edits_stopped = sum(mark.stopped for mark in values)
         message.rewards.extend(_round_rewards(marks))
         running = state == pb.RUN_STATE_RUNNING and share >= MIN_SHARE_FOR_ESTIMATE
         message.seconds_left = elapsed * (1 - share) / share if running else -1.0
@@ -130,6 +131,7 @@ class Progress:
 
 
 def _round_rewards(marks: dict[EditKey, _Mark]) -> list[pb.RoundReward]:
+    """By round, the mean of what is measured; after looks that is the better part of each group."""
     by_round: dict[int, list[tuple[int, float]]] = {}
     for key, mark in sorted(marks.items()):
         if mark.reward is not None and key.stage not in (SELECTION, HELDOUT):

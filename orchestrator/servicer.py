@@ -17,6 +17,7 @@ from orchestrator.validation import require_request_id, validated
 from preceptor.channel import call
 from preceptor.config import RunConfig
 from preceptor.errors import PreceptorError
+from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import orchestrator_pb2 as pb
 from preceptor.v1 import orchestrator_pb2_grpc, teacher_pb2
 from preceptor.v1 import student_pb2 as student
@@ -44,6 +45,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         record = self._store.find_request(request.request_id, body)
         if record is None:
             self._check_formats(config)
+            self._check_grader(config)
             get_student = student.GetStudentRequest(name=config.student.name)
             answer = call(self._services.student.GetStudent, get_student, deadline=CHECK_DEADLINE_SECONDS)
             record = self._store.create(request, body, config, answer.student.pinned)
@@ -120,6 +122,17 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
                 message = f"no prompt format named {name!r}; there are: {', '.join(known)}"
                 raise PreceptorError("UNKNOWN_PROMPT_FORMAT", message, field=field)
 
+    def _check_grader(self, config: RunConfig) -> None:
+        """Asks the evaluator now, so that a judge that is not set is not found after the first self-edits. Whether the
+        judge answers is not asked: an outage is waited for when it is there."""
+        request = evaluator.GradeAnswersRequest(grader=config.reward.grader)
+        try:
+            call(self._services.evaluator.GradeAnswers, request, deadline=CHECK_DEADLINE_SECONDS)
+        except PreceptorError as error:
+            if error.reason not in ("JUDGE_NOT_SET", "GRADER_UNKNOWN"):
+                raise
+            raise PreceptorError(error.reason, error.message, field="reward.grader") from None
+
 
 def _body(request: pb.CreateRunRequest | pb.CancelRunRequest | pb.ResumeRunRequest) -> bytes:
     """What a request asks for, as bytes that equal requests share. Its type counts: one id is for one kind."""
@@ -171,6 +184,12 @@ def _line(entry: Entry, title: str) -> pb.LedgerSelfEdit:
         line.evaluation_id = entry.evaluation.id
     if (reward := entry.reward) is not None:
         line.reward.CopyFrom(reward)
-    if entry.failed and entry.evaluation is not None:
-        line.failure.CopyFrom(entry.evaluation.failure)
+    if entry.failures:
+        line.failure.CopyFrom(entry.failures[0].failure)
+    line.stopped = entry.stopped
+    for field, found in (("look", entry.look), ("fresh", entry.fresh)):
+        if found is not None and found.state == evaluator.EVALUATION_STATE_SUCCEEDED:
+            getattr(line, field).CopyFrom(found.reward)
+    if (measured := entry.evaluation or entry.look) is not None and measured.HasField("overlap"):
+        line.overlap.CopyFrom(measured.overlap)
     return line

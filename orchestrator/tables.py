@@ -62,6 +62,39 @@ class EntryRow(Base):
     cached: Mapped[bool] = mapped_column(default=False)
 
 
+class MeasuredRow(Base):
+    """What was measured of a ledger line beside its evaluation. A line of which nothing was has no row."""
+
+    __tablename__ = "measurements"
+    run_id: Mapped[str] = mapped_column(String(96), primary_key=True)
+    stage: Mapped[str] = mapped_column(String(16), primary_key=True)
+    arm: Mapped[str] = mapped_column(String(64), primary_key=True)
+    task: Mapped[int] = mapped_column(primary_key=True)
+    index: Mapped[int] = mapped_column("sample_index", primary_key=True)
+    look: Mapped[bytes | None] = mapped_column(LargeBinary)
+    fresh: Mapped[bytes | None] = mapped_column(LargeBinary)
+    stopped: Mapped[bool] = mapped_column(default=False)
+
+
+class RoundGroupsRow(Base):
+    """How many groups a finished round offered to the teacher, and how many of them taught it nothing."""
+
+    __tablename__ = "round_groups"
+    run_id: Mapped[str] = mapped_column(String(96), primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True)
+    groups: Mapped[int]
+    dropped: Mapped[int]
+
+
+class OpeningRow(Base):
+    """How many owners had asked a task's sealed questions when this run had."""
+
+    __tablename__ = "openings"
+    run_id: Mapped[str] = mapped_column(String(96), primary_key=True)
+    task_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    owners: Mapped[int]
+
+
 class SecondsRow(Base):
     """Time that a run's stage has spent in a phase, over all its processes."""
 

@@ -1,6 +1,7 @@
 """An EvaluatorService that counts words instead of training. Scripted: plumbing only, no reward of it means anything.
 
-It keeps the contract: evaluations are content-addressed, take a moment, are cancelled by owner, and can fail. A
+It keeps the contract: evaluations are content-addressed, take a moment, are cancelled by owner, and can fail; a look
+(``AnswerSettings.logprobs_only``) has log-probabilities and no answers, and a trial with the same seed is the same. A
 student "knows" as many answers as documents begin with ``good`` (or are an oracle's). Its state outlives a restart of
 the server that serves it.
 """
@@ -14,8 +15,10 @@ from collections.abc import Callable, Iterator
 
 import grpc
 
+from preceptor.convert import bank_from_proto
 from preceptor.errors import PreceptorError
 from preceptor.names import content_id, derived_seed, message_json, sha256, student_identity
+from preceptor.tasks import Bank
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import evaluator_pb2_grpc
 from preceptor.v1 import types_pb2 as types
@@ -40,6 +43,8 @@ class ScriptedEvaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
         self._ends: dict[str, float] = {}
         self._owners: dict[str, set[str]] = {}
         self._answered: dict[str, str] = {}  # request id -> hash of the body
+        self._openings: dict[str, set[str]] = {}  # task id -> owners who asked for its sealed questions
+        self.graders = {"", "exact", "lexical"}  # those it has
         self.requests: list[pb.CreateEvaluationsRequest] = []
         self.cancelled_owners: list[str] = []
 
@@ -58,6 +63,10 @@ class ScriptedEvaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
             for group in (pb.TaskSelfEdits(task=request.task, self_edits=request.self_edits), *request.more):
                 for edit in group.self_edits:
                     self._create(request, again, group.task, edit, answer)
+                if bank_from_proto(request.protocol.bank) is Bank.SEALED:
+                    owners = self._openings.setdefault(group.task.id, set())
+                    owners.add(request.owner)
+                    answer.openings.add(task_id=group.task.id, owners=len(owners))
             self._changed.notify_all()
         return answer
 
@@ -93,6 +102,15 @@ class ScriptedEvaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
                     cancelled += 1
             self._changed.notify_all()
         return pb.CancelEvaluationsResponse(cancelled=cancelled)
+
+    def GradeAnswers(self, request: pb.GradeAnswersRequest, context: grpc.ServicerContext) -> pb.GradeAnswersResponse:
+        """Right is what equals the gold answer. A grader that it does not have needs a judge that is not set."""
+        if request.grader not in self.graders:
+            raise PreceptorError("JUDGE_NOT_SET", f"no judge for {request.grader!r}", field="grader")
+        pairs = zip(request.questions, request.answers, strict=True)
+        return pb.GradeAnswersResponse(
+            correct=[question.answer == answer for question, answer in pairs], grader=f"{request.grader}/scripted"
+        )
 
     def GetQueueStatus(
         self, request: pb.GetQueueStatusRequest, context: grpc.ServicerContext
@@ -150,24 +168,40 @@ class ScriptedEvaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
 
 
 def _measure(result: pb.Evaluation, request: pb.CreateEvaluationsRequest, task: types.Task) -> None:
-    bank = request.protocol.bank or types.QUESTION_BANK_REWARD
+    """One trial's answers depend on task, self-edit and seed alone, so a trial is the same in any evaluation."""
+    protocol = request.protocol
+    bank = protocol.bank or types.QUESTION_BANK_REWARD
     questions = sum(question.bank == bank for question in task.passage.questions)
     documents = result.self_edit.documents
     good = sum(document.startswith(("good", "right")) for document in documents) / len(documents)
-    accuracies = []
-    for seed in request.protocol.seeds:
-        dice = random.Random(derived_seed(result.id, seed))
-        correct = [dice.random() < 0.9 * good + 0.03 for _ in range(questions)]
-        accuracies.append(sum(correct) / questions)
-        result.trials.add(seed=seed, accuracy=accuracies[-1], correct=correct, steps=10, trained_tokens=500)
-    accuracy = sum(accuracies) / len(accuracies)
-    reward = types.Reward(accuracy=accuracy, baseline_accuracy=0.0, questions=questions, seeds=len(accuracies))
-    reward.terms["gain"] = accuracy
-    reward.value = accuracy
-    if request.protocol.probes:
-        reward.baseline_retention = 1.0
-        reward.retention = 1.0 - 0.3 * random.Random(result.id).random()
-        reward.terms["retention_loss"] = 1.0 - reward.retention
-        reward.value -= request.protocol.weights.retention_loss * reward.terms["retention_loss"]
+    look = protocol.answers.logprobs_only
+    lost = 0.0 if look or not protocol.probes else 0.3 * random.Random(result.task_id + str(result.self_edit)).random()
+    for seed in sorted(protocol.seeds):
+        dice = random.Random(derived_seed(task.id, message_json(result.self_edit), bank, seed, look))
+        correct = [] if look else [dice.random() < 0.9 * good + 0.03 for _ in range(questions)]
+        gained = [4 * good + dice.gauss(0, 0.5) for _ in range(questions)]  # nats over the untouched student
+        values = [float(right) for right in correct] or gained
+        trial = result.trials.add(
+            seed=seed,
+            correct=correct,
+            gold_logprobs=[nats - 5 for nats in gained],
+            value=sum(values) / questions - protocol.weights.retention_loss * lost,
+            values=values,
+            steps=protocol.training.max_steps if look else 10,
+            trained_tokens=100 if look else 500,
+        )
+        trial.accuracy = sum(correct) / questions
+    result.baseline.CopyFrom(pb.TrialReport(correct=[False] * (0 if look else questions)))
+    result.baseline.gold_logprobs.extend([-5.0] * questions)
+    trials = result.trials
+    accuracy = sum(trial.accuracy for trial in trials) / len(trials)
+    value = sum(trial.value for trial in trials) / len(trials)
+    reward = types.Reward(value=value, accuracy=accuracy, questions=questions, seeds=len(trials))
+    reward.terms["gold_logprob_gain"] = sum(sum(t.gold_logprobs) / questions + 5 for t in trials) / len(trials)
+    if not look:
+        reward.terms["gain"] = accuracy
+    if lost or protocol.probes:
+        reward.baseline_retention, reward.retention = 1.0, 1.0 - lost
+        reward.terms["retention_loss"] = lost
     reward.stderr = (accuracy * (1 - accuracy) / max(1, questions)) ** 0.5
     result.reward.CopyFrom(reward)

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from orchestrator.entries import EditKey, Entry, round_stage
 from orchestrator.evaluator_client import Submission
-from orchestrator.plan import RunPlan, heldout_bank, own_text, under
-from preceptor.config import FixedStrategy, TrainingConfig
+from orchestrator.heats import Heats
+from orchestrator.plan import RunPlan, heldout_bank, under
+from preceptor.config import FixedStrategy
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import types_pb2 as types
 from tests.orchestrated import passage, run_config
@@ -39,7 +40,7 @@ def entry(number: int, task: int, index: int = 0, **fields: Any) -> Entry:
 
 
 def submission(of: RunPlan, number: int, *groups: list[Entry]) -> Submission:
-    (made,) = of.round_submissions(number, groups)
+    (made,) = Heats(of, number).start(groups)
     return made
 
 
@@ -155,8 +156,8 @@ def test_tasks_with_few_trials_share_a_request_in_their_order() -> None:
     asked = [[0, 1], [2, 3]]
     for trials, seeds, expected in ((4, 1, asked), (3, 1, asked), (1, 1, [[0], [1], [2], [3]]), (8, 2, asked)):
         of = plan(rounds={"tasks": 4}, reward={"seeds": seeds, "trials_together": trials})
-        assert [sorted({task for task, _ in one}) for one in places(of.round_submissions(1, four))] == expected
-    three = list(plan(rounds={"tasks": 4}, reward={"trials_together": 6}).round_submissions(1, four))
+        assert [sorted({task for task, _ in one}) for one in places(Heats(of, 1).start(four))] == expected
+    three = list(Heats(plan(rounds={"tasks": 4}, reward={"trials_together": 6}), 1).start(four))
     assert places(three) == [[(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)], [(3, 0), (3, 1)]]
     tasks = plan(rounds={"tasks": 4}).tasks_of_round(1)
     request = three[0].request
@@ -174,23 +175,44 @@ def test_a_request_is_sent_as_soon_as_it_is_full() -> None:
             written.append(task)
             yield [entry(1, task)]
 
-    next(of.round_submissions(1, writing()))
+    next(Heats(of, 1).start(writing()))
     assert written == [0, 1]
 
 
-def test_a_request_is_the_same_until_all_of_it_is_settled() -> None:
+def test_a_request_is_the_same_whatever_of_it_is_known() -> None:
     """After a crash nothing that trains together may depend on what was finished before."""
     of = plan(rounds={"tasks": 4}, reward={"trials_together": 4})
     bad = {"malformed": "bad", "self_edit": None}
     fresh = [[entry(1, 0), entry(1, 0, 1, **bad)], [entry(1, 1), entry(1, 1, 1)]]
     some = [[entry(1, 0, evaluation=done(1)), fresh[0][1]], [fresh[1][0], entry(1, 1, 1, evaluation=done(1))]]
     later = [[entry(1, 2, 0, **bad), entry(1, 2, 1, **bad)], [entry(1, 3, 0), entry(1, 3, 1)]]
-    first, second = of.round_submissions(1, [*fresh, *later])
-    assert list(of.round_submissions(1, [*some, *later])) == [first, second]
+    first, second = Heats(of, 1).start([*fresh, *later])
+    assert list(Heats(of, 1).start([*some, *later])) == [first, second]
     assert places([first, second]) == [[(0, 0), (1, 0), (1, 1)], [(3, 0), (3, 1)]]
-    every = [[entry(1, task, index, evaluation=done(1)) for index in range(2)] for task in range(2)]
-    assert list(of.round_submissions(1, [*every, *later])) == [second]
     assert first.request.request_id != second.request.request_id
+
+
+def test_what_is_all_malformed_is_asked_for_by_nobody() -> None:
+    bad = [[entry(1, 0, malformed="bad", self_edit=None)]]
+    assert list(Heats(plan(), 1).start(bad)) == []
+
+
+def test_a_heat_is_never_more_than_the_evaluator_takes() -> None:
+    of = plan(rounds={"tasks": 4}, reward={"trials_together": 1024})
+    made = list(Heats(of, 1).start([[entry(1, task, index) for index in range(500)] for task in range(3)]))
+    assert [len(one.keys) for one in made] == [1000, 500]
+
+
+def test_held_out_requests_are_sent_until_all_of_them_is_settled() -> None:
+    def group(task: int, **fields: Any) -> list[Entry]:
+        key = EditKey("heldout", "oracle", task, 0)
+        return [Entry(key, HELDOUT[task].id, "", "", self_edit=types.SelfEdit(documents=["x"]), **fields)]
+
+    of = plan(reward={"trials_together": 2})
+    fresh = list(of.heldout_submissions("references", [group(0), group(1), group(2)]))
+    assert places(fresh) == [[(0, 0), (1, 0)], [(2, 0)]]
+    known = [group(0, evaluation=done(1)), group(1), group(2, evaluation=done(1))]
+    assert list(of.heldout_submissions("references", known)) == fresh[:1]
 
 
 def test_held_out_tasks_share_a_request_only_where_the_same_bank_is_asked() -> None:
@@ -247,10 +269,3 @@ def test_the_fixed_strategy_replaces_the_whole_directive() -> None:
     assert list(edit.documents) == ["a"]
     assert not edit.directive.HasField("rank")
     assert edit.directive.epochs == 9
-
-
-def test_the_raw_passage_is_a_document_a_line_and_fills_the_token_budget() -> None:
-    task = passage("own")
-    assert list(own_text(task, TrainingConfig()).documents) == ["All about own.", "More about own."]
-    assert not own_text(task, TrainingConfig()).directive.HasField("epochs")
-    assert own_text(task, TrainingConfig(max_train_tokens=1000)).directive.epochs == 1024
