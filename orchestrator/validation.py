@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from preceptor.config import RunConfig, parse_config_json
+from preceptor.convert import question_from_proto
 from preceptor.errors import PreceptorError
 from preceptor.names import task_id
+from preceptor.question_faults import answer_fault, question_faults
 from preceptor.v1 import orchestrator_pb2 as pb
 from preceptor.v1 import types_pb2 as types
 
@@ -25,8 +27,10 @@ def validated(request: pb.CreateRunRequest) -> RunConfig:
         raise PreceptorError("INVALID_REQUEST", "there are no tasks to train on", field="tasks")
     if config.rounds.count == 0 and not request.heldout_tasks:
         raise PreceptorError("INVALID_REQUEST", "no rounds and no held-out tasks: nothing to do", field="heldout_tasks")
-    _check_tasks("tasks", request.tasks, _REWARD, "reward")
-    _check_tasks("heldout_tasks", request.heldout_tasks, _SEALED, "sealed or reward")
+    # Questions that are written for a task are not there yet; a reward without labels needs no gold answers.
+    needed = "reward" if config.tasks.questions == "given" else ""
+    _check_tasks("tasks", request.tasks, _REWARD, needed, config, config.reward.needs_answers)
+    _check_tasks("heldout_tasks", request.heldout_tasks, _SEALED, "sealed or reward", config, True)
     seen = {(task.passage.title, task.passage.text) for task in request.tasks}
     for position, task in enumerate(request.heldout_tasks):
         if (task.passage.title, task.passage.text) in seen:
@@ -36,6 +40,8 @@ def validated(request: pb.CreateRunRequest) -> RunConfig:
             raise PreceptorError(
                 "BAD_TASK_FILE", f"probe {position + 1} lacks its question or its answer", field=f"probes[{position}]"
             )
+        if fault := answer_fault(question_from_proto(probe), config.answers.max_new_tokens):
+            raise PreceptorError("BAD_TASK_FILE", f"probe {position + 1}: {fault}", field=f"probes[{position}]")
     return config
 
 
@@ -46,20 +52,35 @@ def require_request_id(request_id: str) -> None:
         raise PreceptorError("INVALID_REQUEST", problem, field="request_id")
 
 
-def _check_tasks(field: str, tasks: Sequence[types.Task], banks: tuple[int, ...], bank_words: str) -> None:
+def _check_tasks(
+    field: str,
+    tasks: Sequence[types.Task],
+    banks: tuple[int, ...],
+    bank_words: str,
+    config: RunConfig,
+    answers_needed: bool,
+) -> None:
+    """``banks``: those that are asked; ``bank_words``: what a task must have of them, empty where nothing."""
     seen: dict[str, int] = {}
     for position, task in enumerate(tasks):
         if not task.HasField("passage"):
             raise _bad(field, position, task, "is no passage; only passages are trained on as yet", "kind")
         if not task.passage.text.strip():
             raise _bad(field, position, task, "has an empty text", "passage.text")
-        for number, question in enumerate(task.passage.questions):
+        questions = [question_from_proto(question) for question in task.passage.questions]
+        for number, question in enumerate(questions):
             where = f"passage.questions[{number}]"
             if not question.text.strip():
                 raise _bad(field, position, task, f"has an empty question (number {number + 1})", where)
-            if not question.answer.strip():
+            if answers_needed and not question.answer.strip():
                 raise _bad(field, position, task, f"has a question without an answer: {question.text[:80]!r}", where)
-        if not any(question.bank in banks for question in task.passage.questions):
+            asked = answers_needed and task.passage.questions[number].bank in banks
+            if asked and (problem := answer_fault(question, config.answers.max_new_tokens)):
+                raise _bad(field, position, task, f"has a question that cannot be answered: {problem}", where)
+        for fault in question_faults(task.passage.title, task.passage.text, questions):
+            where = f"passage.questions[{fault.index}]"
+            raise _bad(field, position, task, f"has a bad question: {fault.message}", where)
+        if bank_words and not any(question.bank in banks for question in task.passage.questions):
             raise _bad(field, position, task, f"has no {bank_words} question", "passage.questions")
         if task.id != task_id(task):
             raise _bad(field, position, task, "has an id that is not its content's", "id")

@@ -27,6 +27,17 @@ def orchestrator(house: ScriptedHouse, tmp_path: Path) -> Iterator[Orchestrator]
         yield client
 
 
+SEALED = types.QUESTION_BANK_SEALED
+
+
+def asked(*questions: tuple[str, str] | tuple[str, str, types.QuestionBank.ValueType]) -> types.Task:
+    """A task with these questions, answers and (else reward) banks."""
+    passage = types.Passage(title="t", text="This is what is all about it.")
+    for text, answer, *bank in questions:
+        passage.questions.add(text=text, answer=answer, bank=bank[0] if bank else types.QUESTION_BANK_REWARD)
+    return types.Task(passage=passage)
+
+
 def refused(orchestrator: Orchestrator, request: pb.CreateRunRequest) -> PreceptorError:
     with pytest.raises(PreceptorError) as caught:
         orchestrator.create(request)
@@ -71,6 +82,14 @@ def test_a_bad_config_is_named_by_its_key(orchestrator: Orchestrator) -> None:
             "question without an answer: 'why?'",
         ),
         (types.Task(passage=types.Passage(text="x")), "no reward question"),
+        (asked(("Which colour is it?", "red"), ("which colour is  it", "Red")), "is asked twice"),
+        (
+            asked(("Which colour is it?", "red"), ("Which colour is it?", "blue")),
+            "has the answer 'blue' here and 'red'",
+        ),
+        (asked(("Which colour is it?", "red"), ("Which colour is it?", "red", SEALED)), "in bank reward, too"),
+        (asked(("What is all about it?", "x")), "stands in the passage, which the teacher reads"),
+        (asked(("Which words?", "word " * 40)), "the gold answer has 40 words, and an answer may have 32 tokens"),
         (types.Task(few_shot=types.FewShotTask(name="f")), "is no passage"),
         (passage("town 0"), "is the same as task 1"),
     ],
@@ -100,6 +119,47 @@ def test_unknown_student_and_unknown_prompt_format_are_found_before_the_run_exis
     error = refused(orchestrator, request)
     assert error.reason == "UNKNOWN_PROMPT_FORMAT"
     assert error.metadata["field"] == "teacher.prompt_format"
+
+
+def test_a_judge_that_is_not_set_is_found_before_the_run_exists(orchestrator: Orchestrator) -> None:
+    for grader in ("judge", "cascade"):
+        error = refused(orchestrator, create_request(run_config(reward={"grader": grader})))
+        assert error.reason == "JUDGE_NOT_SET"
+        assert error.metadata["field"] == "reward.grader"
+
+
+def test_a_probe_whose_answer_is_too_long_is_named(orchestrator: Orchestrator) -> None:
+    request = create_request()
+    request.probes[3].answer = "word " * 40
+    error = refused(orchestrator, request)
+    assert "probe 4: the gold answer has 40 words" in error.message
+    assert error.metadata["field"] == "probes[3]"
+
+
+def test_gold_answers_are_needed_where_the_reward_or_the_measurement_needs_them(orchestrator: Orchestrator) -> None:
+    request = create_request(run_config(reward={"gain": 0.0, "certainty_gain": 1.0}))
+    for task in request.tasks:
+        for question in task.passage.questions:
+            question.answer = ""
+        task.id = task_id(task)
+    orchestrator.create(request)
+    task = request.heldout_tasks[1]
+    task.passage.questions[-1].answer = ""
+    task.id = task_id(task)
+    request.request_id = new_request_id()
+    with pytest.raises(PreceptorError, match="has a question without an answer") as caught:
+        orchestrator.create(request)
+    assert caught.value.metadata["field"].startswith("heldout_tasks[1].passage.questions")
+
+
+def test_where_questions_are_written_a_task_needs_none(orchestrator: Orchestrator) -> None:
+    request = create_request()
+    for task in request.tasks:
+        del task.passage.questions[:]
+        task.id = task_id(task)
+    assert "has no reward question" in refused(orchestrator, request).message
+    request.config_json = run_config(tasks={"questions": "written"}).to_json()
+    orchestrator.create(request)
 
 
 def test_a_run_pins_the_active_student_and_a_swap_is_for_the_next_run(
