@@ -1,0 +1,218 @@
+"""Reads self-edits that people (or other programs) have written, and names every problem with its file, line and field.
+
+* text: what a teacher writes (``preceptor.completions``), one document a line, a directive in the first if there is one
+* ``.json``, ``.jsonl``: objects ``{"documents": [...], "directive": {...}, "name": "..."}``, or a teacher's
+  ``{"completion": "..."}``: one, several (one a line, or a list of them)
+* ``-``: standard input, JSON if it begins with a brace or a bracket before a brace, else text
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from preceptor.completions import Limits, MalformedSelfEdit, parse
+from preceptor.task_problems import Problem, field_name, kind, raise_problems, read_text, require_file, text_fault
+from preceptor.tasks import Directive, LossMask, SelfEdit
+
+STDIN = "-"
+# By hand one may ask for all that the evaluator takes, not only for what a teacher is allowed.
+LIMITS = Limits(learning_rate=(1e-12, 1.0), epochs=(1, 1024), rank=(1, 1024), documents=1000, document_chars=1_000_000)
+_KEYS = {"name", "documents", "directive", "completion"}
+_MASKS = (LossMask.ALL, LossMask.AFTER_MARKER)
+_JSON_START = re.compile(r"\s*(\[\s*)?\{")
+_SPACE = re.compile(r"\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSelfEdit:
+    """A self-edit and how people call it: its name in the file, or the file's, with the line where it has several."""
+
+    name: str
+    self_edit: SelfEdit
+    file: str
+    line: int  # from 1; 0: the file as a whole
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSelfEdits:
+    """All that was read, with notes for people."""
+
+    self_edits: tuple[ReadSelfEdit, ...]
+    notes: tuple[str, ...]
+
+
+def read_self_edits(files: Sequence[str]) -> ReadSelfEdits:
+    """The self-edits of all the files, in order. Raises PreceptorError(FILE_NOT_FOUND, BAD_SELF_EDIT)."""
+    reader = _Reader()
+    for file in files:
+        reader.read(file)
+    raise_problems(files[0] if files else "", reader.problems, "BAD_SELF_EDIT")
+    notes = [f"key {key!r} of self-edits is not read ({count} times)" for key, count in sorted(reader.ignored.items())]
+    return ReadSelfEdits(tuple(_with_names_apart(reader.found)), tuple(notes))
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self.found: list[ReadSelfEdit] = []
+        self.problems: list[Problem] = []
+        self.ignored: dict[str, int] = {}
+
+    def read(self, file: str) -> None:
+        before = len(self.found), len(self.problems)
+        text = self._text(file)
+        if text is None:
+            return
+        suffix = Path(file).suffix.lower()
+        if suffix in (".json", ".jsonl") or (file == STDIN and _JSON_START.match(text)):
+            values = list(self._values(file, text))
+            for line, at, value in values:
+                self._object(file, line, at, value, alone=len(values) == 1)
+        elif (edit := self._completion(file, None, "", text)) is not None:
+            self.found.append(ReadSelfEdit(_stem(file), edit, file, 0))
+        if before == (len(self.found), len(self.problems)):
+            self._wrong(file, 0, (), "has no self-edits")
+
+    def _text(self, file: str) -> str | None:
+        if file != STDIN:
+            path = Path(file)
+            require_file(path)
+            return read_text(path, lambda *problem: self.problems.append(Problem(*problem)))
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
+        except UnicodeDecodeError:
+            self._wrong(file, 0, (), "is not UTF-8")
+            return None
+        if not text.strip():
+            self._wrong(file, 0, (), "is empty")
+            return None
+        return text
+
+    def _values(self, file: str, text: str) -> Iterator[tuple[int, tuple[int, ...], Any]]:
+        """Each JSON value's line, its place in a list if it stands in one, and itself."""
+        decoder, at = json.JSONDecoder(), 0
+        while (at := _after_space(text, at)) < len(text):
+            line = text.count("\n", 0, at) + 1
+            try:
+                value, at = decoder.raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                self._wrong(file, error.lineno, (), f"is not valid JSON: {error.msg} (column {error.colno})")
+                return
+            except (RecursionError, ValueError):  # nested too deeply; a number with thousands of digits
+                self._wrong(file, line, (), "is not JSON that can be read")
+                return
+            if isinstance(value, list):
+                yield from ((line, (place,), entry) for place, entry in enumerate(value))
+            else:
+                yield line, (), value
+
+    def _object(self, file: str, line: int, at: tuple[int, ...], value: Any, alone: bool) -> None:
+        if not isinstance(value, dict):
+            self._wrong(file, line, at, f"must be an object, is {kind(value)}")
+            return
+        for key in value.keys() - _KEYS:
+            self.ignored[key] = self.ignored.get(key, 0) + 1
+        count = len(self.problems)
+        name = value.get("name", _stem(file) if alone else f"{_stem(file)}:{at[0] + 1 if at else line}")
+        if fault := text_fault(name):
+            self._wrong(file, line, (*at, "name"), fault)
+        edit = None
+        if ("completion" in value) == ("documents" in value):
+            self._wrong(file, line, at, "needs either documents or a completion")
+        elif "completion" in value:
+            if "directive" in value:
+                self._wrong(file, line, (*at, "directive"), "stands in the completion; leave this one out")
+            edit = self._completion_of(file, line, at, value["completion"])
+        else:
+            documents = self._documents(file, line, (*at, "documents"), value["documents"])
+            directive = self._directive(file, line, (*at, "directive"), value.get("directive", {}))
+            edit = SelfEdit(documents, directive)
+        if count == len(self.problems) and edit is not None:
+            self.found.append(ReadSelfEdit(name.strip(), edit, file, line))
+
+    def _completion_of(self, file: str, line: int, at: tuple[str | int, ...], value: Any) -> SelfEdit | None:
+        if fault := text_fault(value):
+            self._wrong(file, line, (*at, "completion"), fault)
+            return None
+        return self._completion(file, line, field_name((*at, "completion")), value)
+
+    def _completion(self, file: str, line: int | None, where: str, text: str) -> SelfEdit | None:
+        """``line``: where the text stands; None where it is the whole file."""
+        try:
+            return parse(text, LIMITS)
+        except MalformedSelfEdit as error:
+            self.problems.append(Problem(file, error.line if line is None else line, where, str(error)))
+            return None
+
+    def _documents(self, file: str, line: int, at: tuple[str | int, ...], value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list) or not value:
+            found = "an empty one" if value == [] else kind(value)
+            self._wrong(file, line, at, f"must be a list of documents, is {found}")
+            return ()
+        if len(value) > LIMITS.documents:
+            self._wrong(file, line, at, f"has {len(value)} documents; at most {LIMITS.documents} are allowed")
+            return ()
+        for place, document in enumerate(value):
+            if fault := text_fault(document):
+                self._wrong(file, line, (*at, place), fault)
+            elif len(document) > LIMITS.document_chars:
+                self._wrong(file, line, (*at, place), f"has {len(document)} characters, limit {LIMITS.document_chars}")
+        return tuple(str(document) for document in value)
+
+    def _directive(self, file: str, line: int, at: tuple[str | int, ...], value: Any) -> Directive:
+        if not isinstance(value, dict):
+            self._wrong(file, line, at, f"must be an object, is {kind(value)}")
+            return Directive()
+        values: dict[str, Any] = {}
+        for key, given in value.items():
+            if problem := _directive_fault(key, given):
+                self._wrong(file, line, (*at, key), problem)
+            else:
+                values[key] = LossMask(given) if key == "loss_mask" else given
+        return Directive(**values) if len(values) == len(value) else Directive()
+
+    def _wrong(self, file: str, line: int, at: Sequence[str | int], message: str) -> None:
+        self.problems.append(Problem(file, line, field_name(at), message))
+
+
+def _directive_fault(key: str, value: Any) -> str:
+    """Why this is no setting of a directive; empty if it is one."""
+    names = tuple(Directive.__dataclass_fields__)
+    if key not in names:
+        return f"is not one of {', '.join(names)}"
+    if key == "loss_mask":
+        return "" if value in _MASKS else f"must be one of {', '.join(_MASKS)}, is {json.dumps(value)[:60]}"
+    whole = key in ("epochs", "rank")
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        wanted = "a whole number" if whole else "a number"
+        return f"must be {wanted}, is {json.dumps(value)[:60] if isinstance(value, float) else kind(value)}"
+    low, high = getattr(LIMITS, key)
+    return "" if low <= value <= high else f"must be {low:g}..{high:g}, is {value}"
+
+
+def _with_names_apart(found: Sequence[ReadSelfEdit]) -> Iterator[ReadSelfEdit]:
+    """Where two have the same name, each is called by its place."""
+    counts: dict[str, int] = {}
+    for read in found:
+        counts[read.name] = counts.get(read.name, 0) + 1
+    taken: dict[str, int] = {}
+    for read in found:
+        name = read.name
+        if counts[name] > 1:
+            name = f"{read.file}:{read.line}" if read.line else read.file
+        taken[name] = taken.get(name, 0) + 1
+        yield replace(read, name=name if taken[name] == 1 else f"{name} ({taken[name]})")
+
+
+def _stem(file: str) -> str:
+    return "stdin" if file == STDIN else Path(file).stem
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
