@@ -84,7 +84,7 @@ def test_standard_input_may_be_either_form(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
     (found,) = read_self_edits(["-"]).self_edits
     assert found.self_edit.documents == documents
-    assert found.name == ("stdin:1" if "[ {" in given else "stdin")
+    assert found.name == "stdin"
 
 
 @pytest.mark.parametrize(
