@@ -141,7 +141,7 @@ def _overlap(file: TaskFile, other: TaskFile) -> tuple[Problem, ...]:
 
 def _rewarded(reads: Sequence[ReadPassage], config: RunConfig) -> tuple[tuple[Passage, ...], list[Problem]]:
     """Training passages with their banks; a problem for each without a question to be rewarded for."""
-    passages = [read.passage if read.named_banks else _divided(read.passage, config.seed) for read in reads]
+    passages = [read.passage if read.named_banks else divided(read.passage, config.seed) for read in reads]
     problems = []
     for read, passage in zip(reads, passages, strict=True):
         if config.tasks.questions == "given" and not passage.questions_of(Bank.REWARD):
@@ -182,7 +182,8 @@ def bank_sizes(questions: int) -> dict[Bank, int]:
     return {Bank.REWARD: questions - gate - sealed, Bank.GATE: gate, Bank.SEALED: sealed}
 
 
-def _divided(passage: Passage, seed: int) -> Passage:
+def divided(passage: Passage, seed: int) -> Passage:
+    """A training passage whose questions name no bank, with a bank for each."""
     banks = [bank for bank, size in bank_sizes(len(passage.questions)).items() for _ in range(size)]
     random.Random(derived_seed("banks", seed, passage.text)).shuffle(banks)
     questions = (replace(question, bank=bank) for question, bank in zip(passage.questions, banks, strict=True))
