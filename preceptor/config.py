@@ -26,6 +26,9 @@ Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(strict=True, ge=-1e6, le=1e6)]
 Cost = Annotated[float, Field(strict=True, ge=0, le=1e6)]  # of what is subtracted
 
+# Paired differences of fewer tasks are below two of their standard errors by chance too often.
+LEAST_CANARY = 4
+
 
 class Section(BaseModel):
     """A table of the file."""
@@ -49,6 +52,12 @@ class TaskConfig(Section):
         0, ge=0, le=10_000, description="labelled training tasks that watch a run without labels; 0: none"
     )
     heldout: int = Field(32, ge=0, le=100_000, description="tasks of the final measurement, at most; 0: none")
+
+    @model_validator(mode="after")
+    def _enough_to_see_something(self) -> TaskConfig:
+        if 0 < self.canary < LEAST_CANARY:
+            raise ValueError(f"canary = {self.canary} can show nothing clearly; use {LEAST_CANARY} or more, or 0")
+        return self
 
     @model_validator(mode="after")
     def _one_source(self) -> TaskConfig:
@@ -205,6 +214,13 @@ class RewardConfig(Section):
         return self
 
 
+class LabelConfig(Section):
+    """Where labels are missing: how the reward questions of ``tasks.questions = "written"`` are written."""
+
+    completions: int = Field(4, ge=2, le=64, description="completions per passage that questions are taken from")
+    agreement: Share = Field(0.6, description="share of the completions with a question that must answer it alike")
+
+
 class FixedStrategy(Section):
     """One prompt format and one directive, for every passage."""
 
@@ -244,6 +260,7 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     answers: AnswerConfig = AnswerConfig()
     reward: RewardConfig = RewardConfig()
+    labels: LabelConfig = LabelConfig()
     heldout: HeldoutConfig = HeldoutConfig()
 
     @model_validator(mode="after")
