@@ -19,7 +19,8 @@ from markupsafe import Markup
 from orchestrator.entries import HELDOUT, SELECTION, Entry
 from orchestrator.heldout import TRAINED
 from orchestrator.results import Results
-from orchestrator.summary import DIFFERENCES, PHASES
+from orchestrator.round_summary import PHASES
+from orchestrator.summary import DIFFERENCES
 from orchestrator.timing import RUN
 from preceptor import __version__
 from preceptor.v1 import types_pb2 as types

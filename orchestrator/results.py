@@ -15,6 +15,7 @@ from preceptor.config import FixedStrategy
 from preceptor.v1 import types_pb2 as types
 
 NO_EDIT = "no_edit"
+SHUFFLED = "shuffled_facts"
 ARMS = (NO_EDIT, PASSAGE, UNTRAINED, FIXED, TRAINED, *REFERENCE_ARMS)
 
 
@@ -36,9 +37,10 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One arm of the held-out measurement; outcomes in the order of the passages."""
+    """One arm of the held-out measurement; outcomes in the order of the passages, and the self-edits behind them."""
 
     outcomes: tuple[Outcome, ...]
+    entries: tuple[Entry, ...] = field(default=(), repr=False)
     failed: int = 0
     malformed: int = 0
     cached: int = 0
@@ -64,6 +66,8 @@ class Round:
     policy_id: str
     kept: int
     offered: int
+    groups: int | None = None  # offered to the update, and those of them that taught nothing; None: not said
+    groups_dropped: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +82,15 @@ class Results:
     first_reward_seconds: float | None
     peak_memory_bytes: int
     all_entries: tuple[Entry, ...] = field(repr=False)
+    openings: Mapping[str, int] = field(default_factory=dict)  # by task: runs that used its sealed questions, with this
 
 
 def collect(run: RunRecord, plan: RunPlan, ledger: Ledger, seconds: Mapping[tuple[str, str], float]) -> Results:
     """The results of a run, from its ledger."""
     entries = ledger.entries()
-    finished = ledger.finished_rounds()
     rounds = []
-    for number in range(1, plan.config.rounds.count + 1):
+    for number, row in ledger.finished_rounds().items():  # fewer than planned where a canary stopped the run
         stage = round_stage(number)
-        row = finished[number]
         rounds.append(
             Round(
                 number=number,
@@ -96,6 +99,8 @@ def collect(run: RunRecord, plan: RunPlan, ledger: Ledger, seconds: Mapping[tupl
                 policy_id=row.policy_id,
                 kept=row.kept,
                 offered=row.offered,
+                groups=row.groups,
+                groups_dropped=row.groups_dropped,
             )
         )
     return Results(
@@ -107,6 +112,7 @@ def collect(run: RunRecord, plan: RunPlan, ledger: Ledger, seconds: Mapping[tupl
         first_reward_seconds=run.first_reward_seconds,
         peak_memory_bytes=run.peak_memory_bytes,
         all_entries=tuple(entries),
+        openings=ledger.openings(),
     )
 
 
@@ -148,7 +154,8 @@ def _untouched(plan: RunPlan, measured: Sequence[Entry]) -> list[Outcome]:
             outcomes.append(Outcome(dict(task.labels), None, 0, None))
         else:
             retention = reward.baseline_retention if reward.HasField("baseline_retention") else None
-            outcomes.append(Outcome(dict(task.labels), reward.baseline_accuracy, reward.questions, retention))
+            known = None if _share(reward) is None else reward.baseline_accuracy
+            outcomes.append(Outcome(dict(task.labels), known, reward.questions, retention))
     return outcomes
 
 
@@ -161,12 +168,18 @@ def _arm(plan: RunPlan, by_task: Mapping[int, Entry], untouched: Sequence[Outcom
             outcomes.append(Outcome(base.labels, base.accuracy, base.questions, base.retention, malformed=True))
         elif entry is not None and (reward := entry.reward) is not None:
             retention = reward.retention if reward.HasField("retention") else None
-            outcomes.append(Outcome(dict(task.labels), reward.accuracy, reward.questions, retention))
+            outcomes.append(Outcome(dict(task.labels), _share(reward), reward.questions, retention))
         else:
             outcomes.append(Outcome(dict(task.labels), None, 0, None))
     return Arm(
         tuple(outcomes),
+        tuple(by_task[position] for position in sorted(by_task)),
         failed=sum(entry.failed for entry in by_task.values()),
         malformed=sum(bool(entry.malformed) for entry in by_task.values()),
         cached=sum(entry.cached for entry in by_task.values()),
     )
+
+
+def _share(reward: types.Reward) -> float | None:
+    """Share of right answers; None where nothing was graded (questions without gold answers)."""
+    return reward.accuracy if "gain" in reward.terms else None

@@ -94,12 +94,12 @@ def needed_passages(first: Sequence[Cluster], second: Sequence[Cluster]) -> int 
 
     with D the difference of the shares and s^2 the variance between passages of what each adds to it,
     z_i = (r1_i - p1 q1_i) / mean(q1) - (r2_i - p2 q2_i) / mean(q2): the sample size for a paired mean (Cohen 1988,
-    ch. 2; passages as units: Donner & Klar 2000, ch. 5) of a ratio that was made linear (Cochran 1977, sec. 6.4). The
-    noise of seeds is in it, since each passage has fine-tunes of its own. The size that was seen is itself uncertain: if
-    the true difference is half of it, four times as many are needed.
+    ch. 2; passages as units: Donner & Klar 2000, ch. 5) of a ratio that was made linear (Cochran 1977, sec. 6.4).
+    The noise of seeds is in it, since each passage has fine-tunes of its own. The size that was seen is itself
+    uncertain: if the true difference is half of it, four times as many are needed.
 
-    None where the difference is below SMALLEST_DIFFERENCE, and where its spread is not known (fewer than two passages, no
-    questions). Raises ValueError for different lengths.
+    None where the difference is below SMALLEST_DIFFERENCE, and where its spread is not known (fewer than two passages,
+    no questions). Raises ValueError for different lengths.
     """
     if len(first) != len(second):
         raise ValueError("paired clusters must have the same length")

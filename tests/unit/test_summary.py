@@ -34,9 +34,18 @@ def measured(
         seeds=1,
         retention=0.8,
         baseline_retention=1.0,
+        terms={"gain": accuracy - 0.25, "retention_loss": 0.2},
     )
     succeeded = evaluator.EVALUATION_STATE_SUCCEEDED
-    return evaluator.Evaluation(id=name, state=succeeded, reward=reward, trials=[evaluator.TrialReport()])
+    trial = evaluator.TrialReport(trained_tokens=1000)
+    return evaluator.Evaluation(id=name, state=succeeded, reward=reward, trials=[trial])
+
+
+def seeded(values: dict[int, float], name: str, **more: Any) -> evaluator.Evaluation:
+    """An evaluation with a trial for each seed, worth so much with it."""
+    of = measured(0.5, value=sum(values.values()) / len(values), name=name)
+    trials = [evaluator.TrialReport(seed=seed, value=value) for seed, value in sorted(values.items())]
+    return evaluator.Evaluation(id=name, state=of.state, reward=of.reward, trials=trials, **more)
 
 
 FAILED = evaluator.Evaluation(
@@ -58,10 +67,18 @@ def arm(name: str, accuracy: float) -> list[Entry]:
 
 
 def results(
-    heldout: list[Entry], rounds: list[list[Entry]] | None = None, tasks: tuple[types.Task, ...] = HELDOUT_TASKS
+    heldout: list[Entry],
+    rounds: list[list[Entry]] | None = None,
+    tasks: tuple[types.Task, ...] = HELDOUT_TASKS,
+    *,
+    banks: str = "",
+    openings: dict[str, int] | None = None,
+    **config_changes: Any,
 ) -> Results:
-    config = run_config(rounds={"count": len(rounds or [])})
-    request = pb.CreateRunRequest(config_json=config.to_json(), tasks=TASKS, heldout_tasks=tasks, probes=PROBES)
+    config = run_config(rounds={"count": len(rounds or [])}, **config_changes)
+    request = pb.CreateRunRequest(
+        config_json=config.to_json(), tasks=TASKS, heldout_tasks=tasks, probes=PROBES, banks=banks
+    )
     record = RunRecord(
         id="run-1",
         name="test",
@@ -91,6 +108,7 @@ def results(
         first_reward_seconds=1.5,
         peak_memory_bytes=10,
         all_entries=tuple(all_entries),
+        openings=openings or {},
     )
 
 
@@ -131,7 +149,7 @@ def test_every_key_of_the_contract_is_there() -> None:
     for of_arm in heldout["arms"].values():
         assert set(of_arm) >= {"accuracy", "ci95", "retention"}
     assert set(heldout["differences"]) >= {"trained_minus_untrained", "trained_minus_fixed"}
-    assert set(heldout["differences"]["trained_minus_fixed"]) >= {"mean", "ci95"}
+    assert set(heldout["differences"]["trained_minus_fixed"]) >= {"mean", "ci95", "needed_questions"}
     assert set(summary["throughput"]) == {"trials", "trials_per_second"}
 
 
@@ -188,7 +206,7 @@ def test_an_arm_in_which_everything_failed_has_no_accuracy() -> None:
 def test_a_round_without_rewards_has_no_mean() -> None:
     lines = [entry(round_stage(1), "", 0, 0, evaluation=FAILED)]
     summary = build_summary(results(arm("trained_teacher", 0.5), [lines]))
-    assert summary["rounds"][0]["reward"] == {"mean": None, "stderr": None, "count": 0}
+    assert summary["rounds"][0]["reward"] == {"mean": None, "stderr": None, "count": 0, "of": "all"}
     assert any("Round 1 gave no reward" in note for note in summary["notes"])
 
 
@@ -237,3 +255,194 @@ def test_the_fixed_strategy_is_chosen_by_mean_reward_and_malformed_is_worth_noth
     assert best_strategy([0.2, 0.3, None]) == 1
     assert best_strategy([0.3, 0.3]) == 0
     assert best_strategy([None]) is None
+
+
+def test_every_control_is_compared_with_the_trained_teacher_at_known_tokens() -> None:
+    heldout = build_summary(full())["heldout"]
+    for control in ("untrained", "fixed", "passage", "no_edit", "shuffled"):
+        assert heldout["differences"][f"trained_minus_{control}"]["passages"] == 12
+    assert heldout["differences"]["trained_minus_shuffled"]["mean"] == pytest.approx(0.75)
+    assert {name: of["trained_tokens"] for name, of in heldout["arms"].items() if name != "no_edit"} == dict.fromkeys(
+        ("passage_only", "untrained_teacher", "fixed_strategy", "trained_teacher", "oracle", "shuffled_facts"), 1000
+    )
+    assert heldout["arms"]["no_edit"]["trained_tokens"] is None  # nothing was trained
+
+
+def test_arms_with_unequal_tokens_are_named() -> None:
+    cheap = arm("fixed_strategy", 0.5)
+    for line in cheap:
+        assert line.evaluation is not None
+        line.evaluation.trials[0].trained_tokens = 400
+    notes = build_summary(results([*arm("trained_teacher", 0.5), *cheap]))["notes"]
+    assert any("not compared at equal tokens: 1000 and 400" in note for note in notes)
+    assert not any("equal tokens" in note for note in build_summary(full())["notes"])
+
+
+@pytest.mark.parametrize(
+    ("shuffled", "words"),
+    [(0.25, "Shuffled facts stay at chance: 25.0%, the untouched student 25.0%"), (0.5, "Shuffled facts teach someth")],
+)
+def test_the_control_with_wrong_facts_is_judged_by_its_interval(shuffled: float, words: str) -> None:
+    notes = build_summary(results([*arm("trained_teacher", 0.5), *arm("shuffled_facts", shuffled)]))["notes"]
+    assert any(words in note for note in notes)
+
+
+def test_a_control_that_was_not_measured_is_not_called_passed() -> None:
+    notes = build_summary(results(arm("trained_teacher", 0.5)))["notes"]
+    assert any("shuffled-facts control was not measured" in note for note in notes)
+    assert not any("stay at chance" in note for note in notes)
+
+
+def test_what_would_show_a_difference_is_said_only_where_it_does_not_show() -> None:
+    mixed = [
+        entry(HELDOUT, "trained_teacher", task, evaluation=measured(1.0 if task % 2 else 0.25, name=f"t{task}"))
+        for task in range(12)
+    ]
+    lines = [*arm("untrained_teacher", 0.5), *mixed, *arm("passage_only", 0.0)]
+    differences = build_summary(results(lines))["heldout"]["differences"]
+    unclear = differences["trained_minus_untrained"]
+    assert unclear["ci95"][0] <= 0 <= unclear["ci95"][1]
+    # s^2 = 0.375^2 * 12/11, D = 0.125: 7.849 * s^2 / D^2 passages of four questions
+    assert (unclear["needed_passages"], unclear["needed_questions"]) == (78, 312)
+    assert differences["trained_minus_passage"]["needed_questions"] is None  # seen already
+    same = build_summary(results([*arm("untrained_teacher", 0.5), *arm("trained_teacher", 0.5)]))
+    assert same["heldout"]["differences"]["trained_minus_untrained"]["needed_questions"] is None  # no size to see
+
+
+def test_with_one_seed_reliability_is_unknown_and_not_zero() -> None:
+    lines = [entry(round_stage(1), "", 0, i, evaluation=seeded({1: i / 4}, f"e{i}")) for i in range(4)]
+    summary = build_summary(results([], [lines]))
+    assert summary["rounds"][0]["reliability"]["value"] is None
+    assert summary["reliability"] == {"value": None, "signal_variance": None, "noise_variance": None, "groups": 0}
+    assert any("not measured: with one seed" in note for note in summary["notes"])
+
+
+def test_with_more_seeds_reliability_is_the_share_that_is_not_seed_noise() -> None:
+    clear = [
+        entry(round_stage(1), "", task, i, evaluation=seeded({1: i + 0.1 * task, 2: i - 0.1 * task}, f"{task}-{i}"))
+        for task in range(2)
+        for i in range(4)
+    ]
+    noisy = [
+        entry(round_stage(1), "", 0, i, evaluation=seeded({1: value, 2: -value}, f"n{i}"))
+        for i, value in enumerate((0.5, -0.5, 0.3, -0.3))
+    ]
+    summary = build_summary(results([], [clear]))
+    assert summary["reliability"]["value"] == pytest.approx(1.0)  # what a seed does to all alike is no noise
+    assert summary["reliability"]["groups"] == 2
+    of_noise = build_summary(results([], [noisy]))
+    assert of_noise["reliability"]["value"] == 0.0
+    assert any("most of what the teacher was told apart by was luck" in note for note in of_noise["notes"])
+
+
+def race_round(race: dict[str, Any]) -> Results:
+    """Four self-edits of one group: one lucky with the common seed, one stopped after its look."""
+    common = results([], [[]]).plan.trial_seeds(1, 1)[0]
+    looks = [seeded({common: value}, f"look{i}") for i, value in enumerate((0.1, 0.4, 0.3, -0.4))]
+    lines = [
+        entry(round_stage(1), "", 0, 0, look=looks[0], evaluation=seeded({common: 0.2}, "a")),
+        entry(
+            round_stage(1),
+            "",
+            0,
+            1,
+            look=looks[1],
+            evaluation=seeded({common: 0.9, common + 1: 0.1, common - 1: 0.5}, "b"),
+            fresh=seeded({7: 0.4, 8: 0.2}, "b-fresh"),
+        ),
+        entry(round_stage(1), "", 0, 2, look=looks[2], evaluation=seeded({common: 0.4, common + 1: 0.6}, "c")),
+        entry(round_stage(1), "", 0, 3, look=looks[3], stopped=True),
+    ]
+    if not race.get("look_steps"):
+        lines = [
+            *lines[:3],
+            entry(round_stage(1), "", 0, 3, evaluation=seeded({common: -0.3}, "d"), stopped=True),
+        ]
+    return results([], [lines], reward={"race": race, "fresh_seeds": 2})
+
+
+def test_the_mean_of_a_race_without_looks_gives_nobody_more_luck_than_others() -> None:
+    (of,) = build_summary(race_round({"max_seeds": 3}))["rounds"]
+    assert of["reward"]["of"] == "first_seed"
+    assert of["reward"]["mean"] == pytest.approx((0.2 + 0.9 + 0.4 - 0.3) / 4)
+    assert of["look"] is None
+
+
+def test_the_mean_of_survivors_is_called_that_and_the_looks_are_of_all() -> None:
+    summary = build_summary(race_round({"look_steps": 5}))
+    (of,) = summary["rounds"]
+    assert (of["reward"]["of"], of["reward"]["count"]) == ("survivors", 3)
+    assert of["reward"]["mean"] == pytest.approx((0.2 + 0.9 + 0.4) / 3)
+    assert of["look"]["mean"] == pytest.approx(0.1)
+    assert (of["look"]["count"], of["look"]["steps"], of["stopped"]) == (4, 5, 1)
+    assert of["trials"] == {"full": 8, "looks": 4}
+    assert any("1 of 4 self-edits were stopped after a first look" in note for note in summary["notes"])
+
+
+def test_the_winner_is_shown_as_chosen_and_on_fresh_seeds() -> None:
+    summary = build_summary(race_round({"look_steps": 5}))
+    fresh = summary["rounds"][0]["fresh"]
+    assert (fresh["count"], fresh["chosen_mean"], fresh["mean"]) == (1, pytest.approx(0.5), pytest.approx(0.3))
+    assert fresh["flattery"] == {"mean": pytest.approx(0.2), "stderr": None}
+    assert any("+0.500 when they were chosen and +0.300 on fresh seeds" in note for note in summary["notes"])
+
+
+def test_terms_are_means_over_what_measured_them_and_weights_are_those_that_count() -> None:
+    summary = build_summary(full())
+    assert summary["reward"]["weights"] == {"gain": 1.0, "retention_loss": 0.3, "overlap": 1.0}
+    assert summary["rounds"][0]["terms"] == {"gain": 0.0, "retention_loss": pytest.approx(0.2)}
+
+
+def test_overlap_is_unknown_where_nobody_looked_and_counted_where_somebody_did() -> None:
+    assert build_summary(full())["rounds"][0]["overlap"] is None
+    lines = [
+        entry(
+            round_stage(1),
+            "",
+            0,
+            i,
+            evaluation=seeded({1: 0.1}, f"o{i}", overlap=evaluator.OverlapAudit(copied=2 * i, answers_stated=3)),
+        )
+        for i in range(2)
+    ]
+    summary = build_summary(results([], [lines]))
+    assert summary["rounds"][0]["overlap"] == {
+        "self_edits": 2,
+        "with_copied_questions": 1,
+        "copied_share": 0.25,
+        "exam_form_share": 0.0,
+        "answers_stated_share": 0.75,
+    }
+    assert any("1 of 2 self-edits of the rounds copy a question" in note for note in summary["notes"])
+
+
+def test_opened_seals_and_the_making_of_banks_are_shown() -> None:
+    opened = {task.id: 3 if i else 1 for i, task in enumerate(HELDOUT_TASKS)}
+    summary = build_summary(results(arm("trained_teacher", 0.5), banks="divided once by seed 7", openings=opened))
+    assert summary["heldout"]["banks_made"] == "divided once by seed 7"
+    assert summary["heldout"]["sealed_openings_before"] == {"passages": 12, "fewest": 0, "most": 2}
+    assert any("opened by up to 2 runs before" in note for note in summary["notes"])
+    unknown = build_summary(full())["heldout"]
+    assert (unknown["banks_made"], unknown["sealed_openings_before"]) == (None, None)
+
+
+def test_what_needed_no_labels_is_marked_from_the_reward_to_the_run() -> None:
+    lines = [entry(round_stage(1), "", 0, 0, evaluation=seeded({1: 0.1}, "x"))]
+    assert lines[0].evaluation is not None
+    lines[0].evaluation.reward.label_free = True
+    summary = build_summary(results(arm("trained_teacher", 0.5), [lines]))
+    assert summary["label_free"] is True
+    assert summary["rounds"][0]["label_free"] is True
+    assert summary["heldout"]["arms"]["trained_teacher"]["label_free"] is False
+    assert summary["notes"][0].startswith("Label-free")
+    assert build_summary(results([], tasks=()))["label_free"] is None
+
+
+def test_a_heldout_measurement_that_graded_nothing_has_no_accuracy() -> None:
+    lines = arm("trained_teacher", 0.0)
+    for line in lines:
+        assert line.evaluation is not None
+        del line.evaluation.reward.terms["gain"]
+    arms = build_summary(results(lines))["heldout"]["arms"]
+    assert arms["trained_teacher"]["accuracy"] is None
+    assert arms["no_edit"] is None

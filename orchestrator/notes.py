@@ -1,0 +1,184 @@
+"""What a reader must know to read a run's numbers right, in whole sentences. Pure functions of the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Below this many passages a bootstrap says little.
+FEW_PASSAGES = 10
+# Below this, most of what tells the self-edits of a passage apart is the luck of a seed.
+LOW_RELIABILITY = 0.5
+# Arms that are compared train on as many tokens, within this share.
+EQUAL_TOKENS = 0.1
+
+
+def notes(summary: Mapping[str, Any], failed: int) -> list[str]:
+    """The notes of a summary that has all its other keys; ``failed`` evaluations, in all stages."""
+    heldout, rounds = summary["heldout"], summary["rounds"]
+    said = _label_notes(summary)
+    if heldout is None:
+        said.append("There were no held-out tasks, so nothing was measured on passages the teacher never saw.")
+    else:
+        said += _comparison_notes(heldout["differences"])
+        said += _control_notes(heldout)
+        said += _material_notes(heldout)
+    if any(of["evaluations"]["succeeded"] for of in rounds):
+        said += _noise_notes(summary["reliability"])
+        said += _race_notes(rounds)
+        said += _overlap_notes(rounds)
+    for of in rounds:
+        if not of["evaluations"]["succeeded"]:
+            said.append(f"Round {of['round']} gave no reward at all, so the teacher did not learn from it.")
+        elif of["update"]["kept"] == 0:
+            said.append(f"In round {of['round']} no self-edit was good enough to learn from.")
+    if failed:
+        said.append(f"{failed} evaluations failed. They were counted and left out; none was scored as zero.")
+    return said
+
+
+def _label_notes(summary: Mapping[str, Any]) -> list[str]:
+    said = []
+    if any(of["label_free"] for of in summary["rounds"]):
+        said.append(
+            "Label-free: the rewards of the rounds stand on no labels made by people, but on the student's own "
+            "confidence or on questions that a model wrote. What they are worth is not known from them."
+        )
+    if summary["heldout"] and any(arm and arm["label_free"] for arm in summary["heldout"]["arms"].values()):
+        said.append(
+            "Label-free: the held-out measurement too has questions that a model wrote or weighs the student's own "
+            "confidence. Its accuracies are agreement with a model."
+        )
+    return said
+
+
+def _comparison_notes(differences: Mapping[str, Any]) -> list[str]:
+    said = []
+    for name, words in (
+        ("trained_minus_untrained", "the untrained teacher"),
+        ("trained_minus_fixed", "the best fixed strategy"),
+    ):
+        difference = differences[name]
+        if difference is None:
+            said.append(f"The trained teacher could not be compared with {words}.")
+            continue
+        low, high = difference["ci95"]
+        if low > 0:
+            said.append(f"The trained teacher is better than {words}: the interval of the difference is above 0.")
+        elif high < 0:
+            said.append(f"The trained teacher is worse than {words}: the interval of the difference is below 0.")
+        else:
+            said.append(f"Nothing was gained over {words}: the interval of the difference includes 0.")
+    return said
+
+
+def _control_notes(heldout: Mapping[str, Any]) -> list[str]:
+    """What the controls say about the measurement itself."""
+    said = []
+    arms = heldout["arms"]
+    control = heldout["differences"]["shuffled_minus_no_edit"]
+    if control is None:
+        said.append(
+            "The shuffled-facts control was not measured, so it is not known how much comes from material of the right "
+            "form alone."
+        )
+    else:
+        numbers = f"{_percent(arms['shuffled_facts'])}, the untouched student {_percent(arms['no_edit'])}"
+        if control["ci95"][0] > 0:
+            said.append(
+                f"Shuffled facts teach something ({numbers}; the interval of the difference is above 0): part of every "
+                "gain does not come from the facts."
+            )
+        else:
+            said.append(f"Shuffled facts stay at chance: {numbers}.")
+    trained, fixed = arms["trained_teacher"], arms["fixed_strategy"]
+    if trained and fixed and trained["trained_tokens"] and fixed["trained_tokens"]:
+        ours, theirs = trained["trained_tokens"], fixed["trained_tokens"]
+        if abs(ours - theirs) > EQUAL_TOKENS * max(ours, theirs):
+            said.append(
+                f"The trained teacher and the fixed strategy are not compared at equal tokens: {ours:.0f} and "
+                f"{theirs:.0f} trained tokens a fine-tune."
+            )
+    return said
+
+
+def _material_notes(heldout: Mapping[str, Any]) -> list[str]:
+    said = []
+    if heldout["passages"] < FEW_PASSAGES:
+        said.append(f"With {heldout['passages']} held-out passages the intervals mean little.")
+    if heldout["bank"] != "sealed":
+        of = "The" if heldout["bank"] == "reward" else "Some"
+        said.append(
+            f"{of} held-out tasks have no sealed questions, so their reward questions were asked. The teacher never "
+            "saw those passages, but the questions' wording is that of training."
+        )
+    if (opened := heldout["sealed_openings_before"]) and opened["most"]:
+        times = f"{opened['most']}" if opened["fewest"] == opened["most"] else f"up to {opened['most']}"
+        said.append(
+            f"The sealed questions of these passages had been opened by {times} runs before this one. Whoever chose "
+            "settings by those runs has tuned to them."
+        )
+    # The shuffled facts have a sentence of their own.
+    missing = [name for name, arm in heldout["arms"].items() if arm is None and name != "shuffled_facts"]
+    if missing:
+        said.append(
+            f"Not measured, since the tasks or the config bring nothing for them: {', '.join(map(_words, missing))}."
+        )
+    malformed = [
+        f"{arm['malformed']} of {_words(name)}" for name, arm in heldout["arms"].items() if arm and arm["malformed"]
+    ]
+    if malformed:
+        said.append(
+            f"Malformed held-out self-edits: {', '.join(malformed)}. On those passages the arm counts as the untouched "
+            "student."
+        )
+    return said
+
+
+def _noise_notes(reliability: Mapping[str, Any]) -> list[str]:
+    share = reliability["value"]
+    if share is None:
+        return ["How reliable a reward is was not measured: with one seed nothing tells a good self-edit from luck."]
+    words = f"Reliability of the rewards: {share:.2f} of the variance between self-edits of a passage is not seed noise"
+    if share < LOW_RELIABILITY:
+        return [f"{words}, so most of what the teacher was told apart by was luck. More seeds would help."]
+    return [f"{words} ({reliability['groups']} groups)."]
+
+
+def _race_notes(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    said = []
+    if any(of["reward"]["of"] == "survivors" for of in rounds) and any(of["stopped"] for of in rounds):
+        stopped, written = sum(of["stopped"] for of in rounds), sum(of["self_edits"] for of in rounds)
+        said.append(
+            f"{stopped} of {written} self-edits were stopped after a first look. The mean reward of a round is of the "
+            "others, so it is above what the teacher writes on average; the mean of the looks is of all."
+        )
+    if again := [of["fresh"] for of in rounds if of["fresh"]]:
+        count = sum(of["count"] for of in again)
+        chosen = sum(of["chosen_mean"] * of["count"] for of in again) / count
+        fresh = sum(of["mean"] * of["count"] for of in again) / count
+        said.append(
+            f"The best of each group ({count} in all) had {chosen:+.3f} when they were chosen and {fresh:+.3f} on "
+            "fresh seeds. The second is what they are worth, and what the teacher was told."
+        )
+    return said
+
+
+def _overlap_notes(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    audited = [of["overlap"] for of in rounds if of["overlap"]]
+    if not audited:
+        return ["Whether self-edits copy the questions that measure them was not looked at."]
+    copying, number = (sum(of[key] for of in audited) for key in ("with_copied_questions", "self_edits"))
+    return [
+        f"{copying} of {number} self-edits of the rounds copy a question that measured them."
+        if copying
+        else f"None of {number} self-edits of the rounds copies a question that measured it."
+    ]
+
+
+def _percent(arm: Mapping[str, Any] | None) -> str:
+    return f"{arm['accuracy'] * 100:.1f}%" if arm and arm["accuracy"] is not None else "not measured"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
