@@ -6,7 +6,9 @@ stem, numbers by value. The observations add up to points (``POINTS``), in units
 within ``UNSURE_BELOW`` of zero is unsure.
 
 A few things are certain without points: an answer with nothing in it is wrong, one that equals the gold is right
-whatever its word order, and what says the opposite of the gold ("not Lisbon") is never right.
+whatever its word order, and what says the opposite of the gold ("not Lisbon") is never right. Nor is a bare list of
+answers with the gold among them ("Porto or Lisbon", "Porto, Lisbon, Faro") where the gold is no list: who names all
+that it could be has not answered. It may be another name for the same, so such a verdict is unsure.
 
 The points are a logistic regression of GPT-4.1's verdicts on half of the answers that SEAL published (MIT), rounded;
 ``bench/graders.py --fit`` repeats it and the other half checks it. They know no word of those answers.
@@ -66,6 +68,9 @@ _HEDGES = frozenset(map(stem, ("but", "however", "although", "though", "while", 
 _NEGATION_REACH = 2
 # Longer answers than this beyond question and gold say many things, the right one among them.
 _RAMBLING = 30
+# Others that stand beside the gold in a list: one where they are alternatives, two where nothing else is said, which
+# leaves "Paris, France" alone, three in a sentence, and four words in a row that nothing separates.
+_OTHERS_OR, _OTHERS_ALONE, _OTHERS, _OTHERS_IN_A_ROW = 1, 2, 3, 4
 
 _ASKING = re.compile(r"[^.!?\n]*\?+")
 _NAME = re.compile(r"(?<![.!?:\"“(] )(?<!^)\b[A-ZÀ-ÖØ-Þ][^\W\d_]+")
@@ -73,13 +78,17 @@ _CAPITALS = re.compile(r"\b[A-Z]{3,}\b")
 _LETTERS = re.compile(r"[^\W\d_]+")
 _ASIDE = re.compile(r"\s*\([^()]*\)")
 _OR = re.compile(r"[,;]?\s+or\s+")
+_BETWEEN = re.compile(
+    r"[;/|\n]|,(?!\d{3}\b)|(?<=\w\w\w)[.?!](?!\w)|\b(?:or|and|maybe|perhaps|possibly|alternatively)\b", re.IGNORECASE
+)
+_INSTEAD = re.compile(r"[/|]|\b(?:or|maybe|perhaps|possibly|alternatively)\b", re.IGNORECASE)
 
 
 class Lexical:
     """The grader without a model."""
 
     name = "lexical"
-    version = "1"
+    version = "2"
     waits = False
 
     def grade(self, given: Sequence[Given]) -> list[Verdict]:
@@ -121,6 +130,8 @@ def _compare(question: str, gold: str, answer: str) -> Verdict:
     if opposite:
         return Verdict(False, sure=set(new) <= set(gold_words))
     points = sum(POINTS[name] * value for name, value in evidence(question, gold, answer).items())
+    if points > 0 and _names_several(asked_words, gold, gold_words, statements(answer)):
+        return Verdict(False, sure=False)
     extra = len(set(new) - set(gold_words) - set(asked_words))
     return Verdict(points > 0, sure=abs(points) >= UNSURE_BELOW and not (points > 0 and extra > _RAMBLING))
 
@@ -217,6 +228,25 @@ def _is_acronym(gold: str, said: str, asked_words: list[str]) -> bool:
             if any(letters == some if whole else letters in some for some in initials):
                 return True
     return False
+
+
+def _names_several(asked_words: list[str], gold: str, gold_words: list[str], said: str) -> bool:
+    """Whether the answer is a list of things like the gold, which is no list, with others in it than the gold."""
+    if len([part for part in _BETWEEN.split(gold) if part.strip()]) > 1:
+        return False
+    size = len(content(gold_words))
+    read_parts = [part for text in _BETWEEN.split(said) if (part := read(text))]
+    parts = [some for part in read_parts if (some := content(part))]
+    if len(parts) == 1:
+        new = set(parts[0]).difference(gold_words, asked_words)
+        return len(new) >= _OTHERS_IN_A_ROW * size and len(parts[0]) == len(set(read_parts[0]))
+    if any(len(part) > max(2, size + 1) for part in parts):  # somebody who explains
+        return False
+    others = [part for part in parts if set(part).isdisjoint(gold_words) and not set(part) <= set(asked_words)]
+    if _INSTEAD.search(said):
+        return len(others) >= _OTHERS_OR
+    alone = all(len(part) <= len(gold_words) + 1 for part in read_parts)
+    return len(others) >= (_OTHERS_ALONE if alone else _OTHERS)
 
 
 def _is_negated(words: list[str], wanted: list[str]) -> bool:

@@ -43,7 +43,7 @@ def test_the_report_keeps_its_keys(tmp_path: Path, capsys: pytest.CaptureFixture
     main(["--records", str(file), "--json", str(tmp_path / "report.json"), "--show", "1", "--fit"])
     kept = json.loads((tmp_path / "report.json").read_text())
     assert kept == {"lexical": {"kappa": 1.0}, "cascade": {"kappa": 1.0, "sent": 0.0}}
-    assert "lexical/1 alone" in capsys.readouterr().out
+    assert "lexical/2 alone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -302,7 +302,7 @@ def test_in_a_cascade_only_the_unsure_are_sent(make: Make, server: JudgeServer) 
     verdicts = cascade.grade(answers("Lisbon", "", "She does not live in Lisbon."))
     assert verdicts == [Verdict(True), Verdict(False), Verdict(True)]  # the server's judge only looks for the word
     assert len(server.bodies) == 1
-    assert grader_label(cascade) == f"cascade/1+lexical/1+{grader_label(judge)}"
+    assert grader_label(cascade) == f"cascade/1+lexical/2+{grader_label(judge)}"
     assert cascade.waits
 
 

@@ -95,6 +95,48 @@ def test_an_answer_that_says_everything_is_not_surely_right() -> None:
     ).sure
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("Porto", "Porto or Lisbon"),
+        ("Porto", "Lisbon or Porto or Faro"),
+        ("Porto", "Either Lisbon or Porto."),
+        ("Porto", "It is in Porto, Lisbon or Faro."),
+        ("Porto", "Porto/Lisbon/Faro"),
+        ("Porto", "Porto, Lisbon, Faro"),
+        ("Porto", "Porto; Lisbon; Faro"),
+        ("Porto", "Porto\nLisbon\nFaro"),
+        ("Porto", "Porto. Lisbon. Faro."),
+        ("Porto", "Lisbon? Porto? Faro?"),
+        ("Porto", "Porto, maybe Lisbon"),
+        ("Porto", "Porto Lisbon Faro Braga Evora"),
+        ("1871", "1871 or 1872"),
+        ("1871", "1870, 1871, 1872"),
+        ("Marianne Halloran", "Tobias Wren, Marianne Halloran or Ada Holm"),
+    ],
+)
+def test_who_names_everything_that_it_could_be_has_not_answered(gold: str, answer: str) -> None:
+    assert grade("Which one is it?", gold, answer) == Verdict(False, sure=False)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("Porto", "Porto, Portugal"),
+        ("Porto", "In Porto, which is a port in Portugal, or so the older guides to the region say."),
+        ("March 12, 1871", "12 March, 1871"),
+        ("Porto or Lisbon", "Lisbon"),
+        ("barley, rye and oats", "oats, barley and rye"),
+        ("barley, rye and oats", "barley, rye, oats and wheat"),
+        ("Tolkien", "J. R. R. Tolkien"),
+        ("Martin Luther King", "Dr. Martin Luther King, Jr."),
+        ("1,250", "1,250 or 1250"),
+    ],
+)
+def test_names_with_additions_and_golds_that_are_lists_are_no_hedges(gold: str, answer: str) -> None:
+    assert grade("Which one is it?", gold, answer).right
+
+
 def test_an_alias_is_right() -> None:
     assert grade("Where?", "Lisbon", "In Lisboa.", "Lisboa").right
     assert not grade("Where?", "Lisbon", "In Lisboetum.").right
