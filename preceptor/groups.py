@@ -11,6 +11,7 @@ seed does to all of them cancels in a difference. What is left is the noise of o
   differences of seeds are often close by chance.
 
 Every function takes evaluations that SUCCEEDED, with at least one trial each, perhaps with different numbers of seeds.
+The same self-edit twice has the same evaluation (the same id) twice; that they agree says nothing about noise.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def advantages(evaluations: Sequence[pb.Evaluation]) -> list[tuple[float, float]
 
 def spread(evaluations: Sequence[pb.Evaluation]) -> Spread | None:
     """None where no two candidates share two seeds: what seeds do is not known then."""
-    noise, dof = _seed_noise(evaluations)
+    noise, dof = _seed_noise(_distinct(evaluations))
     if dof == 0:
         return None
     of_reward = noise * fmean(1 / len(one.trials) for one in evaluations)
@@ -80,6 +81,7 @@ def pooled(spreads: Sequence[Spread]) -> Spread | None:
 
 def trial_noise(evaluations: Sequence[pb.Evaluation]) -> float:
     """Variance of one trial's value around its candidate's mean, what the seed does to all candidates left out."""
+    evaluations = _distinct(evaluations)
     from_seeds, dof = _seed_noise(evaluations)
     from_questions = _question_noise(evaluations)
     if from_questions is None:
@@ -89,6 +91,10 @@ def trial_noise(evaluations: Sequence[pb.Evaluation]) -> float:
         values = [one.reward.value for one in evaluations]
         return (max(values) - min(values)) ** 2
     return (from_seeds * dof + from_questions * QUESTION_DOF) / (dof + QUESTION_DOF)
+
+
+def _distinct(evaluations: Sequence[pb.Evaluation]) -> list[pb.Evaluation]:
+    return list({one.id or str(number): one for number, one in enumerate(evaluations)}.values())
 
 
 def _seed_noise(evaluations: Sequence[pb.Evaluation]) -> tuple[float, int]:

@@ -92,6 +92,13 @@ def test_one_seed_is_judged_by_its_questions() -> None:
     assert trial_noise([evaluation([[0.5]]), evaluation([[0.1]])]) == pytest.approx(0.4**2)  # nothing is clear
 
 
+def test_the_same_self_edit_twice_says_nothing_about_noise() -> None:
+    group = simulated(random.Random(6), [0.3, 0.1, 0.7], 2, noise=0.3)
+    for number, one in enumerate(group):
+        one.id = f"eval-{number}"
+    assert trial_noise([*group, group[0], group[0]]) == trial_noise(group)
+
+
 def test_a_group_of_one_has_no_advantage() -> None:
     assert advantages([evaluation([[0.5, 0.4]])]) == [(0.0, 0.0)]
     assert advantages([]) == []
