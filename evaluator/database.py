@@ -130,6 +130,15 @@ owners = Table(
     Column("evaluation_id", String(64), primary_key=True, index=True),
 )
 
+# Who has asked for a task's sealed questions, and when first.
+openings = Table(
+    "openings",
+    metadata,
+    Column("bank_id", String(64), primary_key=True),  # evaluator.sealed
+    Column("owner", String(256), primary_key=True),
+    Column("first", Float, nullable=False),  # unix seconds
+)
+
 requests = Table(
     "requests",
     metadata,

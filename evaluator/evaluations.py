@@ -17,6 +17,7 @@ from evaluator.graders.grader import Given, grader_label
 from evaluator.graders.rack import WITHOUT_A_JUDGE, Graders
 from evaluator.identity import plan
 from evaluator.request import MAX_NAME_CHARACTERS, MAX_TRIALS, check_name, check_student, read_request
+from evaluator.sealed import sealed_banks
 from evaluator.store import EvaluationStore, Known, Request, is_final
 from preceptor.convert import question_from_proto
 from preceptor.errors import PreceptorError
@@ -55,7 +56,8 @@ class Evaluations:
         INVALID_REQUEST, GRADER_UNKNOWN, JUDGE_NOT_SET, REQUEST_ID_REUSED) and what the student service raises.
         """
         group = read_request(message, self._graders)
-        request = Request(message.request_id, _body_sha256(message), message.owner)
+        sealed = frozenset(sealed_banks(message).values())
+        request = Request(message.request_id, _body_sha256(message), message.owner, sealed)
         known = self._store.reply_to(request)
         if known is None:
             student = message.student if message.HasField("student") else self._active_student()
@@ -65,6 +67,13 @@ class Evaluations:
             # Work that is known under another exam needs no trial, only a score.
             self._dispatcher.settle([item.id for item in known])
         return self._as_known(known)
+
+    def openings(self, message: pb.CreateEvaluationsRequest) -> list[pb.SealedOpening]:
+        """How often the sealed questions that a request asks for were opened, this request included; nothing where it
+        asks for others."""
+        banks = sealed_banks(message)
+        counts = self._store.openings(banks.values())
+        return [pb.SealedOpening(task_id=task, owners=counts[bank]) for task, bank in banks.items() if bank in counts]
 
     def get(self, evaluation_id: str) -> pb.Evaluation:
         """One evaluation. Raises PreceptorError(EVALUATION_NOT_FOUND)."""

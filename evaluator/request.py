@@ -15,6 +15,7 @@ from evaluator.reward import Weights
 from preceptor.convert import bank_from_proto, question_from_proto
 from preceptor.errors import PreceptorError
 from preceptor.names import task_id
+from preceptor.question_faults import answer_fault, question_faults
 from preceptor.tasks import Question
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import trial_pb2 as trial
@@ -30,6 +31,8 @@ MAX_DOCUMENTS = 1000
 MAX_REPLAY_DOCUMENTS = 100_000
 MAX_TEXT_CHARACTERS = 1_000_000
 MAX_NAME_CHARACTERS = 256
+MAX_SAMPLES = 64
+MAX_TEMPERATURE = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +74,10 @@ def read_request(message: pb.CreateEvaluationsRequest, graders: Graders = WITHOU
     protocol = message.protocol
     if protocol.bank not in types.QuestionBank.values():
         raise _invalid("protocol.bank", "is not a known bank")
+    answers, weights = resolve_answers(protocol.answers), resolve_weights(protocol.weights)
+    _check_measured(answers, weights)
     probes = tuple(question_from_proto(question) for question in protocol.probes)
-    _check_questions("protocol.probes", probes, MAX_PROBES)
+    _check_questions("protocol.probes", range(len(probes)), probes, MAX_PROBES, answers)
     _check_texts("protocol.replay_documents", protocol.replay_documents, MAX_REPLAY_DOCUMENTS)
     edits = len(message.self_edits) + sum(len(group.self_edits) for group in message.more)
     if edits > MAX_SELF_EDITS:
@@ -80,19 +85,56 @@ def read_request(message: pb.CreateEvaluationsRequest, graders: Graders = WITHOU
     first = pb.TaskSelfEdits(task=message.task, self_edits=message.self_edits)
     return EvaluationRequest(
         tasks=(
-            _read_group(first, protocol, ""),
-            *(_read_group(group, protocol, f"more[{index}].") for index, group in enumerate(message.more)),
+            _read_group(first, protocol, answers, weights, ""),
+            *(
+                _read_group(group, protocol, answers, weights, f"more[{index}].")
+                for index, group in enumerate(message.more)
+            ),
         ),
         probes=probes,
         replay_documents=tuple(protocol.replay_documents),
-        answers=resolve_answers(protocol.answers),
+        answers=answers,
         grader=graders.named(protocol.grader),
-        weights=resolve_weights(protocol.weights),
+        weights=weights,
         seeds=_read_seeds(protocol.seeds, edits),
     )
 
 
-def _read_group(group: pb.TaskSelfEdits, protocol: pb.EvaluationProtocol, place: str) -> TaskEdits:
+def _check_measured(answers: trial.AnswerSettings, weights: Weights) -> None:
+    """Every term with a weight must be one that the answers are asked for."""
+    place = "protocol.answers"
+    if answers.samples > MAX_SAMPLES:
+        raise _invalid(f"{place}.samples", f"must be at most {MAX_SAMPLES} (given: {answers.samples})")
+    if answers.temperature and not 0 < answers.temperature <= MAX_TEMPERATURE:
+        raise _invalid(
+            f"{place}.temperature", f"must be above 0 and at most {MAX_TEMPERATURE:g} (given: {answers.temperature})"
+        )
+    if answers.logprobs_only:
+        for name in ("gain", "retention_loss", "certainty_gain", "agreement_gain"):
+            if getattr(weights, name):
+                raise _invalid(f"protocol.weights.{name}", "is not measured where answers.logprobs_only is set")
+        for name in ("samples", "certainty"):
+            if getattr(answers, name):
+                raise _invalid(f"{place}.{name}", "needs answers, and logprobs_only has none")
+    if weights.agreement_gain and not answers.samples:
+        raise _invalid(f"{place}.samples", "must be 1 or more where agreement_gain has a weight")
+    if weights.certainty_gain and not answers.certainty:
+        raise _invalid(f"{place}.certainty", "must be set where certainty_gain has a weight")
+
+
+def _needs_answers(answers: trial.AnswerSettings, weights: Weights) -> bool:
+    """Whether gold answers have a part in the reward; if not, questions may come without."""
+    labelled = any((weights.gain, weights.gold_logprob_gain, weights.gold_probability_gain))
+    return labelled or answers.logprobs_only or not weights.label_free
+
+
+def _read_group(
+    group: pb.TaskSelfEdits,
+    protocol: pb.EvaluationProtocol,
+    answers: trial.AnswerSettings,
+    weights: Weights,
+    place: str,
+) -> TaskEdits:
     task = group.task
     if task.HasField("few_shot"):
         raise _invalid(f"{place}task.few_shot", "few-shot tasks are not evaluated yet")
@@ -100,14 +142,18 @@ def _read_group(group: pb.TaskSelfEdits, protocol: pb.EvaluationProtocol, place:
         raise _invalid(f"{place}task", "the task has no passage")
     name = task.id or task_id(task)
     bank = bank_from_proto(protocol.bank)
-    asked = [question_from_proto(question) for question in task.passage.questions]
-    questions = tuple(question for question in asked if question.bank is bank)
+    given = [question_from_proto(question) for question in task.passage.questions]
+    positions = [index for index, question in enumerate(given) if question.bank is bank]
+    questions = tuple(given[index] for index in positions)
     if not questions:
         raise _invalid(
             f"{place}task.passage.questions",
             f"the task {name} ({task.passage.title!r}) has no questions in the bank {bank}",
         )
-    _check_questions(f"{place}task.passage.questions", questions, MAX_QUESTIONS)
+    needed = _needs_answers(answers, weights)
+    _check_questions(f"{place}task.passage.questions", positions, questions, MAX_QUESTIONS, answers, needed)
+    for fault in question_faults("", "", questions):
+        raise _invalid(f"{place}task.passage.questions[{positions[fault.index]}]", fault.message)
     if protocol.include_passage:
         _check_texts(f"{place}task.passage.text", [task.passage.text], 1)
     if not group.self_edits:
@@ -150,12 +196,22 @@ def _read_seeds(seeds: Sequence[int], edits: int) -> tuple[int, ...]:
     return tuple(sorted(seeds))
 
 
-def _check_questions(place: str, questions: Sequence[Question], most: int) -> None:
+def _check_questions(
+    place: str,
+    positions: Sequence[int],
+    questions: Sequence[Question],
+    most: int,
+    answers: trial.AnswerSettings,
+    answers_needed: bool = True,
+) -> None:
+    """``positions``: where the questions stand in the message."""
     if len(questions) > most:
         raise _invalid(place, f"must be at most {most} (given: {len(questions)})")
-    for index, question in enumerate(questions):
-        if not question.text.strip() or not question.answer.strip():
+    for index, question in zip(positions, questions, strict=True):
+        if not question.text.strip() or (not question.answer.strip() and (answers_needed or question.answer)):
             raise _invalid(f"{place}[{index}]", f"question {index} has no text or no answer: {question.text[:80]!r}")
+        if not answers.logprobs_only and (fault := answer_fault(question, answers.max_new_tokens)):
+            raise _invalid(f"{place}[{index}]", fault)
 
 
 def _check_texts(place: str, texts: Sequence[str], most: int) -> None:

@@ -25,6 +25,8 @@ MAX_EPOCHS = 1024
 MAX_BATCH_SIZE = 4096
 MAX_NEW_TOKENS = 4096
 MAX_REPLAY_SHARE = 0.9
+# Sums of weighted terms stay finite.
+MAX_WEIGHT = 1e6
 
 
 def resolve_training(given: trial.TrainingSettings, directive: types.Directive, place: str) -> trial.TrainingSettings:
@@ -95,7 +97,8 @@ def resolve_weights(given: pb.RewardWeights) -> Weights:
     """The weights as they are; all zero is read as gain = 1. Raises PreceptorError(INVALID_REQUEST)."""
     values = {field.name: getattr(given, field.name) for field in fields(Weights)}
     for name, value in values.items():
-        _check(math.isfinite(value), f"protocol.weights.{name}", "must be a finite number", value)
+        known = abs(value) <= MAX_WEIGHT  # not so for what is no number
+        _check(known, f"protocol.weights.{name}", f"must be a finite number, at most {MAX_WEIGHT:g}", value)
     return Weights(**values) if any(values.values()) else Weights()
 
 

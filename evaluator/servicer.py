@@ -23,7 +23,8 @@ class EvaluatorServicer(EvaluatorServiceServicer):
     def CreateEvaluations(
         self, request: pb.CreateEvaluationsRequest, context: grpc.ServicerContext
     ) -> pb.CreateEvaluationsResponse:
-        return pb.CreateEvaluationsResponse(evaluations=self._evaluations.create(request))
+        evaluations = self._evaluations.create(request)
+        return pb.CreateEvaluationsResponse(evaluations=evaluations, openings=self._evaluations.openings(request))
 
     def GetEvaluation(
         self, request: pb.GetEvaluationRequest, context: grpc.ServicerContext

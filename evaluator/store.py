@@ -22,6 +22,7 @@ from evaluator.database import (
     evaluation_trials,
     evaluations,
     exams,
+    openings,
     owners,
     requests,
     trials,
@@ -37,11 +38,12 @@ from preceptor.v1 import trial_pb2 as trial
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A mutating request: who asks, and what makes a repetition the same."""
+    """A mutating request: who asks, what makes a repetition the same, and which sealed banks it opens."""
 
     id: str
     body_sha256: str
     owner: str
+    sealed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,8 @@ class EvaluationStore:
         return None if reply is None else _read_known(reply)
 
     def create(self, plan: Plan, request: Request, batch_trials: int) -> list[Known]:
-        """Makes the evaluations of a plan exist, owned by who asks, and the batches they still need.
+        """Makes the evaluations of a plan exist, owned by who asks, and the batches they still need. That the request
+        opens sealed banks is noted with them, also where all is known: a look is a look.
 
         In the order of the plan. Raises PreceptorError(REQUEST_ID_REUSED).
         """
@@ -99,9 +102,16 @@ class EvaluationStore:
             )
             if new := [{"owner": request.owner, "evaluation_id": item} for item in distinct if item not in owned]:
                 tx.execute(insert(owners), new)
+            self._put_openings(tx, request)
             known = [Known(item.id, states.get(item.id) is State.SUCCEEDED) for item in plan.evaluations]
             _keep_reply(tx, request, [[item.id, item.cached] for item in known])
             return known
+
+    def openings(self, bank_ids: Iterable[str]) -> dict[str, int]:
+        """How many owners have opened each of these sealed banks; a bank that nobody has is not among them."""
+        query = select(openings.c.bank_id, func.count()).where(openings.c.bank_id.in_(set(bank_ids)))
+        with self._database.read() as tx:
+            return {str(bank): int(count) for bank, count in tx.execute(query.group_by(openings.c.bank_id))}
 
     def get(self, evaluation_ids: Sequence[str]) -> list[pb.Evaluation]:
         """These evaluations, in this order. Raises PreceptorError(EVALUATION_NOT_FOUND)."""
@@ -227,6 +237,15 @@ class EvaluationStore:
             drop_unwanted(tx, ended)
             _keep_reply(tx, request, len(ended))
             return len(ended), ended
+
+    def _put_openings(self, tx: Connection, request: Request) -> None:
+        mine = select(openings.c.bank_id).where(
+            openings.c.owner == request.owner, openings.c.bank_id.in_(request.sealed)
+        )
+        known = set(tx.execute(mine).scalars())
+        new = [{"bank_id": bank, "owner": request.owner} for bank in sorted(request.sealed - known)]
+        if new:
+            tx.execute(insert(openings).values(first=self._clock()), new)
 
     def _put_batches(
         self, tx: Connection, plan: Plan, to_start: Sequence[PlannedEvaluation], batch_trials: int

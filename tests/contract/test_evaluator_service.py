@@ -23,6 +23,7 @@ from preceptor.server import Server
 from preceptor.settings import ServiceSettings
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import student_pb2, student_pb2_grpc
+from preceptor.v1 import types_pb2 as types
 from preceptor.v1.evaluator_pb2_grpc import EvaluatorServiceStub, add_EvaluatorServiceServicer_to_server
 from tests.evaluation_requests import STUDENT, group, task
 from tests.fake_broker import FakeBroker
@@ -154,6 +155,17 @@ def test_a_bad_request_names_its_place_and_leaves_nothing_behind(bench: Bench) -
     with pytest.raises(PreceptorError) as raised:
         list(bench.watch(["eval-none"]))
     assert raised.value.reason == "EVALUATION_NOT_FOUND"
+
+
+def test_an_answer_tells_how_often_the_sealed_questions_were_opened(bench: Bench) -> None:
+    for owner, owners in (("run-1", 1), ("run-2", 2), ("run-1", 2)):
+        request = group("Ada lives in Lisbon.", owner=owner)
+        assert not call(bench.stub.CreateEvaluations, request).openings
+        request = group("Ada lives in Lisbon.", owner=owner)
+        request.task.passage.questions[2].bank = request.protocol.bank = types.QUESTION_BANK_SEALED
+        assert list(call(bench.stub.CreateEvaluations, request).openings) == [
+            pb.SealedOpening(task_id="task-ada", owners=owners)
+        ]
 
 
 def test_a_watch_ends_with_its_call(bench: Bench) -> None:

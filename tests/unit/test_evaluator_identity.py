@@ -25,6 +25,45 @@ def identity(change: Change = lambda request: None) -> str:
     return planned(change).evaluations[0].id
 
 
+def look(request: pb.CreateEvaluationsRequest) -> None:
+    """Makes it a request for log-probabilities alone."""
+    request.protocol.answers.logprobs_only = True
+    request.protocol.weights.CopyFrom(pb.RewardWeights(gold_logprob_gain=1.0))
+
+
+def then(*changes: Change) -> Change:
+    """One change after the other."""
+
+    def all_of_them(request: pb.CreateEvaluationsRequest) -> None:
+        for change in changes:
+            change(request)
+
+    return all_of_them
+
+
+def weighted(change: Change = lambda request: None, **weights: float) -> Change:
+    """A change after which the reward has these weights alone."""
+
+    def both(request: pb.CreateEvaluationsRequest) -> None:
+        request.protocol.weights.CopyFrom(pb.RewardWeights(**weights))
+        change(request)
+
+    return both
+
+
+def unlabelled(request: pb.CreateEvaluationsRequest) -> None:
+    """Certainty alone is rewarded, and no question has an answer."""
+    weighted(certainty_gain=1.0)(request)
+    request.protocol.answers.certainty = True
+    for question in request.task.passage.questions:
+        question.answer = ""
+
+
+def ask_again(request: pb.CreateEvaluationsRequest, text: str, answer: str) -> None:
+    """A fourth question, of the bank that is asked."""
+    request.task.passage.questions.add(text=text, answer=answer)
+
+
 DIFFERENT: dict[str, Change] = {
     "student commit": lambda r: setattr(r.student, "commit", "beef"),
     "adapters": lambda r: r.student.adapters.add(uri="file:///a", sha256="aa"),
@@ -50,7 +89,7 @@ DIFFERENT: dict[str, Change] = {
     "accumulation": lambda r: setattr(r.protocol.training, "gradient_accumulation", 2),
     "step limit": lambda r: setattr(r.protocol.training, "max_steps", 5),
     "padding": lambda r: setattr(r.protocol.training, "pad_to", 2048),
-    "look": lambda r: setattr(r.protocol.answers, "logprobs_only", True),
+    "look": lambda r: look(r),
     "samples": lambda r: setattr(r.protocol.answers, "samples", 4),
     "certainty": lambda r: setattr(r.protocol.answers, "certainty", True),
     "weight of a term": lambda r: setattr(r.protocol.weights, "gold_probability_gain", 0.5),
@@ -293,6 +332,83 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
         "protocol.answers.prompt",
         "{question}",
     ),
+    "a question twice": (
+        lambda r: ask_again(r, "where does Ada  live", "lisbon"),
+        "task.passage.questions[3]",
+        "is asked twice",
+    ),
+    "a question with two answers": (
+        lambda r: ask_again(r, "Where does Ada live?", "Porto"),
+        "task.passage.questions[3]",
+        "has the answer 'Porto' here and 'Lisbon' before",
+    ),
+    "an answer that is too long": (
+        lambda r: setattr(r.task.passage.questions[1], "answer", "word " * 17),
+        "task.passage.questions[1]",
+        "the gold answer has 17 words, and an answer may have 16 tokens",
+    ),
+    "a probe that is too long": (
+        lambda r: setattr(r.protocol.probes[1], "answer", "word " * 17),
+        "protocol.probes[1]",
+        "17 words",
+    ),
+    "a look with a gain": (
+        lambda r: setattr(r.protocol.answers, "logprobs_only", True),
+        "protocol.weights.gain",
+        "not measured",
+    ),
+    "a look without weights": (
+        weighted(lambda r: setattr(r.protocol.answers, "logprobs_only", True)),
+        "protocol.weights.gain",
+        "not measured",
+    ),
+    "a look that samples": (
+        then(look, lambda r: setattr(r.protocol.answers, "samples", 2)),
+        "protocol.answers.samples",
+        "logprobs_only",
+    ),
+    "a look without gold answers": (
+        then(look, lambda r: setattr(r.task.passage.questions[0], "answer", "")),
+        "task.passage.questions[0]",
+        "no answer",
+    ),
+    "endless samples": (
+        lambda r: setattr(r.protocol.answers, "samples", 65),
+        "protocol.answers.samples",
+        "at most 64",
+    ),
+    "a temperature below zero": (
+        lambda r: setattr(r.protocol.answers, "temperature", -1.0),
+        "protocol.answers.temperature",
+        "above 0",
+    ),
+    "a temperature that is no number": (
+        lambda r: setattr(r.protocol.answers, "temperature", float("nan")),
+        "protocol.answers.temperature",
+        "above 0",
+    ),
+    "agreement without samples": (weighted(agreement_gain=1.0), "protocol.answers.samples", "1 or more"),
+    "certainty that is not measured": (weighted(certainty_gain=1.0), "protocol.answers.certainty", "must be set"),
+    "gain without gold answers": (
+        then(unlabelled, lambda r: setattr(r.protocol.weights, "gain", 1.0)),
+        "task.passage.questions[0]",
+        "no answer",
+    ),
+    "a blank gold answer": (
+        then(unlabelled, lambda r: setattr(r.task.passage.questions[0], "answer", " ")),
+        "task.passage.questions[0]",
+        "no answer",
+    ),
+    "a weight beyond all measure": (
+        lambda r: setattr(r.protocol.weights, "overlap", 1e300),
+        "protocol.weights.overlap",
+        "finite",
+    ),
+    "a weight that is no number": (
+        lambda r: setattr(r.protocol.weights, "tokens", float("nan")),
+        "protocol.weights.tokens",
+        "finite",
+    ),
     "a weight of infinity": (
         lambda r: setattr(r.protocol.weights, "gain", float("inf")),
         "protocol.weights.gain",
@@ -308,6 +424,29 @@ def test_a_bad_request_is_refused_with_its_place(name: str) -> None:
         planned(change)
     assert raised.value.reason == "INVALID_REQUEST"
     assert raised.value.metadata["field"] == field
+
+
+def test_what_is_not_asked_may_be_wrong_with_the_questions_of_other_banks() -> None:
+    def change(request: pb.CreateEvaluationsRequest) -> None:
+        request.task.passage.questions[2].text = request.task.passage.questions[0].text
+        request.task.passage.questions[2].answer = "word " * 40
+
+    assert identity(change) == identity()
+
+
+def test_a_look_may_have_long_gold_answers_and_every_weight_that_it_measures() -> None:
+    def change(request: pb.CreateEvaluationsRequest) -> None:
+        look(request)
+        request.task.passage.questions[0].answer = "word " * 40
+        request.protocol.weights.CopyFrom(
+            pb.RewardWeights(gold_logprob_gain=1, gold_probability_gain=1, overlap=1, tokens=1)
+        )
+
+    assert not planned(change).evaluations[0].exam.graded
+
+
+def test_without_labels_questions_need_no_gold_answers() -> None:
+    assert not planned(unlabelled).evaluations[0].exam.labelled
 
 
 def test_an_unknown_grader_is_refused() -> None:
