@@ -111,6 +111,8 @@ class Policies:
             created=datetime.now(UTC),
             kept=len(kept),
             offered=len(update.examples),
+            groups=len(update.groups),
+            groups_dropped=len(update.groups - {example.group for example in kept}),
             steps_planned=update.settings.tuning.steps(len(kept)),
         )
         policy, trains = self._store.start_update(policy, update.to_bytes(), request_id, body, activate=update.activate)
@@ -187,8 +189,8 @@ class Policies:
         self._steps.pop(policy_id, None)
         self._tell()
         log.info(
-            "policy %s is %s: %d of %d self-edits kept, %d steps, loss %.3f -> %.3f, %.1f s",
-            *(ended.id, ended.state, ended.kept, ended.offered, ended.steps),
+            "policy %s is %s: %d of %d self-edits kept, %d of %d groups dropped, %d steps, loss %.3f -> %.3f, %.1f s",
+            *(ended.id, ended.state, ended.kept, ended.offered, ended.groups_dropped, ended.groups, ended.steps),
             *(ended.first_loss, ended.final_loss, ended.seconds),
         )
 

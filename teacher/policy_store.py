@@ -45,6 +45,17 @@ _POLICIES = sa.Table(
     sa.Column("created", sa.Float, nullable=False),  # seconds since the epoch
     sa.Column("request", sa.LargeBinary, nullable=False, default=b""),  # the update; empty for the base
 )
+# A table of its own, for databases that have the one above get no new columns.
+_SELECTIONS = sa.Table(
+    "policy_groups",
+    _METADATA,
+    sa.Column("policy_id", sa.String(80), primary_key=True),
+    sa.Column("groups", sa.Integer, nullable=False),
+    sa.Column("groups_dropped", sa.Integer, nullable=False),
+)
+_WHOLE = sa.select(_POLICIES, _SELECTIONS.c.groups, _SELECTIONS.c.groups_dropped).select_from(
+    _POLICIES.outerjoin(_SELECTIONS, _SELECTIONS.c.policy_id == _POLICIES.c.id)
+)
 _ACTIVE = sa.Table(
     "active_policy",
     _METADATA,
@@ -88,6 +99,8 @@ class Policy:
     adapter_sha256: str = ""
     kept: int = 0
     offered: int = 0
+    groups: int = 0  # 0 also where the policy was made before groups were counted
+    groups_dropped: int = 0
     first_loss: float = 0.0
     final_loss: float = 0.0
     steps: int = 0
@@ -126,7 +139,7 @@ class PolicyStore:
 
     def page(self, size: int, before: int = 0) -> tuple[list[Policy], int]:
         """Up to ``size`` policies, newest first, and where the next page begins (0: there is none)."""
-        query = _POLICIES.select().order_by(_POLICIES.c.number.desc()).limit(size + 1)
+        query = _WHOLE.order_by(_POLICIES.c.number.desc()).limit(size + 1)
         if before:
             query = query.where(_POLICIES.c.number < before)
         with self._begin() as db:
@@ -158,6 +171,8 @@ class PolicyStore:
             found = self._find(db, policy.id)
             if found is None:
                 db.execute(_POLICIES.insert().values(**_new_row(policy, update)))
+                counts = {"groups": policy.groups, "groups_dropped": policy.groups_dropped}
+                db.execute(_SELECTIONS.insert().values(policy_id=policy.id, **counts))
             elif found["state"] == PolicyState.FAILED:
                 self._change(db, policy.id, state="training", failure_reason="", failure_message="", request=update)
             elif activate and found["state"] == PolicyState.TRAINING:
@@ -224,7 +239,7 @@ class PolicyStore:
 
     @staticmethod
     def _find(db: sa.Connection, policy_id: str) -> sa.RowMapping | None:
-        return db.execute(_POLICIES.select().where(_POLICIES.c.id == policy_id)).mappings().one_or_none()
+        return db.execute(_WHOLE.where(_POLICIES.c.id == policy_id)).mappings().one_or_none()
 
     def _policy(self, db: sa.Connection, policy_id: str) -> Policy:
         active = self._active_id(db)
@@ -272,6 +287,8 @@ def _new_row(policy: Policy, update: bytes) -> dict[str, Any]:
 def _read(row: sa.RowMapping, active: str | None) -> Policy:
     values = {name: row[name] for name in Policy.__dataclass_fields__ if name in row}
     values |= {
+        "groups": row["groups"] or 0,
+        "groups_dropped": row["groups_dropped"] or 0,
         "state": PolicyState(row["state"]),
         "created": datetime.fromtimestamp(row["created"], UTC),
         "active": row["id"] == active,

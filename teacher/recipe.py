@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from preceptor.names import canonical_json, content_id
 from teacher.rest_em import Candidate, SelectionSettings, select
 from teacher.update import FineTuning
+
+# What came after policies were first made is part of an identity only where it is used, so that these keep their ids.
+_LATER_OF_EXAMPLES = ("advantage", "advantage_stderr", "only_compared")
+_LATER_OF_SELECTION = ("min_reward_z", "min_advantage_z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +27,9 @@ class Rewarded:
     prompt_format: str
     reward: float
     stderr: float
+    advantage: float | None = None
+    advantage_stderr: float = 0.0
+    only_compared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +55,23 @@ class Update:
 
     def policy_id(self, base_commit: str) -> str:
         """The id of the policy that this makes: a function of what it is made of, in any order of the examples."""
-        examples = sorted(canonical_json(asdict(example)) for example in self.examples)
-        parts = ["update/1", base_commit, self.parent_id, examples, asdict(self.settings), self.seed]
+        examples = sorted(canonical_json(_said(example, _LATER_OF_EXAMPLES)) for example in self.examples)
+        settings = asdict(self.settings) | {"selection": _said(self.settings.selection, _LATER_OF_SELECTION)}
+        parts = ["update/1", base_commit, self.parent_id, examples, settings, self.seed]
         return content_id("policy", parts)
 
     def kept(self) -> list[Rewarded]:
         """The examples to learn from, in an order that does not depend on the order they came in."""
-        candidates = [Candidate(e.group, e.completion, e.reward, e.stderr) for e in self.examples]
+        candidates = [
+            Candidate(e.group, e.completion, e.reward, e.stderr, e.advantage, e.advantage_stderr, e.only_compared)
+            for e in self.examples
+        ]
         return [self.examples[i] for i in select(candidates, self.settings.selection)]
+
+    @property
+    def groups(self) -> set[str]:
+        """The groups that are offered."""
+        return {example.group for example in self.examples}
 
     def to_bytes(self) -> bytes:
         """For the store."""
@@ -76,3 +94,10 @@ class Update:
             seed=values["seed"],
             activate=values["activate"],
         )
+
+
+def _said(values: Rewarded | SelectionSettings, later: Sequence[str]) -> dict[str, Any]:
+    """The fields with their values, the ``later`` ones only where they differ from their default."""
+    defaults = {field.name: field.default for field in fields(values)}
+    said = asdict(values)
+    return {name: value for name, value in said.items() if name not in later or value != defaults[name]}

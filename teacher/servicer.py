@@ -28,6 +28,7 @@ _STATES = {
     PolicyState.FAILED: pb.POLICY_STATE_FAILED,
 }
 _DEFAULT_PAGE, _LARGEST_PAGE = 100, 1000
+_NOT_NEGATIVE = ("min_advantage", "min_reward_z", "min_advantage_z", "alpha", "learning_rate")
 
 
 class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
@@ -130,15 +131,21 @@ def update(request: pb.UpdatePolicyRequest) -> Update:
     settings = request.settings
     algorithm = settings.algorithm or "rest_em"
     _need(algorithm == "rest_em", "settings.algorithm", f"is {algorithm!r}; there is: rest_em")
-    for name in ("min_reward", "min_advantage", "alpha", "learning_rate"):
+    for name in ("min_reward", *_NOT_NEGATIVE):
         _need(math.isfinite(getattr(settings, name)), f"settings.{name}", "is no finite number")
-    for name in ("min_advantage", "alpha", "learning_rate"):
+    for name in _NOT_NEGATIVE:
         _need(getattr(settings, name) >= 0, f"settings.{name}", "is negative")
     return Update(
         parent_id=request.parent_id,
         examples=tuple(_rewarded(example, f"examples[{i}]") for i, example in enumerate(request.examples)),
         settings=UpdateSettings(
-            SelectionSettings(settings.top_k or 2, settings.min_reward, settings.min_advantage),
+            SelectionSettings(
+                settings.top_k or 2,
+                settings.min_reward,
+                settings.min_advantage,
+                settings.min_reward_z,
+                settings.min_advantage_z,
+            ),
             FineTuning(settings.learning_rate or 1e-3, settings.epochs or 2, settings.batch_size or 8),
             settings.rank or 16,
             settings.alpha or 32.0,
@@ -151,6 +158,10 @@ def update(request: pb.UpdatePolicyRequest) -> Update:
 def _rewarded(example: pb.RewardedSelfEdit, field: str) -> Rewarded:
     _need(math.isfinite(example.reward), f"{field}.reward", "is no finite number; leave failures out")
     _need(bool(example.group_id), f"{field}.group_id", "must not be empty")
+    for name in ("reward_stderr", "advantage", "advantage_stderr"):
+        _need(math.isfinite(getattr(example, name)), f"{field}.{name}", "is no finite number")
+    for name in ("reward_stderr", "advantage_stderr"):
+        _need(getattr(example, name) >= 0, f"{field}.{name}", "is negative")
     task = example.task
     _need(task.HasField("passage"), f"{field}.task", "is no passage")
     return Rewarded(
@@ -160,7 +171,10 @@ def _rewarded(example: pb.RewardedSelfEdit, field: str) -> Rewarded:
         completion=example.completion,
         prompt_format=example.prompt_format or "open",
         reward=example.reward,
-        stderr=example.reward_stderr if math.isfinite(example.reward_stderr) else 0.0,
+        stderr=example.reward_stderr,
+        advantage=example.advantage if example.HasField("advantage") else None,
+        advantage_stderr=example.advantage_stderr if example.HasField("advantage") else 0.0,
+        only_compared=example.only_compared,
     )
 
 
@@ -212,6 +226,8 @@ def _policy(policy: Policy) -> pb.Policy:
         base_commit=policy.base_commit,
         kept=policy.kept,
         offered=policy.offered,
+        groups=policy.groups,
+        groups_dropped=policy.groups_dropped,
         first_loss=policy.first_loss,
         final_loss=policy.final_loss,
         steps=policy.steps,

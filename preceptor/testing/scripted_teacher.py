@@ -72,9 +72,16 @@ class ScriptedTeacher(teacher_pb2_grpc.TeacherServiceServicer):
             if self._answered.setdefault(request.request_id, policy_id) != policy_id:
                 raise PreceptorError("REQUEST_ID_REUSED", "another body under the same request_id")
             if policy_id not in self._policies:
-                kept = sum(example.reward > request.settings.min_reward for example in request.examples)
+                offered = request.examples
+                good = [one for one in offered if one.reward > request.settings.min_reward and not one.only_compared]
+                groups = {example.group_id for example in offered}
                 self._policies[policy_id] = pb.Policy(
-                    id=policy_id, parent_id=parent.id, kept=kept, offered=len(request.examples)
+                    id=policy_id,
+                    parent_id=parent.id,
+                    kept=len(good),
+                    offered=len(offered),
+                    groups=len(groups),
+                    groups_dropped=len(groups - {example.group_id for example in good}),
                 )
                 self._ready_at[policy_id] = time.monotonic() + self.update_seconds
                 self.updates.append(request)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from sqlalchemy import create_engine, text
 
 from preceptor.artifacts import ArtifactStore
 from preceptor.channel import call, connect, is_serving, stream
@@ -77,6 +78,14 @@ def update_request(request_id: str, *, rewards: tuple[float, ...] = (0.5, 0.1, -
     return pb.UpdatePolicyRequest(
         **({"request_id": request_id, "examples": examples, "settings": settings, "seed": 7} | changes)
     )
+
+
+def rewarded(**fields: Any) -> Any:
+    """An update whose first example has these fields, too."""
+    request = update_request("r")
+    for name, value in fields.items():
+        setattr(request.examples[0], name, value)
+    return request
 
 
 def watched(running: Running, policy_id: str) -> list[pb.Policy]:
@@ -147,6 +156,11 @@ def test_errors_arrive_as_they_were_raised(running: Running) -> None:
         (update_request(""), "request_id"),
         (update_request("r", rewards=(float("nan"),)), "examples[0].reward"),
         (update_request("r", settings=pb.UpdateSettings(algorithm="ppo")), "settings.algorithm"),
+        (update_request("r", settings=pb.UpdateSettings(min_reward_z=-1)), "settings.min_reward_z"),
+        (update_request("r", settings=pb.UpdateSettings(min_advantage_z=float("inf"))), "settings.min_advantage_z"),
+        (rewarded(reward_stderr=float("nan")), "examples[0].reward_stderr"),
+        (rewarded(advantage=float("nan")), "examples[0].advantage"),
+        (rewarded(advantage=1, advantage_stderr=-1), "examples[0].advantage_stderr"),
     ):
         with pytest.raises(PreceptorError) as error:
             call(running.stub.UpdatePolicy, bad)
@@ -240,6 +254,41 @@ def test_an_update_that_keeps_nothing_is_the_parent_under_another_id(running: Ru
     nothing = update_request("r3", rewards=(-0.1, -0.2), parent_id=trained.id)
     child = watched(running, call(running.stub.UpdatePolicy, nothing).policy.id)[-1]
     assert child.adapter == trained.adapter
+
+
+def test_a_group_of_which_nothing_is_kept_is_dropped_and_counted(running: Running) -> None:
+    request = update_request("r1")
+    for example in request.examples[3:6]:
+        example.reward_stderr = 0.6  # of the second of three groups nothing is above 0 by its own error
+    request.settings.min_reward_z = 1
+    policy = watched(running, call(running.stub.UpdatePolicy, request).policy.id)[-1]
+    assert (policy.kept, policy.offered, policy.groups, policy.groups_dropped) == (2, 9, 3, 1)
+    (listed, _base) = call(running.stub.ListPolicies, pb.ListPoliciesRequest()).policies
+    assert (listed.groups, listed.groups_dropped) == (3, 1)
+
+
+def test_the_best_of_a_group_on_fresh_seeds_is_kept_and_those_for_comparison_are_not(running: Running) -> None:
+    request = update_request("r1", rewards=(0.2, 0.5, -0.2))
+    for example in request.examples:
+        example.only_compared = example.reward != 0.2
+        example.advantage, example.advantage_stderr = example.reward - 1 / 6, 0.01
+    policy = watched(running, call(running.stub.UpdatePolicy, request).policy.id)[-1]
+    assert (policy.kept, policy.groups, policy.groups_dropped) == (3, 3, 0)
+
+
+def test_a_store_of_before_groups_were_counted_is_served(tmp_path: Path) -> None:
+    before = Running(tmp_path)
+    made = watched(before, call(before.stub.UpdatePolicy, update_request("r1")).policy.id)[-1]
+    url = before.teacher.store._engine.url  # the database, without the table that came later
+    before.stop()
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("DROP TABLE policy_groups"))
+    engine.dispose()
+    after = Running(tmp_path)
+    found = call(after.stub.GetPolicy, pb.GetPolicyRequest(policy_id=made.id)).policy
+    after.stop()
+    assert (found.kept, found.offered, found.groups) == (made.kept, made.offered, 0)
 
 
 def test_a_failed_update_says_why_leaves_the_parent_and_can_be_tried_again(running: Running) -> None:

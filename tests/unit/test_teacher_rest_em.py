@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -18,23 +19,43 @@ CANDIDATES = st.lists(
         completion=st.text("xyz", max_size=3),
         reward=st.one_of(st.sampled_from([-0.5, 0.0, 0.1, 0.5]), st.floats(-2, 2)),
         stderr=st.sampled_from([0.0, 0.1]),
+        advantage=st.one_of(st.none(), st.floats(-1, 1)),
+        advantage_stderr=st.sampled_from([0.0, 0.1]),
+        only_compared=st.booleans(),
     ),
     max_size=24,
 )
 SETTINGS = st.builds(
-    SelectionSettings, top_k=st.integers(1, 4), min_reward=st.floats(-1, 1), min_advantage=st.floats(0, 2)
+    SelectionSettings,
+    top_k=st.integers(1, 4),
+    min_reward=st.floats(-1, 1),
+    min_advantage=st.floats(0, 2),
+    min_reward_z=st.sampled_from([0.0, 1.0, 2.0]),
+    min_advantage_z=st.sampled_from([0.0, 1.0, 2.0]),
 )
+
+
+def passes(candidate: Candidate, candidates: list[Candidate], settings: SelectionSettings, slack: float) -> bool:
+    """Whether every bar, moved by ``slack``, is passed; said again, in other words than the code's."""
+    if candidate.only_compared or not candidate.reward > settings.min_reward + settings.min_reward_z * candidate.stderr:
+        return False
+    group = [c for c in candidates if c.group == candidate.group]
+    rewards = [c.reward for c in group]
+    advantage, error = candidate.advantage, candidate.advantage_stderr
+    if advantage is None:
+        if len(group) == 1:
+            return True
+        weights = [(c is candidate) - 1 / len(group) for c in group]
+        advantage = candidate.reward - statistics.fmean(rewards)
+        error = sum((w * c.stderr) ** 2 for w, c in zip(weights, group, strict=True)) ** 0.5
+    bar = max(settings.min_advantage * statistics.pstdev(rewards), settings.min_advantage_z * error)
+    return advantage + slack > bar
 
 
 @given(CANDIDATES, SETTINGS)
 def test_kept_ones_pass_every_bar(candidates: list[Candidate], settings: SelectionSettings) -> None:
     kept = [candidates[i] for i in select(candidates, settings)]
-    for candidate in kept:
-        assert candidate.reward > settings.min_reward
-        rewards = [c.reward for c in candidates if c.group == candidate.group]
-        if len(rewards) > 1:
-            bar = statistics.fmean(rewards) + settings.min_advantage * statistics.pstdev(rewards)
-            assert candidate.reward > bar - 1e-12
+    assert all(passes(candidate, candidates, settings, 1e-9) for candidate in kept)
     for group in "abc":
         of_group = [c for c in kept if c.group == group]
         assert len(of_group) <= settings.top_k
@@ -42,15 +63,53 @@ def test_kept_ones_pass_every_bar(candidates: list[Candidate], settings: Selecti
 
 
 @given(CANDIDATES, SETTINGS)
-def test_nothing_better_is_left_behind(candidates: list[Candidate], settings: SelectionSettings) -> None:
-    kept = {i: candidates[i] for i in select(candidates, settings)}
+def test_nothing_better_that_passes_is_left_behind(candidates: list[Candidate], settings: SelectionSettings) -> None:
+    kept = select(candidates, settings)
     for index, candidate in enumerate(candidates):
-        of_group = [c for c in kept.values() if c.group == candidate.group]
-        if index in kept or not of_group or candidate.completion in {c.completion for c in of_group}:
+        if index in kept or not passes(candidate, candidates, settings, -1e-9):
             continue
-        if candidate.reward > min(c.reward for c in of_group):
+        of_group = [candidates[i] for i in kept if candidates[i].group == candidate.group]
+        if candidate.completion not in {c.completion for c in of_group}:
             assert len(of_group) == settings.top_k
             assert all(c.reward >= candidate.reward for c in of_group)
+
+
+@given(CANDIDATES, SETTINGS, st.sampled_from(["min_reward_z", "min_advantage_z"]))
+def test_a_higher_bar_keeps_no_more(candidates: list[Candidate], settings: SelectionSettings, bar: str) -> None:
+    higher = replace(settings, **{bar: getattr(settings, bar) + 1})
+    assert len(select(candidates, higher)) <= len(select(candidates, settings))
+
+
+@given(CANDIDATES, SETTINGS)
+def test_what_is_there_for_comparison_is_never_kept(candidates: list[Candidate], settings: SelectionSettings) -> None:
+    assert not any(candidates[i].only_compared for i in select(candidates, settings))
+
+
+def test_a_gain_that_its_own_error_may_be_is_not_kept() -> None:
+    candidates = [Candidate("a", "sure", 0.3, 0.1), Candidate("a", "lucky", 0.4, 0.3), Candidate("a", "bad", -0.5)]
+    assert select(candidates, SelectionSettings()) == [1, 0]
+    assert select(candidates, SelectionSettings(min_reward_z=2)) == [0]
+
+
+def test_an_advantage_that_its_own_error_may_be_is_not_kept() -> None:
+    def group(stderr: float) -> list[Candidate]:
+        return [
+            Candidate("a", "x", 0.5, 0.3, advantage=0.1, advantage_stderr=stderr),
+            Candidate("a", "y", 0.3, 0.3, advantage=-0.1, advantage_stderr=stderr),
+        ]
+
+    settings = SelectionSettings(min_advantage_z=2)
+    assert select(group(0.04), settings) == [0]  # paired, it is clear
+    assert select(group(0.06), settings) == []
+    alone = [Candidate("a", "x", 0.5, 0.3), Candidate("a", "y", 0.3, 0.3)]
+    assert select(alone, settings) == []  # as if the errors were independent: 0.1 +- 0.21
+
+
+def test_those_for_comparison_count_in_the_mean() -> None:
+    low = Candidate("a", "low", -1.0, only_compared=True)
+    best = [Candidate("a", "x", 0.2), Candidate("a", "y", 0.3)]
+    assert select(best, SelectionSettings()) == [1]
+    assert select([*best, low], SelectionSettings()) == [1, 0]
 
 
 @given(CANDIDATES, SETTINGS, st.integers(0, 1000))

@@ -1,0 +1,44 @@
+"""What a new policy is made of, and its id."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from teacher.recipe import Rewarded, Update, UpdateSettings
+from teacher.rest_em import SelectionSettings
+
+PAIR = tuple(Rewarded("a", "t", "x", text, "open", reward, 0.1) for text, reward in (("c", 0.5), ("d", 0.25)))
+UPDATE = Update("base-1", PAIR, UpdateSettings(SelectionSettings(2, 0.1, 0.5)), 7, False)
+
+
+def test_a_policy_of_before_these_settings_keeps_its_id() -> None:
+    # Made by the code before min_reward_z, min_advantage_z, advantages and examples for comparison.
+    assert UPDATE.policy_id("commit") == "policy-366ae3bd5d2351978dcb654dd6a074e1"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(UPDATE, settings=UpdateSettings(replace(UPDATE.settings.selection, min_reward_z=1.0))),
+        replace(UPDATE, settings=UpdateSettings(replace(UPDATE.settings.selection, min_advantage_z=1.0))),
+        replace(UPDATE, examples=(replace(PAIR[0], advantage=0.125, advantage_stderr=0.1), PAIR[1])),
+        replace(UPDATE, examples=(replace(PAIR[0], advantage=0.0), PAIR[1])),
+        replace(UPDATE, examples=(replace(PAIR[0], only_compared=True), PAIR[1])),
+    ],
+)
+def test_what_decides_the_selection_is_part_of_the_id_and_survives_the_store(other: Update) -> None:
+    assert other.policy_id("commit") != UPDATE.policy_id("commit")
+    assert Update.from_bytes(other.to_bytes()) == other
+
+
+def test_an_update_that_an_older_version_stored_is_read() -> None:
+    stored = json.loads(UPDATE.to_bytes())
+    for example in stored["examples"]:
+        for name in ("advantage", "advantage_stderr", "only_compared"):
+            del example[name]
+    for name in ("min_reward_z", "min_advantage_z"):
+        del stored["settings"]["selection"][name]
+    assert Update.from_bytes(json.dumps(stored).encode()) == UPDATE
