@@ -125,8 +125,9 @@ def task_from_proto(message: types.Task) -> Task:
 
 
 def for_teacher(task: types.Task) -> types.Task:
-    """The task as the teacher may see it: same id, no questions, no reference edits, no held-out outputs."""
-    bare = types.Task(id=task.id, labels=dict(task.labels))
+    """The task as the teacher may see it: id, title and text (of a few-shot task the demonstrations and the queries'
+    inputs) and nothing else; above all no questions, no reference edits, no labels, which may say anything."""
+    bare = types.Task(id=task.id)
     if task.HasField("passage"):
         bare.passage.title = task.passage.title
         bare.passage.text = task.passage.text
