@@ -25,6 +25,7 @@ import click
 
 from preceptor import __version__
 from preceptor.cli.doctor import doctor
+from preceptor.cli.evaluate import evaluate
 from preceptor.cli.run import run
 from preceptor.cli.runs import runs
 from preceptor.cli.students import students
@@ -42,7 +43,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, up, runs, students, tasks, doctor):
+for _command in (run, evaluate, up, runs, students, tasks, doctor):
     cli.add_command(_command)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from preceptor.v1.orchestrator_pb2 import CancelRunRequest
 
 if TYPE_CHECKING:
     from preceptor.cli.live import View
+    from preceptor.settings import HouseSettings
     from preceptor.stack import Stack
     from preceptor.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
 
@@ -92,6 +93,23 @@ def embedded_session(workers: int, view: View) -> Iterator[Session]:
 def connected_session() -> Iterator[Session]:
     """The stack that is up. Raises PreceptorError(STACK_NOT_UP)."""
     yield Session(orchestrator_of(stack_in_use()), None)
+
+
+@contextmanager
+def any_stack(
+    service: str, workers: int, connect: bool, say: Callable[[str], None]
+) -> Iterator[tuple[HouseSettings, Stack | None]]:
+    """The addresses of the stack of which ``service`` is up, else of an embedded one for the time of the command.
+
+    ``connect``: only of one that is up, else PreceptorError(STACK_NOT_UP).
+    """
+    if found := stack_in_use(service) if connect else find_stack(house_settings(), service):
+        yield found, None
+        return
+    from preceptor.stack import Stack
+
+    with Stack(house_settings(), workers=workers, on_event=say) as stack:
+        yield stack.addresses, stack
 
 
 @contextmanager
