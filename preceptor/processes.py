@@ -25,6 +25,7 @@ class Child:
     process: subprocess.Popen[bytes] | None = None
     restarts: int = 0
     deaths: deque[float] = field(default_factory=deque)  # when it ended, by time.monotonic()
+    logged: int = 0  # bytes that were in the log before it was started
 
     @property
     def pid(self) -> int:
@@ -35,6 +36,7 @@ class Child:
         """Starts it, with output appended to its log."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
+            self.logged = log.tell()
             self.process = subprocess.Popen(
                 self.command,
                 env=self.environment,
@@ -43,6 +45,14 @@ class Child:
                 stderr=log,
                 start_new_session=True,
             )
+
+    def last_words(self, lines: int = 3) -> list[str]:
+        """The last lines that this very process has logged, and none of those before it."""
+        if not self.log.exists():
+            return []
+        with self.log.open("rb") as log:
+            log.seek(self.logged)
+            return log.read().decode(errors="replace").strip().splitlines()[-lines:]
 
     def ended(self) -> bool:
         """Whether it was started and is no longer there."""

@@ -249,10 +249,10 @@ class Stack:
         self._write_state()
 
     def _death(self, child: Child) -> PreceptorError:
-        tail = child.log.read_text(errors="replace").strip().splitlines()[-3:] if child.log.exists() else []
         code = child.process.returncode if child.process else "?"
+        words = " | ".join(child.last_words())
         return PreceptorError(
-            "PROCESS_DIED", f"{child.name} does not stay up (exit code {code}): {' | '.join(tail)}", file=str(child.log)
+            "PROCESS_DIED", f"{child.name} does not stay up (exit code {code}): {words}", file=str(child.log)
         )
 
     def _write_state(self) -> None:
