@@ -221,5 +221,5 @@ class Flow:
     def _watch_request(self) -> evaluator.WatchEvaluationsRequest | None:
         with self._changed:
             self._unwatched = False
-            ids = list(self._waiting)
+            ids = [] if self._left else list(self._waiting)
         return evaluator.WatchEvaluationsRequest(evaluation_ids=ids) if ids else None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.entries import EditKey
+from orchestrator.entries import EditKey, Kind
 from orchestrator.evaluator_client import FINAL, EvaluatorClient, Reported, Submission
 from orchestrator.stop import Stop, Stopped
 from orchestrator.teacher_client import TeacherClient
@@ -83,6 +83,66 @@ def test_what_the_writer_raises_reaches_the_caller(tmp_path: Path) -> None:
     ):
         final(evaluator_client(house, Stop()).evaluate(broken()))
     assert caught.value.reason == "POLICY_NOT_FOUND"
+
+
+def test_what_is_submitted_on_a_report_is_reported_too_and_the_flow_ends_by_itself(tmp_path: Path) -> None:
+    """Chains of follow-ups, each submitted on the end of the one before, while the feed still gives."""
+
+    def slowly() -> Iterator[Submission]:
+        for task in range(3):
+            yield submission(task, ["good a", "poor b"])
+            time.sleep(0.2)
+
+    followed: list[int] = []
+    with ScriptedHouse(tmp_path, evaluator=ScriptedEvaluator(seconds=0.1)) as house:
+        client = evaluator_client(house, Stop())
+        with client.flow() as flow:
+            flow.feed(slowly())
+            reported = []
+            for report in flow.reports():
+                reported.append(report)
+                task = report.keys[0].task
+                if report.final and report.keys[0].index == 0 and task < 40:
+                    followed.append(task + 10)
+                    flow.submit(submission(task + 10, ["good a", "poor b"]))
+    assert sorted(followed) == [10 * chain + task for chain in range(1, 5) for task in range(3)]
+    ended = sorted(final(iter(reported)))
+    assert ended == sorted(key for task in (*range(3), *followed) for key in submission(task, ["a", "b"]).keys)
+
+
+def test_the_same_evaluation_of_two_submissions_is_reported_to_both(tmp_path: Path) -> None:
+    one, two = submission(0, ["good a"]), submission(0, ["good a"])
+    two.request.request_id = "another"
+    two = Submission((EditKey("round-00002", "", 0, 0),), two.request, Kind.FRESH)
+    with ScriptedHouse(tmp_path, evaluator=ScriptedEvaluator(seconds=0.3)) as house:
+        reports = [report for report in evaluator_client(house, Stop()).evaluate([one, two]) if report.final]
+    assert sorted((report.keys, report.kind) for report in reports) == [(one.keys, Kind.FULL), (two.keys, Kind.FRESH)]
+
+
+def test_what_a_submission_in_the_flow_raises_reaches_its_caller_and_the_threads_end(tmp_path: Path) -> None:
+    with ScriptedHouse(tmp_path, evaluator=ScriptedEvaluator(seconds=0.1)) as house:
+        client = evaluator_client(house, Stop())
+        again = submission(0, ["poor b"])  # another body under the same id
+        with pytest.raises(PreceptorError) as caught, client.flow() as flow:
+            flow.feed([submission(0, ["good a"])])
+            for report in flow.reports():
+                if report.final:
+                    flow.submit(again)
+        assert caught.value.reason == "REQUEST_ID_REUSED"
+        end = time.monotonic() + 5
+        while any(thread.name in ("watch", "submit") for thread in threading.enumerate()):
+            assert time.monotonic() < end, threading.enumerate()
+            time.sleep(0.05)
+
+
+def test_how_often_sealed_questions_were_opened_is_handed_on(tmp_path: Path) -> None:
+    sealed = submission(0, ["good a"])
+    sealed.request.protocol.bank = types.QUESTION_BANK_SEALED
+    told: list[evaluator.SealedOpening] = []
+    with ScriptedHouse(tmp_path) as house:
+        stub = connect(house.address("evaluator"), evaluator_pb2_grpc.EvaluatorServiceStub)
+        final(EvaluatorClient(stub, 10, Stop(), told.extend).evaluate([sealed, submission(1, ["good a"])]))
+    assert [(one.task_id, one.owners) for one in told] == [(passage("town 0").id, 1)]
 
 
 def test_a_refusal_is_raised_at_once_and_not_waited_out(tmp_path: Path) -> None:
