@@ -18,6 +18,11 @@ def round_stage(number: int) -> str:
     return f"round-{number:05d}"
 
 
+def canary_stage(number: int) -> str:
+    """The stage of the look at the canary tasks after a round (0: before the first)."""
+    return f"canary-{number:05d}"
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class EditKey:
     """The place of a self-edit in its run."""

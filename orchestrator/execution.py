@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine
 
-from orchestrator.entries import Entry, round_stage
+from orchestrator.entries import Entry, canary_stage, round_stage
 from orchestrator.evaluator_client import EvaluatorClient
 from orchestrator.heldout import HeldoutMeasurement
 from orchestrator.ledger import Ledger
 from orchestrator.loop import Loop
 from orchestrator.plan import RunPlan
 from orchestrator.progress import Progress
+from orchestrator.question_writing import QuestionWriting
 from orchestrator.report import ReportRenderer
 from orchestrator.results import collect
 from orchestrator.run_store import RUNNING, SUCCEEDED, RunRecord, RunStore
@@ -70,6 +71,7 @@ class Execution:
         self._ask_again_after_resume()
         self.progress.show(self._ledger.entries())
         base = self._base_policy()
+        self._plan = QuestionWriting(self._plan, self._teacher, self._ledger, self.progress).plan(base)
         parts = (self._plan, self._teacher, self._evaluator, self._ledger, self._clock, self.progress)
         trained = Loop(*parts).run(base)
         HeldoutMeasurement(*parts, self.stop).measure(base, trained)
@@ -80,7 +82,9 @@ class Execution:
     def _ask_again_after_resume(self) -> None:
         """A run that was resumed on request tries failed evaluations again, outside the rounds that are done."""
         if self._record.resumes:
-            self._ledger.ask_again(round_stage(number) for number in self._ledger.finished_rounds())
+            rounds = [round_stage(number) for number in self._ledger.finished_rounds()]
+            looks = [canary_stage(look.round) for look in self._ledger.labels.looks()]
+            self._ledger.ask_again([*rounds, *looks])
 
     def _base_policy(self) -> str:
         if self._record.base_policy:

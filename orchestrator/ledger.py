@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from orchestrator.entries import EditKey, Entry, Kind, round_stage
 from orchestrator.evaluator_client import FINAL, Reported
+from orchestrator.label_store import LabelStore
 from orchestrator.tables import EntryRow, MeasuredRow, OpeningRow, RoundGroupsRow, RoundRow
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import teacher_pb2 as teacher
@@ -47,6 +48,7 @@ class Ledger:
         self._run_id = run_id
         self._created = created
         self._on_change = on_change
+        self.labels = LabelStore(engine, run_id)
 
     # What was written
 

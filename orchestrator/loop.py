@@ -5,6 +5,7 @@
         each group goes to the evaluator as soon as it is written; workers fine-tune the pinned student on each
         self-edit and measure what it then knows; where the run races, the better ones go on (orchestrator/heats.py)
         the rewarded self-edits train the next policy
+        where labelled tasks keep watch, a policy that clearly fell ends the rounds (orchestrator/canary.py)
 
 Promises
 - The outcome of every step is in the ledger before the next one; a loop that starts again after any crash does only
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from orchestrator.canary import Canary
 from orchestrator.entries import Entry, round_stage
 from orchestrator.evaluator_client import EvaluatorClient
 from orchestrator.heats import Heats
@@ -50,16 +52,22 @@ class Loop:
         self._clock = clock
         self._progress = progress
         self._writer = Writer(teacher_client, ledger)
+        self._canary = Canary(plan, teacher_client, evaluator_client, ledger, clock, progress)
 
     def run(self, base_policy: str) -> str:
-        """Runs the rounds that are not finished yet; returns the policy after the last one.
+        """Runs the rounds that are not finished yet; returns the policy after the last one, or the best
+        one where the canary has stopped the run.
 
         Raises PreceptorError (TOO_MANY_FAILURES, SERVICE_UNREACHABLE and what the services refuse), Stopped.
         """
         policy_id = base_policy
+        self._canary.look(0, policy_id)
         finished = self._ledger.finished_rounds()
         for number in range(1, self._plan.config.rounds.count + 1):
             policy_id = finished[number].policy_id if number in finished else self._round(number, policy_id)
+            if (best := self._canary.look(number, policy_id)) is not None:
+                policy_id = best
+                break
         self._clock.switch(RUN, "other")
         return policy_id
 

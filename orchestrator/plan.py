@@ -27,6 +27,8 @@ from preceptor.v1 import types_pb2 as types
 
 # Arms whose edits need no teacher; those of Task.reference_edits are left out where the tasks bring none.
 REFERENCE_ARMS = ("oracle", "shuffled_facts")
+# How the untrained teacher is asked for questions.
+QUESTION_FORMAT = "self_qa"
 # The most that the evaluator takes in one request.
 MAX_SELF_EDITS = 1024
 
@@ -42,17 +44,20 @@ class RunPlan:
     heldout_tasks: tuple[types.Task, ...]
     probes: tuple[types.Question, ...]
     replay_documents: tuple[str, ...]
+    canary_tasks: tuple[types.Task, ...] = ()
     resumes: int = 0
 
     @staticmethod
     def of(record: RunRecord) -> RunPlan:
         """The plan of a stored run."""
-        request = record.request
+        request, config = record.request, record.config()
+        canary = set(canary_places(config, request.tasks))
         return RunPlan(
             run_id=record.id,
-            config=record.config(),
+            config=config,
             student=record.student,
-            tasks=tuple(request.tasks),
+            tasks=tuple(task for place, task in enumerate(request.tasks) if place not in canary),
+            canary_tasks=tuple(task for place, task in enumerate(request.tasks) if place in canary),
             heldout_tasks=tuple(request.heldout_tasks),
             probes=tuple(request.probes),
             replay_documents=tuple(request.replay_documents),
@@ -93,7 +98,8 @@ class RunPlan:
         trained = rounds.count * min(rounds.tasks, len(self.tasks)) * rounds.self_edits
         selection = len(self.selection_tasks) * len(self.config.heldout.fixed_strategies)
         arms = 3 + len(self.reference_arms) + bool(self.selection_tasks)
-        return trained + selection + arms * len(self.heldout_tasks)
+        watched = (rounds.count + 1) * len(self.canary_tasks)
+        return trained + selection + watched + arms * len(self.heldout_tasks)
 
     # What is asked of the teacher
 
@@ -133,6 +139,20 @@ class RunPlan:
         """What a policy writes for the held-out tasks; the seed is the same for all policies and formats."""
         seed = self._seed("heldout-sampling")
         return self.generation(policy_id, self.heldout_tasks, samples=1, prompt_format=prompt_format, seed=seed)
+
+    def canary_generation(self, policy_id: str) -> teacher.GenerateSelfEditsRequest:
+        """What a policy writes for the canary tasks; the seed is the same after every round."""
+        prompt_format, seed = self.config.teacher.prompt_format, self._seed("canary-sampling")
+        return self.generation(policy_id, self.canary_tasks, samples=1, prompt_format=prompt_format, seed=seed)
+
+    def question_generation(self, base_policy: str) -> teacher.GenerateSelfEditsRequest:
+        """What the untrained teacher writes as questions and answers about the training tasks."""
+        samples, seed = self.config.labels.completions, self._seed("question-sampling")
+        return self.generation(base_policy, self.tasks, samples=samples, prompt_format=QUESTION_FORMAT, seed=seed)
+
+    def question_seed(self, task_id: str) -> int:
+        """The seed by which a task's written questions are divided."""
+        return self._seed("questions", task_id)
 
     def update(self, number: int, parent_id: str, entries: Sequence[Entry]) -> teacher.UpdatePolicyRequest:
         """The round's update from its rewarded self-edits; what failed, was malformed or was stopped without a reward
@@ -236,6 +256,17 @@ class RunPlan:
             if _unsettled(some):
                 yield self._submission(name, self.heldout_tasks, some, self._heldout_protocol(bank(some[0])))
 
+    def canary_submissions(self, groups: Iterable[Sequence[Entry]]) -> Iterator[Submission]:
+        """Each canary task's self-edit, with labelled questions and plain weights; the same seeds after every round."""
+        seeds = self.config.reward.seeds
+        protocol = self._training_protocol([self._seed("canary", 0, i) for i in range(seeds)])
+        protocol.answers.samples, protocol.answers.certainty = 0, False
+        plain = evaluator.RewardWeights(gain=1.0, retention_loss=self.config.reward.retention_loss)
+        protocol.weights.CopyFrom(plain)
+        for some in self._together(groups, lambda group: len(group) * seeds):
+            if _unsettled(some):
+                yield self._submission("", self.canary_tasks, some, protocol)
+
     def _together(
         self,
         groups: Iterable[Sequence[Entry]],
@@ -318,6 +349,19 @@ class RunPlan:
 
 def _unsettled(groups: Sequence[Sequence[Entry]]) -> bool:
     return not all(entry.settled for group in groups for entry in group)
+
+
+def canary_places(config: RunConfig, tasks: Sequence[types.Task]) -> list[int]:
+    """Which training tasks are set aside as canaries, ascending: a choice by the run's seed among those with labelled
+    reward questions. Fewer than ``tasks.canary`` where there are not enough."""
+    rewarding = (types.QUESTION_BANK_REWARD, types.QUESTION_BANK_UNSPECIFIED)
+    labelled = [
+        place
+        for place, task in enumerate(tasks)
+        if any(question.bank in rewarding and question.answer.strip() for question in task.passage.questions)
+    ]
+    count = min(config.tasks.canary, len(labelled))
+    return sorted(random.Random(derived_seed(config.seed, "canary-tasks")).sample(labelled, count))
 
 
 def heldout_bank(task: types.Task) -> types.QuestionBank.ValueType:

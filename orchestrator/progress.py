@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from orchestrator.entries import HELDOUT, SELECTION, EditKey, Entry
+from orchestrator.entries import EditKey, Entry
 from orchestrator.statistics import clustered_mean
 from preceptor.v1 import orchestrator_pb2 as pb
 
@@ -134,7 +134,7 @@ def _round_rewards(marks: dict[EditKey, _Mark]) -> list[pb.RoundReward]:
     """By round, the mean of what is measured; after looks that is the better part of each group."""
     by_round: dict[int, list[tuple[int, float]]] = {}
     for key, mark in sorted(marks.items()):
-        if mark.reward is not None and key.stage not in (SELECTION, HELDOUT):
+        if mark.reward is not None and key.stage.startswith("round-"):
             by_round.setdefault(int(key.stage.rpartition("-")[2]), []).append((key.task, mark.reward))
     rewards = []
     for number, pairs in sorted(by_round.items()):

@@ -10,8 +10,8 @@ What it wrote becomes reward questions only where it can be checked without a la
 * **answerability**: the answer must stand in the passage's title or text, word by word, and must not stand in its
   question; it must not have more words than an answer may have tokens.
 
-Questions and answers are compared by their words, without case and punctuation. Each question that is dropped is counted
-once, by the first check that it fails.
+Questions and answers are compared by their words, without case and punctuation. Each question that is dropped is
+counted once, by the first check that it fails.
 
 What is left is divided once, by a seed: one half rewards self-edits, the other half (the gate bank) never does. No
 question is ever in a prompt. What the division cannot give: writer and policy share a base, so the policy may well
@@ -89,32 +89,31 @@ def checked(
         answers: dict[tuple[str, ...], dict[tuple[str, ...], Pair]] = {}
         for pair in pairs:
             answers.setdefault(words(pair[0]), {}).setdefault(words(pair[1]), pair)
-        for question, given in answers.items():
-            written.setdefault(question, []).append(given)
+        for question, its_answers in answers.items():
+            written.setdefault(question, []).append(its_answers)
     source = words(f"{title}\n{text}")
     kept = []
     for question, given in written.items():
-        votes = Counter(next(iter(answers)) for answers in given if len(answers) == 1)
-        answer, count = votes.most_common(1)[0] if votes else ((), 0)
+        single = [next(iter(answers.items())) for answers in given if len(answers) == 1]
+        ranking = Counter(answer for answer, _ in single).most_common(2)
+        answer, count = ranking[0] if ranking else ((), 0)
         if len(given) < 2:
             dropped[SEEN_ONCE] += 1
-        elif count < agreement * len(given) or list(votes.values()).count(count) > 1:
+        elif count < max(1, agreement * len(given)) or [votes for _, votes in ranking].count(count) > 1:
             dropped[DISAGREED] += 1
         elif not _stands(answer, source):
             dropped[NOT_IN_TEXT] += 1
         elif _stands(answer, question):
             dropped[IN_QUESTION] += 1
+        elif max(len(answer), len((pair := dict(single)[answer])[1].split())) > max_words:
+            dropped[TOO_LONG] += 1
         else:
-            pair = next(answers[answer] for answers in given if len(answers) == 1 and answer in answers)
-            if max(len(answer), len(pair[1].split())) > max_words:
-                dropped[TOO_LONG] += 1
-            else:
-                kept.append(pair)
+            kept.append(pair)
     return Checked(tuple(kept), {reason: count for reason, count in sorted(dropped.items()) if count})
 
 
 def divided(pairs: Sequence[Pair], seed: int) -> list[types.Question]:
-    """The pairs as written questions, a random half (rounded up) of them in the reward bank, the others in the gate's."""
+    """The pairs as written questions: a random half (rounded up) in the reward bank, the others in the gate's."""
     rewarded = set(random.Random(seed).sample(range(len(pairs)), (len(pairs) + 1) // 2))
     return [
         types.Question(

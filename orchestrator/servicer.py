@@ -12,6 +12,7 @@ from orchestrator.entries import Entry
 from orchestrator.execution import Services
 from orchestrator.executor import RunExecutor
 from orchestrator.ledger import Ledger
+from orchestrator.plan import QUESTION_FORMAT
 from orchestrator.run_store import FINAL, SUCCEEDED, RunRecord, RunStore
 from orchestrator.validation import require_request_id, validated
 from preceptor.channel import call
@@ -115,6 +116,8 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         answer = call(self._services.teacher.ListPromptFormats, request, deadline=CHECK_DEADLINE_SECONDS)
         known = [prompt_format.name for prompt_format in answer.formats]
         named = {"teacher.prompt_format": config.teacher.prompt_format}
+        if config.tasks.questions == "written":
+            named["tasks.questions"] = QUESTION_FORMAT
         for number, strategy in enumerate(config.heldout.fixed_strategies):
             named[f"heldout.fixed_strategies.{number}.prompt_format"] = strategy.prompt_format
         for field, name in named.items():

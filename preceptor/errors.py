@@ -88,6 +88,9 @@ CATALOGUE: dict[str, Entry] = {
     "RUN_NOT_FINISHED": Entry(_STATE, "wait until it has succeeded; `preceptor runs watch RUN` shows how far it is"),
     "RUN_FAILED": Entry(grpc.StatusCode.INTERNAL, "`preceptor runs resume RUN` goes on where it stopped"),
     "TOO_MANY_FAILURES": Entry(_STATE, "look at the failures' reasons, mend them, then `preceptor runs resume RUN`"),
+    "NO_QUESTIONS": Entry(
+        _STATE, "lower labels.agreement, use a teacher that writes better questions, or give questions"
+    ),
     # the house
     "STACK_NOT_UP": Entry(_DOWN, "start it with `preceptor up`, or leave out --connect"),
     "STACK_ALREADY_UP": Entry(_STATE, "use --connect to work with it, or end it first"),
