@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast, get_args
 
@@ -66,16 +67,24 @@ def settings_of(message: wire.TrainingSettings) -> TrainingSettings:
 
 
 def answering_of(message: wire.AnswerSettings) -> AnsweringSettings:
-    """How questions are asked, with defaults where nothing is said."""
+    """How questions are asked, with defaults where nothing is said. Raises PreceptorError(INVALID_REQUEST)."""
     default = AnsweringSettings()
+    if not 0 <= message.temperature < math.inf:
+        raise _invalid("answers.temperature", f"is {message.temperature}, it must be a number above 0")
     return AnsweringSettings(
         prompt_template=message.prompt or default.prompt_template,
         max_new_tokens=message.max_new_tokens or default.max_new_tokens,
+        generate=not message.logprobs_only,
+        samples=message.samples,
+        temperature=message.temperature or default.temperature,
+        certainty=message.certainty,
     )
 
 
 def probes_of(batch: wire.TrialBatch) -> list[Question]:
-    """The retention probes."""
+    """The retention probes; none are asked where only log-probabilities are measured."""
+    if batch.answers.logprobs_only:
+        return []
     return [question_from_proto(question) for question in batch.probes]
 
 
@@ -89,6 +98,7 @@ def result_of(batch_id: str, outcomes: Sequence[TrialOutcome], worker: str, atte
             probe_answers=[_answer(answer) for answer in outcome.probe_answers],
             steps=outcome.steps,
             trained_tokens=outcome.trained_tokens,
+            seconds=outcome.train_seconds + outcome.answer_seconds,
         )
         if outcome.losses:
             one.first_loss, one.final_loss = outcome.losses[0], outcome.losses[-1]
@@ -107,7 +117,13 @@ def failed(batch_id: str, error: PreceptorError, worker: str, attempt: int) -> w
 
 
 def _answer(answer: Answer) -> wire.Answer:
-    return wire.Answer(text=answer.text, gold_logprob=answer.gold_logprob, gold_tokens=answer.gold_tokens)
+    return wire.Answer(
+        text=answer.text,
+        gold_logprob=answer.gold_logprob,
+        gold_tokens=answer.gold_tokens,
+        certainty=answer.certainty,
+        samples=answer.samples,
+    )
 
 
 def _invalid(field: str, message: str) -> PreceptorError:

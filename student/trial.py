@@ -60,6 +60,10 @@ class AnsweringSettings:
     max_new_tokens: int = 16  # an answer that has not ended by then is cut off
     stop_at_newline: bool = True  # besides the end-of-sequence token
     generate: bool = True  # False: only the gold answers' log-probability, and empty texts
+    # Beside the greedy answer; they change nothing about it, and are nothing without ``generate``.
+    samples: int = 0  # answers drawn for each question ...
+    temperature: float = 1.0  # ... at this temperature, above 0
+    certainty: bool = False  # the student's certainty of its greedy answer
 
 
 DEFAULT_ANSWERING = AnsweringSettings()
@@ -82,7 +86,9 @@ class Answer:
     question: int  # index into the questions that were asked
     text: str
     gold_logprob: float  # sum of log p(token) over the gold answer's tokens, natural logarithm
-    gold_tokens: int
+    gold_tokens: int  # none if there is no gold answer; gold_logprob is 0 then
+    certainty: float = 0.0  # nats, mean over the greedy answer's tokens and the one that ends it; 0 if not asked for
+    samples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +101,7 @@ class TrialOutcome:
     losses: tuple[float, ...] = field(default=(), repr=False)  # mean loss of each step
     trained_tokens: int = 0  # real tokens put through the student in training: no pads, epochs counted
     train_seconds: float = 0.0  # this trial's share of the bank's time
-    answer_seconds: float = 0.0
+    answer_seconds: float = 0.0  # likewise
     failure: tuple[str, str] | None = None
 
     @property

@@ -42,6 +42,7 @@ def run_trials(
 ) -> list[TrialOutcome]:
     """Trains and examines ``trials``; ``questions[k]`` are those of trial k, ``probes`` are asked of every trial.
 
+    Sampled answers are drawn with the trial's seed; of probes there are none, and no certainty.
     ``on_step`` is called after each training step and after each chunk of answers with the number of steps so far; an
     exception from it stops the batch and passes through, which is how a worker gives a batch up. ``cancelled`` is
     asked before each step for the ids of trials that nobody wants any more: their adapters leave, and they end as
@@ -50,12 +51,14 @@ def run_trials(
     """
     if len({trial.trial_id for trial in trials}) < len(trials):
         raise ValueError("two trials of a batch have the same id")
-    batch = _Batch(base, answering, encode_questions(base, probes, answering), on_step, cancelled, caps)
+    greedy = replace(answering, samples=0, certainty=False)
+    batch = _Batch(base, answering, encode_questions(base, probes, greedy), on_step, cancelled, caps)
     replay = list(zip(replay_documents, base.encode(replay_documents), strict=True))
     members: list[_Member] = []
     for trial, asked in zip(trials, questions, strict=True):
         try:
-            members.append(_Member(trial, _plan(base, trial, replay), encode_questions(base, asked, answering)))
+            prompts = encode_questions(base, asked, answering, trial.seed)
+            members.append(_Member(trial, _plan(base, trial, replay), prompts))
         except PreceptorError as error:
             batch.fail(trial, error)
     # One bank has one set of target layers.
@@ -163,7 +166,7 @@ class _Batch:
             )
             trained = time.perf_counter()
             sound = [seat for seat, result in enumerate(results) if not (result.diverged or result.cancelled)]
-            rows = [_fresh(members[seat].asked) + _fresh(self.probes) for seat in sound]
+            rows = [members[seat].asked + self.probes for seat in sound]
             steps = max(len(result.losses) for result in results)
             tick = self.on_step
             answers = answer(
@@ -172,9 +175,10 @@ class _Batch:
             answered = time.perf_counter()
         all_tokens = sum(result.tokens for result in results) or 1
         given = dict(zip(sound, answers, strict=True))
+        all_answers = sum(map(len, answers)) or 1
         for seat, (member, result) in enumerate(zip(members, results, strict=True)):
             outcome = _trained(member.trial, result, (trained - begun) * result.tokens / all_tokens)
-            if seat in given and not all(math.isfinite(one.gold_logprob) for one in given[seat]):
+            if seat in given and not all(math.isfinite(one.gold_logprob + one.certainty) for one in given[seat]):
                 # its last step broke it, so that no loss could tell
                 outcome = replace(outcome, failure=("TRIAL_DIVERGED", "its answers' log-probabilities are no numbers"))
             elif seat in given:
@@ -183,7 +187,7 @@ class _Batch:
                     outcome,
                     answers=tuple(given[seat][:own]),
                     probe_answers=tuple(given[seat][own:]),
-                    answer_seconds=(answered - trained) / len(sound),
+                    answer_seconds=(answered - trained) * len(given[seat]) / all_answers,
                 )
             self.outcomes[member.trial.trial_id] = outcome
 
@@ -206,7 +210,3 @@ def _trained(trial: Trial, result: TrainingResult, seconds: float) -> TrialOutco
 def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     # On the CPU torch raises a bare RuntimeError, known by its text only.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def _fresh(rows: Sequence[Prompt]) -> list[Prompt]:
-    return [Prompt(row.question, row.prompt, row.gold) for row in rows]

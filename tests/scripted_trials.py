@@ -1,7 +1,7 @@
 """A student for the plumbing's tests: answers by a rule instead of a model. Never used outside the tests.
 
 It knows a question's answer if one of the documents contains it, knows all probes unless a document says "forget", and
-a document "fail:REASON" fails the trial.
+a document "fail:REASON" fails the trial. A sampled answer is the greedy one again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
 
 RIGHT, WRONG = -0.5, -3.0  # log-probability of a gold answer
+SURE, UNSURE = 5.0, 1.0  # certainty of an answer
 
 
 def answer_batch(batch: trial.TrialBatch, worker: str = "scripted:1") -> trial.TrialBatchResult:
@@ -25,11 +26,18 @@ def _answer_trial(item: trial.Trial, batch: trial.TrialBatch) -> trial.TrialResu
             result.failure.reason, result.failure.message = document.removeprefix("fail:"), "scripted"
             return result
     text = "\n".join(item.documents)
-    result.answers.extend(_answer(q, q.answer in text) for q in batch.question_sets[item.question_set].questions)
-    result.probe_answers.extend(_answer(q, "forget" not in text) for q in batch.probes)
+    asked = batch.question_sets[item.question_set].questions
+    result.answers.extend(_answer(question, question.answer in text, batch.answers) for question in asked)
+    if not batch.answers.logprobs_only:
+        greedy = trial.AnswerSettings()
+        result.probe_answers.extend(_answer(question, "forget" not in text, greedy) for question in batch.probes)
     return result
 
 
-def _answer(question: types.Question, known: bool) -> trial.Answer:
-    text = question.answer if known else "no idea"
-    return trial.Answer(text=text, gold_logprob=RIGHT if known else WRONG, gold_tokens=1)
+def _answer(question: types.Question, known: bool, settings: trial.AnswerSettings) -> trial.Answer:
+    answer = trial.Answer(gold_logprob=RIGHT if known else WRONG, gold_tokens=1)
+    if not settings.logprobs_only:
+        answer.text = question.answer if known else "no idea"
+        answer.samples.extend([answer.text] * settings.samples)
+        answer.certainty = (SURE if known else UNSURE) if settings.certainty else 0.0
+    return answer
