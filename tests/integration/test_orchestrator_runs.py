@@ -306,3 +306,136 @@ def test_a_slow_watcher_holds_nobody_up(tmp_path: Path) -> None:
         other: Orchestrator = o
         assert other.finish(run_id, 20).state == pb.RUN_STATE_SUCCEEDED
         watch.cancel()
+
+
+# Races. A step of a race follows from the results of the one before.
+
+RACE = {"race": {"look_steps": 3, "max_seeds": 3, "budget": 3.0}, "fresh_seeds": 2, "trials_together": 4}
+
+
+def racing_request(**rounds: Any) -> pb.CreateRunRequest:
+    return create_request(run_config(rounds={"count": 2, "tasks": 3, "self_edits": 6, **rounds}, reward=RACE))
+
+
+def steps(evaluator: ScriptedEvaluator) -> dict[str, int]:
+    """How many different requests of each kind of a race's step were asked."""
+    sent = {request.request_id: request for request in evaluator.requests if ".round-" in request.request_id}
+    found = {"look": 0, "full": 0, "more": 0, "fresh": 0}
+    for name, request in sent.items():
+        kind = next(kind for kind in ("look", "full", "fresh") if f".{kind}-" in name)
+        found["more" if kind == "full" and len(request.protocol.seeds) > 1 else kind] += 1
+    return found
+
+
+def test_a_race_stops_some_measures_the_best_again_and_offers_nobody_else(tmp_path: Path) -> None:
+    with ScriptedHouse(tmp_path) as house, orchestrator_here(house, tmp_path) as o:
+        run_id = o.create(racing_request())
+        assert o.finish(run_id).state == pb.RUN_STATE_SUCCEEDED
+        lines, progress = o.self_edits(run_id), o.progress(run_id)
+    assert min(steps(house.evaluator).values()) > 0
+    stopped = [line for line in lines if line.stopped]
+    assert stopped
+    assert progress.self_edits_stopped == len(stopped)
+    assert progress.evaluations_running == 0
+    for line in lines:
+        assert line.malformed == (not line.HasField("look"))
+        assert (line.HasField("reward") or line.stopped) != line.malformed
+        assert not (line.stopped and (line.HasField("reward") or line.HasField("fresh")))
+        if line.HasField("fresh"):
+            assert line.fresh.seeds == 2
+    for number, update in enumerate(house.teacher.updates, 1):
+        of_round = [line for line in lines if line.round == number]
+        assert len(update.examples) == sum(line.HasField("reward") for line in of_round)
+        eligible = [example for example in update.examples if not example.only_compared]
+        assert len(eligible) == sum(line.HasField("fresh") for line in of_round)
+        assert {example.reward for example in eligible} == {line.fresh.value for line in of_round if line.fresh.seeds}
+
+
+def test_the_same_race_again_asks_the_same_and_ends_the_same(tmp_path: Path) -> None:
+    def run(home: Path) -> tuple[set[bytes], list[pb.LedgerSelfEdit], dict[str, Any]]:
+        evaluator = ScriptedEvaluator(seconds=0.05)
+        with ScriptedHouse(home, evaluator=evaluator) as house, orchestrator_here(house, home) as o:
+            run_id = o.create(racing_request())
+            o.finish(run_id)
+            sent = set()
+            for request in evaluator.requests:
+                request.request_id = request.request_id.removeprefix(run_id)
+                request.ClearField("owner")
+                sent.add(request.SerializeToString(deterministic=True))
+            return sent, o.self_edits(run_id), results(o.summary(run_id))
+
+    assert run(tmp_path / "a") == run(tmp_path / "b")
+
+
+def test_sigkill_at_every_step_of_a_race_changes_nothing(tmp_path: Path) -> None:
+    request = racing_request()
+    expected = undisturbed(tmp_path, request)
+    teacher, evaluator = ScriptedTeacher(group_seconds=0.15), ScriptedEvaluator(seconds=0.4)
+    with ScriptedHouse(tmp_path, teacher, evaluator) as house:
+        process = OrchestratorProcess(house, tmp_path)
+        process.start()
+        run_id = process.client.create(request)
+
+        def asked(kind: str) -> Callable[[], bool]:
+            return lambda: steps(evaluator)[kind] > 0
+
+        for reached in map(asked, ("look", "full", "more", "fresh")):
+            until(reached)
+            time.sleep(0.2)  # in the middle of the step, some of it done
+            process.kill()
+            process.start()
+        assert process.client.finish(run_id).state == pb.RUN_STATE_SUCCEEDED
+        summary = process.client.summary(run_id)
+        assert process.terminate() == 0
+    assert results(summary) == expected
+    bodies = {request.request_id: request.SerializeToString(deterministic=True) for request in evaluator.requests}
+    assert len(bodies) < len(evaluator.requests)  # some was asked again, under the same ids
+    assert all(bodies[one.request_id] == one.SerializeToString(deterministic=True) for one in evaluator.requests)
+
+
+class Unlucky(ScriptedEvaluator):
+    """Loses the looks of some self-edits, or all that comes after their looks."""
+
+    def __init__(self, *, look: bool) -> None:
+        super().__init__()
+        self.look = look
+        self.lucky = False
+
+    def CreateEvaluations(self, request: Any, context: Any) -> Any:
+        lost = request.protocol.answers.logprobs_only == self.look and not self.lucky
+        self.fails = lambda _task, edit: lost and edit.directive.epochs == 8
+        return super().CreateEvaluations(request, context)
+
+
+@pytest.mark.parametrize("look", [True, False])
+def test_a_failure_in_a_race_is_counted_and_is_no_reward(tmp_path: Path, look: bool) -> None:
+    evaluator = Unlucky(look=look)  # type: ignore[abstract]
+    with ScriptedHouse(tmp_path, evaluator=evaluator) as house, orchestrator_here(house, tmp_path) as o:
+        run_id = o.create(racing_request(max_failed_share=1.0))
+        assert o.finish(run_id).state == pb.RUN_STATE_SUCCEEDED
+        lines, progress = o.self_edits(run_id), o.progress(run_id)
+    failed = [line for line in lines if line.failure.reason]
+    assert failed
+    assert not any(line.HasField("reward") or line.HasField("fresh") or line.stopped for line in failed)
+    assert all(line.HasField("look") != look for line in failed)
+    assert progress.evaluations_failed >= len(failed)
+    for number, update in enumerate(house.teacher.updates, 1):
+        of_round = [line for line in lines if line.round == number]
+        assert len(update.examples) == sum(line.HasField("reward") for line in of_round)
+
+
+@pytest.mark.parametrize("look", [True, False])
+def test_a_race_that_lost_too_many_and_is_resumed_ends_as_an_undisturbed_one(tmp_path: Path, look: bool) -> None:
+    request = racing_request(count=1, max_failed_share=0.0)
+    expected = undisturbed(tmp_path, request)
+    evaluator = Unlucky(look=look)  # type: ignore[abstract]
+    with ScriptedHouse(tmp_path, evaluator=evaluator) as house, orchestrator_here(house, tmp_path) as o:
+        run_id = o.create(request)
+        run = o.finish(run_id)
+        assert run.failure.reason == "TOO_MANY_FAILURES"
+        assert "TRIAL_LOST" in run.failure.message
+        evaluator.lucky = True
+        o.resume(run_id)
+        assert o.finish(run_id).state == pb.RUN_STATE_SUCCEEDED
+        assert results(o.summary(run_id)) == expected
+        assert not any(line.failure.reason for line in o.self_edits(run_id))
