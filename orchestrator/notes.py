@@ -49,6 +49,21 @@ def _label_notes(summary: Mapping[str, Any]) -> list[str]:
             "Label-free: the held-out measurement too has questions that a model wrote or weighs the student's own "
             "confidence. Its accuracies are agreement with a model."
         )
+    if written := summary["questions_written"]:
+        dropped = ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in written["dropped"].items())
+        said.append(
+            f"The reward questions of {written['tasks']} training tasks were written by the teacher's base model: "
+            f"{written['asked']} are asked, {written['kept_apart']} kept apart, "
+            f"{sum(written['dropped'].values())} dropped{f' ({dropped})' if dropped else ''}."
+        )
+    if looks := summary["canary"]:
+        last = looks[-1]
+        said.append(
+            f"The labelled canary tasks stopped the run after round {last['round']}: they were clearly worse than "
+            f"after round {last['best_round']}, whose teacher is the trained one."
+            if last["stopped"]
+            else f"The labelled canary tasks never got clearly worse; they were best after round {last['best_round']}."
+        )
     return said
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,12 +18,14 @@ from markupsafe import Markup
 
 from orchestrator.entries import HELDOUT, SELECTION, Entry
 from orchestrator.heldout import TRAINED
+from orchestrator.report_examples import examples
 from orchestrator.results import Results
 from orchestrator.round_summary import PHASES
+from orchestrator.round_summary import groups as groups_of
 from orchestrator.summary import DIFFERENCES
 from orchestrator.timing import RUN
 from preceptor import __version__
-from preceptor.v1 import types_pb2 as types
+from preceptor.groups import advantages
 
 ARM_WORDS = {
     "no_edit": "no edit",
@@ -34,9 +36,18 @@ ARM_WORDS = {
     "oracle": "oracle",
     "shuffled_facts": "shuffled facts",
 }
-# So many of the best and of the worst self-edits are shown.
-EXAMPLES = 3
-MAX_SHOWN_CHARACTERS = 4000
+DIFFERENCE_WORDS = {name: f"{ARM_WORDS[first]} − {ARM_WORDS[second]}" for name, (first, second) in DIFFERENCES.items()}
+# A difference of which no side is better: it is to be none.
+CONTROL = "shuffled_minus_no_edit"
+REWARD_OF = {
+    "all": "all self-edits",
+    "first_seed": "all self-edits, first seed",
+    "survivors": "those left after a look",
+}
+# Terms that are subtracted from a reward.
+COSTS = ("retention_loss", "overlap", "tokens", "seconds")
+# Passages in the picture of the last round, and letters of a passage's name there.
+MAX_ROWS, MAX_ROW_NAME = 24, 22
 
 
 class ReportRenderer:
@@ -51,7 +62,13 @@ class ReportRenderer:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._environment.filters |= {"percent": _percent, "points": _points, "signed": _signed, "seconds": _seconds}
+        self._environment.filters |= {
+            "percent": _percent,
+            "points": _in_points,
+            "signed": _signed,
+            "error": _error,
+            "seconds": _seconds,
+        }
 
     def render(self, results: Results, summary: Mapping[str, Any]) -> str:
         """The page. ``summary`` is ``build_summary(results)``."""
@@ -61,12 +78,15 @@ class ReportRenderer:
             summary=summary,
             pictures=pictures,
             arm_words=ARM_WORDS,
-            difference_words={
-                name: f"{ARM_WORDS[first]} − {ARM_WORDS[second]}" for name, (first, second) in DIFFERENCES.items()
-            },
+            difference_words=DIFFERENCE_WORDS,
+            control=CONTROL,
+            reward_of=REWARD_OF[_reward_of(summary)],
+            unlabelled=_unlabelled(summary),
+            formula=_formula(summary["reward"]["weights"]),
+            terms=sorted({name for of in summary["rounds"] for name in of["terms"]}),
             labels=_labels(summary),
-            best=_examples(results, best=True),
-            worst=_examples(results, best=False),
+            best=examples(results, best=True),
+            worst=examples(results, best=False),
             failures=_failures(results.all_entries),
             malformed=_malformed(results.all_entries),
             stages=_stages(results),
@@ -81,24 +101,93 @@ def _pictures(summary: Mapping[str, Any], results: Results) -> dict[str, Markup 
     # Imported when the first report is made: it takes a second that no service start should wait for.
     from orchestrator import pictures
 
-    drawn: dict[str, Markup | None] = {"rewards": None, "arms": None}
-    rewards = [
-        (of["round"], of["reward"]["mean"], of["reward"]["stderr"])
-        for of in summary["rounds"]
-        if of["reward"]["mean"] is not None
-    ]
-    if rewards:
-        drawn["rewards"] = Markup(pictures.reward_by_round(rewards))
+    drawn: dict[str, Markup | None] = dict.fromkeys(("rewards", "looks", "groups", "arms", "differences"))
+    if lines := _reward_lines(summary, pictures.Line):
+        drawn["rewards"] = Markup(
+            pictures.by_round(lines, "mean label-free reward" if _unlabelled(summary) else "mean reward")
+        )
+    if looks := _points(summary, lambda of: of["look"]):
+        drawn["looks"] = Markup(pictures.by_round([pictures.Line("all", looks)], "mean first look, nats"))
+    if groups := _last_groups(results, pictures.Dots):
+        drawn["groups"] = Markup(pictures.rewards_by_group(groups))
     if summary["heldout"]:
         arms = [
-            (ARM_WORDS[name], arm["accuracy"], (arm["ci95"][0], arm["ci95"][1]), name == TRAINED)
+            (
+                ARM_WORDS[name] + " (label-free)" * bool(arm["label_free"]),
+                arm["accuracy"],
+                (arm["ci95"][0], arm["ci95"][1]),
+                name == TRAINED,
+            )
             for name, arm in summary["heldout"]["arms"].items()
             if arm and arm["accuracy"] is not None
         ]
         if arms:
             drawn["arms"] = Markup(pictures.accuracy_by_arm(arms))
+        rows = [
+            (_row_name(name), of["mean"], (of["ci95"][0], of["ci95"][1]), name != CONTROL)
+            for name, of in summary["heldout"]["differences"].items()
+            if of
+        ]
+        if rows:
+            drawn["differences"] = Markup(pictures.differences(rows))
     drawn["time"] = Markup(pictures.time_by_phase(_stages(results)))
     return drawn
+
+
+def _row_name(difference: str) -> str:
+    """Short, since the picture is narrow and says that they are the trained teacher's."""
+    first, second = DIFFERENCES[difference]
+    return f"− {ARM_WORDS[second]}" if first == TRAINED else DIFFERENCE_WORDS[difference]
+
+
+def _reward_lines(summary: Mapping[str, Any], line: Callable[..., Any]) -> list[Any]:
+    """The mean reward of each round, and where the best of each group were measured again, theirs."""
+    found = [
+        (words, _points(summary, of))
+        for words, of in (
+            (REWARD_OF[_reward_of(summary)], lambda of: of["reward"]),
+            ("best of each group, on fresh seeds", lambda of: of["fresh"]),
+        )
+    ]
+    return [line(words, points) for words, points in found if points]
+
+
+def _points(
+    summary: Mapping[str, Any], of: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
+) -> list[tuple[int, float, float | None]]:
+    """Round, mean and its error, of the rounds that have them."""
+    return [
+        (each["round"], mean["mean"], mean["stderr"])
+        for each in summary["rounds"]
+        if (mean := of(each)) is not None and mean["mean"] is not None
+    ]
+
+
+def _reward_of(summary: Mapping[str, Any]) -> str:
+    """What the rounds' mean rewards are of."""
+    return str(summary["rounds"][0]["reward"]["of"]) if summary["rounds"] else "all"
+
+
+def _unlabelled(summary: Mapping[str, Any]) -> bool:
+    return any(of["label_free"] for of in summary["rounds"])
+
+
+def _last_groups(results: Results, dots: Callable[..., Any]) -> list[Any]:
+    """The groups of the last round that has any reward, the best first."""
+    tasks = {task.id: task.passage.title for task in results.plan.tasks}
+    for of in reversed(results.rounds):
+        found = []
+        for entries in groups_of(of.entries).values():
+            evaluations = [entry.evaluation for entry in entries if entry.evaluation is not None]
+            rewards = [
+                (evaluation.reward.value, error, entry.fresh is not None)
+                for entry, evaluation, (_, error) in zip(entries, evaluations, advantages(evaluations), strict=True)
+            ]
+            title = tasks.get(entries[0].task_id) or entries[0].task_id
+            found.append(dots(title if len(title) <= MAX_ROW_NAME else title[: MAX_ROW_NAME - 1] + "…", rewards))
+        if found:
+            return sorted(found, key=lambda group: -max(group.rewards)[0])[:MAX_ROWS]
+    return []
 
 
 def _stages(results: Results) -> list[tuple[str, dict[str, float]]]:
@@ -134,48 +223,14 @@ def _labels(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     return tables
 
 
-def _examples(results: Results, *, best: bool) -> list[dict[str, Any]]:
-    """The self-edits of the rounds that earned most or least, no two for one passage."""
-    tasks = {task.id: task for task in results.plan.tasks}
-    rewarded = [entry for of in results.rounds for entry in of.entries if entry.reward is not None]
-    rewarded.sort(key=lambda entry: (entry.reward.value if entry.reward else 0.0, entry.key), reverse=best)
-    shown: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    for entry in rewarded:
-        if entry.task_id not in seen and len(shown) < EXAMPLES:
-            seen.add(entry.task_id)
-            shown.append(_example(entry, tasks[entry.task_id]))
-    return shown
-
-
-def _example(entry: Entry, task: types.Task) -> dict[str, Any]:
-    edit, reward = entry.self_edit, entry.reward
-    assert edit is not None  # it has a reward
-    assert reward is not None
-    return {
-        "title": task.passage.title,
-        "labels": sorted(dict(task.labels).items()),
-        "text": _cut(task.passage.text),
-        "documents": [_cut(document) for document in edit.documents[:40]],
-        "more_documents": max(0, len(edit.documents) - 40),
-        "directive": _directive(edit.directive),
-        "round": int(entry.key.stage.rpartition("-")[2]),
-        "reward": reward.value,
-        "stderr": reward.stderr,
-        "accuracy": reward.accuracy,
-        "baseline": reward.baseline_accuracy,
-        "retention": reward.retention if reward.HasField("retention") else None,
-    }
-
-
-def _directive(directive: types.Directive) -> list[tuple[str, str]]:
-    """What the directive says, in its order."""
-    said = []
-    for descriptor, value in directive.ListFields():
-        if descriptor.name == "loss_mask":
-            value = types.LossMask.Name(value).removeprefix("LOSS_MASK_").lower()
-        said.append((descriptor.name.replace("_", " "), f"{value:g}" if isinstance(value, float) else str(value)))
-    return said
+def _formula(weights: Mapping[str, float]) -> str:
+    """The reward in words, e.g. "1 × gain − 0.3 × retention loss"."""
+    weights = weights or {"gain": 1.0}
+    signed = [(-weight if name in COSTS else weight, name.replace("_", " ")) for name, weight in weights.items()]
+    first, *rest = [
+        f"{'− ' if weight < 0 else '+ '}{abs(weight):g} × {name}" for weight, name in sorted(signed, reverse=True)
+    ]
+    return " ".join((first.removeprefix("+ "), *rest))
 
 
 def _failures(entries: Sequence[Entry]) -> list[tuple[str, str, int]]:
@@ -183,10 +238,10 @@ def _failures(entries: Sequence[Entry]) -> list[tuple[str, str, int]]:
     count: Counter[str] = Counter()
     messages: dict[str, str] = {}
     for entry in entries:
-        if entry.failed and entry.evaluation is not None:
-            reason = entry.evaluation.failure.reason or "CANCELLED"
+        for evaluation in entry.failures:
+            reason = evaluation.failure.reason or "CANCELLED"
             count[reason] += 1
-            messages.setdefault(reason, entry.evaluation.failure.message[:300])
+            messages.setdefault(reason, evaluation.failure.message[:300])
     return [(reason, messages[reason], number) for reason, number in count.most_common()]
 
 
@@ -205,21 +260,21 @@ def _malformed(entries: Sequence[Entry]) -> list[tuple[str, int]]:
     return Counter(entry.malformed for entry in written.values()).most_common(10)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + " …"
-
-
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value * 100:.1f}%"
 
 
-def _points(value: float | None) -> str:
+def _in_points(value: float | None) -> str:
     """A difference of shares in percentage points."""
     return "–" if value is None else f"{value * 100:+.1f}"
 
 
 def _signed(value: float | None) -> str:
     return "–" if value is None else f"{value:+.3f}"
+
+
+def _error(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _seconds(value: float | None) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from orchestrator.entries import HELDOUT, SELECTION, Entry, round_stage
 from orchestrator.heldout import FIXED, PASSAGE, TRAINED, UNTRAINED, best_strategy, selection_rewards
+from orchestrator.label_store import CanaryLook, WrittenQuestions
 from orchestrator.ledger import Ledger
 from orchestrator.plan import REFERENCE_ARMS, RunPlan, heldout_bank
 from orchestrator.run_store import RunRecord
@@ -83,6 +84,8 @@ class Results:
     peak_memory_bytes: int
     all_entries: tuple[Entry, ...] = field(repr=False)
     openings: Mapping[str, int] = field(default_factory=dict)  # by task: runs that used its sealed questions, with this
+    written: tuple[WrittenQuestions, ...] = ()  # reward questions that a model wrote, by training task
+    canary: tuple[CanaryLook, ...] = ()  # of runs without labels
 
 
 def collect(run: RunRecord, plan: RunPlan, ledger: Ledger, seconds: Mapping[tuple[str, str], float]) -> Results:
@@ -113,6 +116,8 @@ def collect(run: RunRecord, plan: RunPlan, ledger: Ledger, seconds: Mapping[tupl
         peak_memory_bytes=run.peak_memory_bytes,
         all_entries=tuple(entries),
         openings=ledger.openings(),
+        written=tuple(ledger.labels.questions()),
+        canary=tuple(ledger.labels.looks()),
     )
 
 

@@ -73,9 +73,9 @@ def overlap(entries: Iterable[Entry]) -> dict[str, Any] | None:
     """What the self-edits have of the questions that measured them; None where that was not looked at. The shares are
     of all questions."""
     audited = [
-        (entry.evaluation.overlap, entry.reward.questions)
+        (measured.overlap, measured.reward.questions)
         for entry in entries
-        if entry.evaluation is not None and entry.reward is not None and entry.evaluation.HasField("overlap")
+        if (measured := _first_succeeded(entry.evaluation, entry.look)) is not None and measured.HasField("overlap")
     ]
     questions = sum(asked for _, asked in audited)
     if not questions:
@@ -178,6 +178,11 @@ def _fresh(entries: Sequence[Entry]) -> dict[str, Any] | None:
         "stderr": _mean([(task, fresh) for task, _, fresh in pairs])["stderr"],
         "flattery": {"mean": flattery["mean"], "stderr": flattery["stderr"]},
     }
+
+
+def _first_succeeded(*evaluations: evaluator.Evaluation | None) -> evaluator.Evaluation | None:
+    succeeded = evaluator.EVALUATION_STATE_SUCCEEDED
+    return next((one for one in evaluations if one is not None and one.state == succeeded), None)
 
 
 def _mean(values: Sequence[tuple[int, float]]) -> dict[str, Any]:

@@ -6,7 +6,9 @@ Pure functions of the results. What is not known is null, never 0 and never NaN.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
@@ -48,6 +50,8 @@ def build_summary(results: Results) -> dict[str, Any]:
         "policies": [results.run.base_policy, *(of.policy_id for of in results.rounds)],
         "reward": _how_rewarded(results),
         "label_free": label_free(results.all_entries),
+        "questions_written": _written(results),
+        "canary": [asdict(look) for look in results.canary] or None,
         "reliability": reliability(of.entries for of in results.rounds),
         "rounds": rounds,
         "heldout": heldout,
@@ -193,6 +197,21 @@ def paired(heldout: Heldout, first: str, second: str) -> list[tuple[Cluster, Clu
         if ours is not None and theirs is not None:
             pairs.append((ours, theirs))
     return pairs
+
+
+def _written(results: Results) -> dict[str, Any] | None:
+    """The reward questions that a model wrote for the training tasks; None where people gave them."""
+    if not results.written:
+        return None
+    dropped: Counter[str] = Counter()
+    for of in results.written:
+        dropped.update(of.dropped)
+    return {
+        "tasks": len(results.written),
+        "asked": sum(of.rewarded for of in results.written),
+        "kept_apart": sum(len(of.questions) - of.rewarded for of in results.written),
+        "dropped": dict(dropped),
+    }
 
 
 def _throughput(results: Results) -> dict[str, Any]:

@@ -18,6 +18,8 @@ _NAMES = {
     "shuffled_facts": "shuffled facts",
 }
 
+CONTROL = "shuffled_minus_no_edit"
+
 
 def print_results(results: Results) -> None:
     """Prints the arms, the differences with a verdict, the totals and the paths."""
@@ -67,6 +69,8 @@ def verdicts(differences: dict[str, Any]) -> list[str]:
     """One sentence for each paired difference; a gain is claimed only where the interval is above zero."""
     lines = []
     for name, difference in differences.items():
+        if name == CONTROL:
+            continue  # of which no side is better: the notes say what it shows
         first, _, second = name.partition("_minus_")
         mean, ci95 = (difference or {}).get("mean"), (difference or {}).get("ci95")
         if mean is None or not ci95:
@@ -78,6 +82,8 @@ def verdicts(differences: dict[str, Any]) -> list[str]:
             word = "worse than"
         else:
             word = "not told apart from"
+        if questions := difference.get("needed_questions"):
+            numbers += f"; to see a difference of this size: about {questions} questions"
         lines.append(f"{first} is {word} {second}: {numbers}")
     return lines
 

@@ -100,7 +100,8 @@ SUMMARY = {
         },
         "differences": {
             "trained_minus_untrained": {"mean": 0.25, "ci95": [0.15, 0.35]},
-            "trained_minus_fixed": {"mean": 0.01, "ci95": [-0.03, 0.05]},
+            "trained_minus_fixed": {"mean": 0.01, "ci95": [-0.03, 0.05], "needed_questions": 900},
+            "shuffled_minus_no_edit": {"mean": -0.01, "ci95": [-0.02, -0.005]},
             "trained_minus_oracle": None,
         },
     },
@@ -120,7 +121,11 @@ def test_the_end_shows_arms_with_intervals_differences_and_paths(capsys: pytest.
     row = next(line for line in text.splitlines() if line.startswith("trained teacher"))
     assert row.split() == ["trained", "teacher", "55.0%", "[45.0,", "64.0]", "-"]
     assert "trained is better than untrained: +25.0 points, 95% interval [+15.0, +35.0]" in text
-    assert "trained is not told apart from fixed: +1.0 points" in text
+    assert (
+        "trained is not told apart from fixed: +1.0 points, 95% interval [-3.0, +5.0]; to see a difference of "
+        "this size: about 900 questions" in text
+    )
+    assert "shuffled is" not in text  # a control of which no side is better
     assert "3 evaluations were known already" in text
     assert "peak memory 2.00 GiB" in text
     assert text.splitlines()[-2:] == ["summary: out/summary.json", "report:  out/report.html"]

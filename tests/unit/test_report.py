@@ -11,8 +11,9 @@ from orchestrator.entries import round_stage
 from orchestrator.report import ReportRenderer
 from orchestrator.results import Results
 from orchestrator.summary import build_summary
+from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import types_pb2 as types
-from tests.unit.test_summary import FAILED, arm, entry, full, measured, results
+from tests.unit.test_summary import FAILED, arm, entry, full, measured, race_round, results, seeded
 
 INJECTION = '<script>alert(1)</script><img src=x onerror="alert(2)">\'"&{{ 7 * 7 }}'
 
@@ -94,7 +95,7 @@ def test_texts_of_tasks_and_teachers_are_shown_as_text() -> None:
 def test_pictures_take_their_colours_from_the_page_and_are_named_for_those_who_do_not_see_them() -> None:
     html, _ = page(full())
     pictures = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
-    assert len(pictures) == 3
+    assert len(pictures) == 5  # arms, differences, rewards, the last round's groups, time
     for picture in pictures:
         root = ET.fromstring(picture)
         assert root.get("role") == "img"
@@ -119,8 +120,10 @@ def test_the_same_results_give_the_same_page() -> None:
         results([], [[entry(round_stage(1), "", 0, malformed="no document", self_edit=None)]], tasks=()),
         results([], [[entry(round_stage(1), "", 0, evaluation=measured(0.5))]], tasks=()),
         results([*arm("trained_teacher", 0.5), *arm("untrained_teacher", 0.5)]),
+        race_round({"look_steps": 5}),
+        results([], [[entry(round_stage(1), "", 0, look=seeded({1: 0.1}, "l"), stopped=True)]], tasks=()),
     ],
-    ids=["nothing", "only a failure", "only malformed", "one reward", "two arms"],
+    ids=["nothing", "only a failure", "only malformed", "one reward", "two arms", "a race", "only a look"],
 )
 def test_a_poor_run_has_a_page_too(of: Results) -> None:
     html, shown = page(of)
@@ -132,3 +135,56 @@ def test_a_gain_that_could_be_chance_is_not_called_one() -> None:
     _, shown = page(results([*arm("trained_teacher", 0.5), *arm("untrained_teacher", 0.5)]))
     assert "includes 0" in shown.text
     assert "Nothing was gained over the untrained teacher" in shown.text
+
+
+def test_a_race_shows_who_was_stopped_the_looks_and_the_fresh_rewards() -> None:
+    html, shown = page(race_round({"look_steps": 5}))
+    assert len(re.findall(r"<svg", html)) == 4  # rewards, looks, groups, time
+    assert "those left after a look" in html
+    assert "measured again on fresh seeds" in shown.text
+    assert "that are fresh (+0.500 when it was chosen)" in shown.text  # the only one among the best
+    assert shown.text.count("mean first look, nats") >= 1
+
+
+def test_an_example_says_what_it_has_of_the_questions() -> None:
+    copied = evaluator.OverlapAudit(copied=1, exam_form=1, answers_stated=3, examples=[INJECTION])
+    _, shown = page(
+        results([], [[entry(round_stage(1), "", 0, evaluation=seeded({1: 0.1}, "x", overlap=copied))]], tasks=())
+    )
+    assert "Copies 1 of 4 questions, 1 with the answer behind them; states 3 of their answers." in shown.text
+    assert "script" not in shown.tags
+    _, unknown = page(full())
+    assert "Overlap with the questions was not looked at." in unknown.text
+
+
+def test_what_needed_no_labels_is_marked_wherever_a_reward_is_shown() -> None:
+    of = results(arm("trained_teacher", 0.5), [[entry(round_stage(1), "", 0, evaluation=seeded({1: 0.1}, "x"))]])
+    assert "label-free" not in page(of)[1].text.lower()
+    for line in of.all_entries:
+        assert line.evaluation is not None
+        line.evaluation.reward.label_free = True
+    html, _ = page(of)
+    assert html.count('class="mark">label-free') >= 6  # title, held-out tile, reliability, arm, rounds, examples
+    assert "mean label-free reward" in html
+
+
+def test_the_reward_is_written_as_the_formula_that_makes_it() -> None:
+    _, shown = page(full())
+    assert "Reward = 1 × gain − 0.3 × retention loss − 1 × overlap" in shown.text
+
+
+def test_a_difference_that_does_not_show_says_what_would_show_it() -> None:
+    mixed = [
+        entry("heldout", "trained_teacher", task, evaluation=measured(1.0 if task % 2 else 0.25, name=f"t{task}"))
+        for task in range(12)
+    ]
+    _, shown = page(results([*arm("untrained_teacher", 0.5), *mixed]))
+    assert "to see a difference of this size: about 312 questions (78 passages)" in shown.text
+
+
+def test_the_wrong_facts_control_is_read_the_other_way_round() -> None:
+    assert (
+        "as it must be: at chance" in page(results([*arm("trained_teacher", 0.5), *arm("shuffled_facts", 0.0)]))[1].text
+    )
+    learnt = page(results([*arm("trained_teacher", 0.5), *arm("shuffled_facts", 0.75)]))[1].text
+    assert "wrong facts teach something" in learnt

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from orchestrator.entries import HELDOUT, SELECTION, EditKey, Entry, round_stage
 from orchestrator.heldout import best_strategy, selection_rewards
+from orchestrator.label_store import CanaryLook, WrittenQuestions
 from orchestrator.plan import RunPlan
 from orchestrator.results import Results, Round, heldout_results
 from orchestrator.run_store import SUCCEEDED, RunRecord
@@ -446,3 +448,30 @@ def test_a_heldout_measurement_that_graded_nothing_has_no_accuracy() -> None:
     arms = build_summary(results(lines))["heldout"]["arms"]
     assert arms["trained_teacher"]["accuracy"] is None
     assert arms["no_edit"] is None
+
+
+def test_questions_that_a_model_wrote_and_the_canary_are_told() -> None:
+    of = results(arm("trained_teacher", 0.5))
+    assert build_summary(of)["questions_written"] is None
+    assert build_summary(of)["canary"] is None
+    reward, gate = types.QUESTION_BANK_REWARD, types.QUESTION_BANK_GATE
+    written = tuple(
+        WrittenQuestions(
+            i,
+            TASKS[i].id,
+            (types.Question(bank=reward), types.Question(bank=reward), types.Question(bank=gate)),
+            {"x": i},
+        )
+        for i in range(3)
+    )
+    looks = (
+        CanaryLook(0, "base", 0.1, 0.05, 4, 0, None, None, stopped=False),
+        CanaryLook(1, "p1", -0.2, 0.05, 4, 0, -0.3, 0.1, stopped=True),
+    )
+    summary = build_summary(replace(of, written=written, canary=looks))
+    assert summary["questions_written"] == {"tasks": 3, "asked": 6, "kept_apart": 3, "dropped": {"x": 3}}
+    assert [look["stopped"] for look in summary["canary"]] == [False, True]
+    notes = summary["notes"]
+    assert any("6 are asked, 3 kept apart, 3 dropped (3 x)" in note for note in notes)
+    assert any("stopped the run after round 1" in note and "after round 0" in note for note in notes)
+    to_json(summary)
