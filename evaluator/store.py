@@ -93,6 +93,9 @@ class EvaluationStore:
             if to_start:
                 self._put_batches(tx, plan, to_start, batch_trials)
                 self._put_evaluations(tx, plan, to_start, states)
+                # Who asked before has had a final state, and does not wait for what is now begun anew.
+                again = [item.id for item in to_start if item.id in states]
+                tx.execute(delete(owners).where(owners.c.evaluation_id.in_(again)))
             owned = set(
                 tx.execute(
                     select(owners.c.evaluation_id).where(

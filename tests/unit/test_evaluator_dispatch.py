@@ -137,6 +137,22 @@ def test_a_copied_question_costs_what_the_weights_say(house: House) -> None:
     assert (copied.reward.value, honest.reward.value) == (0.0, 0.5)
 
 
+def test_a_written_question_may_be_copied_for_its_writer_is_the_teachers_own_base(house: House) -> None:
+    request = group("Where does Ada live? Lisbon")
+    request.protocol.weights.overlap = 1.0
+    for question in request.task.passage.questions:
+        question.written = True
+    (made,) = house.evaluations.create(request)
+    house.step()
+    house.broker.take()
+    house.broker.finish()
+    house.step()
+    copied = house.evaluations.get(made.id)
+    assert copied.overlap.copied == 1  # shown, and not paid for
+    assert copied.reward.value == 0.5
+    assert copied.reward.label_free
+
+
 def test_an_evaluation_goes_from_queued_over_running_to_its_reward(house: House) -> None:
     made = house.create("Ada lives in Lisbon.", "Nothing, and forget", seeds=(1, 2))
     assert [item.state for item in made] == [QUEUED, QUEUED]
@@ -505,6 +521,16 @@ def test_cancelling_ends_what_nobody_else_waits_for(house: House) -> None:
     assert house.states(shared) == [SUCCEEDED]
     assert house.states(mine) == [CANCELLED, SUCCEEDED]
     assert len(house.broker.trained) == 2
+
+
+def test_whoever_has_cancelled_does_not_wait_for_what_another_asks_for_again(house: House) -> None:
+    made = house.create("a")
+    house.step()
+    assert house.cancel() == 1
+    house.create("a", owner="run-2")
+    house.step()
+    assert house.cancel(owner="run-2", request_id="c2") == 1
+    assert house.states(made) == [CANCELLED]
 
 
 def test_a_trial_that_another_evaluation_wants_is_not_cancelled(house: House) -> None:
