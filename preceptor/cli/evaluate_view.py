@@ -150,7 +150,7 @@ def sentences(report: dict[str, Any]) -> list[str]:
     """What may be said of the best."""
     said = []
     for one in report["self_edits"]:
-        if fresh := one["fresh"]:
+        if (fresh := one["fresh"]) and one["name"] == report["best"]:  # not its twins
             said.append(
                 f"{one['name']} on {fresh['seeds']} fresh seed{'' if fresh['seeds'] == 1 else 's'}, which had no part"
                 f" in choosing it: {_signed(fresh['value'])} ± {fresh['stderr']:.3f}"
@@ -199,7 +199,7 @@ def _reward_cells(one: dict[str, Any]) -> list[str]:
     if one["failure"] and not reward:
         return [one["name"], "failed", *[""] * 3, one["failure"]["reason"], *[""] * 4]
     if not reward:
-        return [one["name"], "stopped", *[""] * 3, "after a look", *[""] * 4]
+        return [one["name"], "stopped", *[""] * 3, f"look: {one['look']['value']:+.2f} nats", *[""] * 4]
     return [
         one["name"] + ("*" if reward["label_free"] else ""),
         _signed(reward["value"]),

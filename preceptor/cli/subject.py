@@ -72,7 +72,7 @@ def read_subject(config: RunConfig, passage: str, bank: Bank) -> Subject:
     file = read_task_file(Path(tasks.path or ""), answers_needed=config.reward.needs_answers)
     file.raise_problems()
     chosen = _chosen(file.passages, passage, file.path)
-    notes = list(file.notes)
+    notes = list(file.notes) if len(file.passages) == 1 else []  # of many, most are about others
     found = chosen.passage
     if not chosen.named_banks:
         found = divided(found, config.seed)
@@ -91,7 +91,9 @@ def _of_world(config: RunConfig, passage: str) -> Subject:
     number = int(passage) if passage.isascii() and passage.isdigit() and len(passage) < 6 else 0
     if passage and not number:
         raise PreceptorError(
-            "INVALID_REQUEST", f"{passage!r} is no number; the world's passages are counted from 1", field="--passage"
+            "INVALID_REQUEST",
+            f"{passage!r} is no number; the world's passages are counted from 1, e.g. --world {WORLD}:3",
+            field="--passage",
         )
     count = number or 1
     tasks = gather_tasks(

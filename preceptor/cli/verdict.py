@@ -153,9 +153,10 @@ def doubts(report: dict[str, Any]) -> list[str]:
         return found
     best = next(one for one in rewarded if one["name"] == report["best"])
     if min(one["reward"]["seeds"] for one in rewarded) == 1:
+        remedy = "--set reward.race.z=2 lets the race ask for more" if report["race"] else "--seeds 3 or more does"
         found.append(
             "one seed: an error says how far other questions would move a value, and nothing about another seed;"
-            " --seeds 3 or more does"
+            f" {remedy}"
         )
     questions = best["reward"]["questions"]
     if questions < FEW_QUESTIONS:
@@ -183,10 +184,11 @@ def doubts(report: dict[str, Any]) -> list[str]:
             )
     for one in report["controls"]:
         if one["name"] == RAW_PASSAGE and one["reward"]:
-            times = best["reward"]["trained_tokens"] / max(one["reward"]["trained_tokens"], 1)
-            if not 1 / UNEQUAL < times < UNEQUAL:
+            less, most = sorted((best, one), key=lambda each: each["reward"]["trained_tokens"])
+            times = most["reward"]["trained_tokens"] / max(less["reward"]["trained_tokens"], 1)
+            if times >= UNEQUAL:
                 found.append(
-                    f"{best['name']} had {times:.1f} times the training of the {RAW_PASSAGE} (in tokens);"
+                    f"{most['name']} had {times:.1f} times the training of {less['name']} (in tokens);"
                     " --set training.max_train_tokens=N gives all at most N"
                 )
     if any(one["reward"]["label_free"] for one in rewarded):
@@ -206,7 +208,7 @@ def _unclear(made: dict[str, Any]) -> str:
     what = f"{made['self_edit']} is not told apart from {made['other']}"
     needed = made["questions_needed"]
     if not needed:
-        return f"{what}: they earn the same"
+        return f"{what}: no difference was seen on these questions"
     of_seeds = made["seed_stderr"]
     if of_seeds is not None and abs(made["mean"]) > CLEAR * of_seeds:
         return f"{what}, but for these very questions: it would take about {needed:,} like them to say more"
