@@ -9,7 +9,7 @@ student's answers to the same questions, so what is easy or hard for both cancel
     certainty_gain         mean over Q, S of  certainty(trained) - certainty(untouched)            nats per token
     agreement_gain         mean over Q, S of  agreement(trained) - agreement(untouched)            -1..1
     retention_loss         mean over P, S of  right(untouched) - right(trained), on the probes     -1..1
-    overlap                share of the questions that the self-edit copies                        0..1
+    overlap                share of the questions that the self-edit copies; 0 for written ones    0..1
     tokens                 mean over S of trained tokens, in thousands
     seconds                mean over S of a worker's seconds
 

@@ -55,7 +55,9 @@ def score(sitting: Sitting, graders: Graders) -> pb.Evaluation:
     exam, results = sitting.exam, [result for _, result in sitting.results]
     *trained, baseline = mark(exam, grader, [*results, sitting.baseline])
     written = any(question.written for question in exam.questions)
-    found = measure(trained, baseline, exam.weights, copied=evaluation.overlap.copied, written=written)
+    # Whoever writes study material with the model that wrote the questions writes the same questions: no fault of his.
+    copied = 0 if written else evaluation.overlap.copied
+    found = measure(trained, baseline, exam.weights, copied=copied, written=written)
     evaluation.reward.CopyFrom(found.reward)
     for at, (seed, result) in enumerate(sitting.results):
         report = _report(trained[at], result)
