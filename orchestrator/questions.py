@@ -59,17 +59,20 @@ def read_pairs(documents: Sequence[str]) -> tuple[list[Pair], int]:
     pairs, others = [], 0
     waiting = ""  # a question whose answer may be in the next document
     for document in documents:
-        found = _PAIR.search(f"{waiting} {document}" if waiting else document)
-        if found is None and waiting:
-            others += 1  # the question was none after all
-            found = _PAIR.search(document)
-        waiting = ""
+        found = _PAIR.search(document)
+        if waiting and found is None:
+            found = _PAIR.search(f"{waiting} {document}")
+        elif waiting:
+            others += 1
+        if found is None and _OPENING.match(document):
+            others += bool(waiting)
+            waiting = document
+            continue
         if found is not None and words(found["question"]) and words(found["answer"]):
             pairs.append((found["question"].strip(), found["answer"].strip()))
-        elif found is None and _OPENING.match(document):
-            waiting = document
         else:
-            others += 1
+            others += 1 + bool(waiting and found is None)
+        waiting = ""
     return pairs, others + bool(waiting)
 
 
@@ -105,7 +108,7 @@ def checked(
             dropped[NOT_IN_TEXT] += 1
         elif _stands(answer, question):
             dropped[IN_QUESTION] += 1
-        elif max(len(answer), len((pair := dict(single)[answer])[1].split())) > max_words:
+        elif max(len(answer), len((pair := dict(reversed(single))[answer])[1].split())) > max_words:
             dropped[TOO_LONG] += 1
         else:
             kept.append(pair)
