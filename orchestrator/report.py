@@ -20,7 +20,7 @@ from orchestrator.entries import HELDOUT, SELECTION, Entry
 from orchestrator.heldout import TRAINED
 from orchestrator.report_examples import examples
 from orchestrator.results import Results
-from orchestrator.round_summary import PHASES
+from orchestrator.round_summary import PHASES, distinct
 from orchestrator.round_summary import groups as groups_of
 from orchestrator.summary import DIFFERENCES
 from orchestrator.timing import RUN
@@ -178,10 +178,11 @@ def _last_groups(results: Results, dots: Callable[..., Any]) -> list[Any]:
     for of in reversed(results.rounds):
         found = []
         for entries in groups_of(of.entries).values():
-            evaluations = [entry.evaluation for entry in entries if entry.evaluation is not None]
+            again = {entry.evaluation.id for entry in entries if entry.evaluation and entry.fresh is not None}
+            evaluations = distinct(entries)
             rewards = [
-                (evaluation.reward.value, error, entry.fresh is not None)
-                for entry, evaluation, (_, error) in zip(entries, evaluations, advantages(evaluations), strict=True)
+                (evaluation.reward.value, error, evaluation.id in again)
+                for evaluation, (_, error) in zip(evaluations, advantages(evaluations), strict=True)
             ]
             title = tasks.get(entries[0].task_id) or entries[0].task_id
             found.append(dots(title if len(title) <= MAX_ROW_NAME else title[: MAX_ROW_NAME - 1] + "…", rewards))

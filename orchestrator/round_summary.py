@@ -111,7 +111,7 @@ def reliability(stages: Iterable[Sequence[Entry]]) -> dict[str, Any]:
         found
         for entries in stages
         for group in groups(entries).values()
-        if (found := spread([entry.evaluation for entry in group if entry.evaluation is not None])) is not None
+        if (found := spread(distinct(group))) is not None
     ]
     total = pooled(spreads)
     return {
@@ -120,6 +120,11 @@ def reliability(stages: Iterable[Sequence[Entry]]) -> dict[str, Any]:
         "noise_variance": total.noise if total else None,
         "groups": len(spreads),
     }
+
+
+def distinct(group: Iterable[Entry]) -> list[evaluator.Evaluation]:
+    """The evaluations of a group; a self-edit that was written twice has one, and says nothing about noise."""
+    return list({one.evaluation.id: one.evaluation for one in group if one.evaluation is not None}.values())
 
 
 def trials(entries: Iterable[Entry]) -> dict[str, int]:
