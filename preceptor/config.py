@@ -175,7 +175,7 @@ class RewardConfig(Section):
     """What a self-edit earns: the weighted terms of ``evaluator.reward``, and how well they are measured."""
 
     seeds: int = Field(1, ge=1, le=64, description="fine-tunes per self-edit")
-    grader: Literal["exact", "lexical", "judge", "cascade"] = Field(
+    grader: Literal["exact", "lexical", "grid", "judge", "cascade"] = Field(
         "exact", description="who says what is right; judge and cascade need PRECEPTOR_JUDGE_URL"
     )
     gain: Weight = 1.0

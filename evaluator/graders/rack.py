@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from evaluator.graders.cascade import Cascade
 from evaluator.graders.exact import ExactMatch
 from evaluator.graders.grader import Grader
+from evaluator.graders.grid import GridMatch
 from evaluator.graders.lexical import Lexical
 from preceptor.errors import PreceptorError
 
 # What a protocol may name; the last two need a judge.
-NAMES = ("exact", "lexical", "judge", "cascade")
+NAMES = ("exact", "lexical", "grid", "judge", "cascade")
 
 
 class Graders:
@@ -22,6 +23,7 @@ class Graders:
         self._graders: Mapping[str, Grader] = {
             "exact": ExactMatch(),
             "lexical": lexical,
+            "grid": GridMatch(),
             **({"judge": judge, "cascade": Cascade(lexical, judge)} if judge else {}),
         }
 

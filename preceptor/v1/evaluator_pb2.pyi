@@ -153,7 +153,7 @@ class EvaluationProtocol(google.protobuf.message.Message):
     bank: preceptor.v1.types_pb2.QuestionBank.ValueType
     """Which questions of the task are asked. Default QUESTION_BANK_REWARD."""
     grader: builtins.str
-    """"exact", "lexical", "judge" or "cascade" (lexical, and a judge for what it is unsure of). Default "exact"."""
+    """"exact", "lexical", "grid", "judge" or "cascade" (lexical, and a judge for what it is unsure of). Default "exact"."""
     include_passage: builtins.bool
     """Train on the task's own text beside the documents. Default false."""
     @property
