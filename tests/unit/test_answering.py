@@ -134,7 +134,7 @@ def test_the_gold_answer_changes_no_text() -> None:
     base = tiny_base()
     bank = trained_bank(base)
     texts = []
-    for gold in ("Rome", "Paris", "R", "a very long wrong answer"):
+    for gold in ("Rome", "Paris", "R", "a very long wrong answer", ""):
         rows = encode_questions(base, [Question(q.text, gold) for q in QUESTIONS], SETTINGS)
         with bank.attached():
             texts.append([a.text for a in answer(base, bank, [2], [rows], SETTINGS)[0]])

@@ -14,8 +14,8 @@ from preceptor.errors import PreceptorError
 from preceptor.tasks import LossMask, Schedule
 from preceptor.v1 import trial_pb2 as wire
 from preceptor.v1 import types_pb2 as types
-from student.payload import settings_of
-from student.trial import ALL_LINEAR, TrainingSettings
+from student.payload import answering_of, probes_of, result_of, settings_of
+from student.trial import ALL_LINEAR, Answer, AnsweringSettings, TrainingSettings, TrialOutcome
 
 rates = some.floats(1e-6, 1.0)
 counts = some.integers(1, 1000)
@@ -66,3 +66,49 @@ def test_an_unknown_schedule_and_a_share_of_one_are_refused_by_name() -> None:
         with pytest.raises(PreceptorError, match=said) as raised:
             settings_of(message)
         assert raised.value.reason == "INVALID_REQUEST"
+
+
+@given(
+    some.builds(
+        wire.AnswerSettings,
+        prompt=some.sampled_from(["{question}?", "Q: {question} A:"]),
+        max_new_tokens=counts,
+        logprobs_only=some.booleans(),
+        samples=some.integers(0, 64),
+        temperature=some.floats(1e-3, 100),
+        certainty=some.booleans(),
+    )
+)
+def test_every_answer_setting_reaches_the_worker_as_it_was_given(message: wire.AnswerSettings) -> None:
+    assert answering_of(message) == AnsweringSettings(
+        prompt_template=message.prompt,
+        max_new_tokens=message.max_new_tokens,
+        generate=not message.logprobs_only,
+        samples=message.samples,
+        temperature=message.temperature,
+        certainty=message.certainty,
+    )
+    assert answering_of(wire.AnswerSettings()) == AnsweringSettings()
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_none_is_refused_by_name(temperature: float) -> None:
+    with pytest.raises(PreceptorError, match=r"answers\.temperature is") as raised:
+        answering_of(wire.AnswerSettings(temperature=temperature))
+    assert raised.value.reason == "INVALID_REQUEST"
+
+
+def test_probes_are_not_asked_where_only_log_probabilities_are_measured() -> None:
+    probes = [types.Question(text="Where is Ada?", answer="Rome")]
+    assert len(probes_of(wire.TrialBatch(probes=probes))) == 1
+    assert not probes_of(wire.TrialBatch(probes=probes, answers=wire.AnswerSettings(logprobs_only=True)))
+
+
+def test_an_answer_goes_back_with_all_that_was_measured() -> None:
+    given_answer = Answer(0, "Rome", -1.5, 4, certainty=5.25, samples=("Rome", "Paris"))
+    outcome = TrialOutcome("one", (given_answer,), (Answer(0, "a smith", -2.0, 7),), train_seconds=2, answer_seconds=1)
+    (result,) = result_of("batch", [outcome], "here", 1).results
+    expected = wire.Answer(text="Rome", gold_logprob=-1.5, gold_tokens=4, certainty=5.25, samples=["Rome", "Paris"])
+    assert list(result.answers) == [expected]
+    assert list(result.probe_answers) == [wire.Answer(text="a smith", gold_logprob=-2.0, gold_tokens=7)]
+    assert result.seconds == 3

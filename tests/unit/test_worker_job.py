@@ -88,3 +88,28 @@ def test_a_cancelled_trial_leaves_and_its_neighbour_is_answered(pinned: types.Pi
     assert (a.failure.reason, a.steps, len(a.answers)) == ("CANCELLED", 3, 0)
     assert (b.failure.reason, b.steps, len(b.answers)) == ("", 20, 1)
     assert bench.steps[-1] == 20
+
+
+def test_a_look_measures_what_a_full_answer_measures_and_decodes_nothing(pinned: types.PinnedStudent) -> None:
+    batch = batch_of(pinned, a=10, b=20)
+    batch.probes.add(text="What is Tom?", answer="a smith")
+    full = Bench().run(batch)
+    batch.answers.logprobs_only = True
+    look = Bench().run(batch)
+    for ours, theirs in zip(look.results, full.results, strict=True):
+        assert [(one.text, one.gold_tokens) for one in ours.answers] == [("", 5)]
+        assert ours.answers[0].gold_logprob == pytest.approx(theirs.answers[0].gold_logprob, abs=1e-4)
+        assert theirs.answers[0].text
+        assert (len(ours.probe_answers), len(theirs.probe_answers)) == (0, 1)
+        assert ours.seconds > 0
+    assert sum(one.seconds for one in look.results) == pytest.approx(look.train_seconds + look.answer_seconds)
+
+
+def test_a_batch_with_all_that_can_be_asked(pinned: types.PinnedStudent) -> None:
+    batch = batch_of(pinned, a=2, b=2)
+    batch.answers.MergeFrom(wire.AnswerSettings(samples=3, temperature=0.7, certainty=True))
+    batch.question_sets[0].questions.add(text="Where is Tom?")  # nobody knows
+    for result in Bench().run(batch).results:
+        known, unknown = result.answers
+        assert (known.gold_tokens, unknown.gold_tokens, unknown.gold_logprob) == (5, 0, 0.0)
+        assert all(len(one.samples) == 3 and one.certainty > 0 for one in (known, unknown))
