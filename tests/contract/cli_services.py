@@ -1,4 +1,4 @@
-"""An orchestrator and a student service that the command line can be pointed at: small, with state, no models."""
+"""Services that the command line can be pointed at: small, with state, no models."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from preceptor.config import parse_config_json
 from preceptor.errors import PreceptorError
 from preceptor.server import Server
 from preceptor.settings import ServiceSettings
+from preceptor.v1 import evaluator_pb2_grpc, orchestrator_pb2_grpc, student_pb2_grpc
 from preceptor.v1 import orchestrator_pb2 as pb
-from preceptor.v1 import orchestrator_pb2_grpc, student_pb2_grpc
 from preceptor.v1 import student_pb2 as students
+from tests.contract.scripted_evaluator import Evaluator
 
 SUMMARY = {
     "schema": "preceptor.summary/1",
@@ -193,10 +194,11 @@ class Students(student_pb2_grpc.StudentServiceServicer):
 
 @dataclass
 class Services:
-    """Both services behind one port each."""
+    """The services, behind one port each."""
 
     orchestrator: Orchestrator = field(default_factory=lambda: Orchestrator())  # type: ignore[abstract]
     students: Students = field(default_factory=lambda: Students())  # type: ignore[abstract]
+    evaluator: Evaluator = field(default_factory=lambda: Evaluator())  # type: ignore[abstract]
     environment: dict[str, str] = field(default_factory=dict)
     servers: list[Server] = field(default_factory=list)
 
@@ -209,7 +211,11 @@ class Services:
         def add_students(server: grpc.Server) -> None:
             student_pb2_grpc.add_StudentServiceServicer_to_server(self.students, server)
 
-        for name, adder in (("orchestrator", add_orchestrator), ("student", add_students)):
+        def add_evaluator(server: grpc.Server) -> None:
+            evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(self.evaluator, server)
+
+        adders = {"orchestrator": add_orchestrator, "student": add_students, "evaluator": add_evaluator}
+        for name, adder in adders.items():
             server = Server([f"preceptor.v1.{name.capitalize()}Service"], adder, settings)
             self.servers.append(server)
             self.environment[f"PRECEPTOR_{name.upper()}_ADDRESS"] = f"127.0.0.1:{server.port}"
