@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evaluator.graders.grader import Grader
+from evaluator.graders.grid import GridMatch, read_grid
 from evaluator.graders.rack import WITHOUT_A_JUDGE, Graders
 from evaluator.resolve import resolve_answers, resolve_training, resolve_weights
 from evaluator.reward import Weights
@@ -78,6 +79,7 @@ def read_request(message: pb.CreateEvaluationsRequest, graders: Graders = WITHOU
     _check_measured(answers, weights)
     probes = tuple(question_from_proto(question) for question in protocol.probes)
     _check_questions("protocol.probes", range(len(probes)), probes, MAX_PROBES, answers)
+    _check_grids("protocol.probes", range(len(probes)), probes, protocol.grader)
     _check_texts("protocol.replay_documents", protocol.replay_documents, MAX_REPLAY_DOCUMENTS)
     edits = len(message.self_edits) + sum(len(group.self_edits) for group in message.more)
     if edits > MAX_SELF_EDITS:
@@ -152,6 +154,7 @@ def _read_group(
         )
     needed = _needs_answers(answers, weights)
     _check_questions(f"{place}task.passage.questions", positions, questions, MAX_QUESTIONS, answers, needed)
+    _check_grids(f"{place}task.passage.questions", positions, questions, protocol.grader)
     for fault in question_faults("", "", questions):
         raise _invalid(f"{place}task.passage.questions[{positions[fault.index]}]", fault.message)
     if protocol.include_passage:
@@ -212,6 +215,14 @@ def _check_questions(
             raise _invalid(f"{place}[{index}]", f"question {index} has no text or no answer: {question.text[:80]!r}")
         if not answers.logprobs_only and (fault := answer_fault(question, answers.max_new_tokens)):
             raise _invalid(f"{place}[{index}]", fault)
+
+
+def _check_grids(place: str, positions: Sequence[int], questions: Sequence[Question], grader: str) -> None:
+    """A gold answer that is no grid would make every answer wrong where grids are compared."""
+    for index, question in zip(positions, questions, strict=True):
+        golds = [gold for gold in (question.answer, *question.aliases) if gold]  # none without labels
+        if grader == GridMatch.name and any(read_grid(gold) is None for gold in golds):
+            raise _invalid(f"{place}[{index}]", f"question {index} has a gold answer that the grader grid cannot read")
 
 
 def _check_texts(place: str, texts: Sequence[str], most: int) -> None:

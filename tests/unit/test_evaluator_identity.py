@@ -255,6 +255,14 @@ def test_an_evaluation_is_the_same_whichever_tasks_it_was_asked_for_with() -> No
     assert {item.id for item in alone.evaluations} < {item.id for item in together.evaluations}
 
 
+def grids(request: pb.CreateEvaluationsRequest, golds: tuple[str, str], probes: str = "0/0") -> None:
+    request.protocol.grader = "grid"
+    for question, gold in zip(request.task.passage.questions, golds, strict=False):
+        question.answer = gold
+    for probe in request.protocol.probes:
+        probe.answer = probes
+
+
 REFUSED: dict[str, tuple[Change, str, str]] = {
     "no questions in the bank": (
         lambda r: setattr(r.protocol, "bank", types.QUESTION_BANK_SEALED),
@@ -290,6 +298,16 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
         lambda r: setattr(r.task.passage.questions[1], "answer", ""),
         "task.passage.questions[1]",
         "no answer",
+    ),
+    "a gold answer that is no grid": (
+        lambda r: grids(r, ("01/10", "01/1")),
+        "task.passage.questions[1]",
+        "grader grid cannot read",
+    ),
+    "a probe that is no grid": (
+        lambda r: grids(r, ("01/10", "1"), "old"),
+        "protocol.probes[0]",
+        "grader grid cannot read",
     ),
     "a rate out of range": (
         lambda r: setattr(r.self_edits[0].directive, "learning_rate", 9.0),
@@ -447,6 +465,10 @@ def test_a_look_may_have_long_gold_answers_and_every_weight_that_it_measures() -
 
 def test_without_labels_questions_need_no_gold_answers() -> None:
     assert not planned(unlabelled).evaluations[0].exam.labelled
+
+
+def test_grids_are_compared_where_all_gold_answers_are_grids() -> None:
+    assert planned(lambda r: grids(r, ("01/10", "[[1]]"))).evaluations[0].exam.grader == "grid"
 
 
 def test_an_unknown_grader_is_refused() -> None:
