@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
 from preceptor.cli.live import bar, duration
@@ -229,9 +230,9 @@ def _print_questions(report: dict[str, Any]) -> None:
         rows += [(one["name"], one["trials"]) for one in (*report["self_edits"], *report["controls"]) if one["trials"]]
         for row, (name, trials) in enumerate(rows):
             marks = "".join("+" if trial["correct"][place] else "-" for trial in trials if trial["correct"])
-            logprobs = [trial["gold_logprobs"][place] for trial in trials]
+            logprobs = [trial["gold_logprobs"][place] for trial in trials if trial["gold_logprobs"]]
             asked = [question["text"], question["answer"]] if row == 0 else ["", ""]
-            cells.append([*asked, name, marks, f"{sum(logprobs) / len(logprobs):.2f}"])
+            cells.append([*asked, name, marks, f"{fmean(logprobs):.2f}" if logprobs else ""])
     _print_aligned(["question", "gold answer", "", "right, by seed", "log-prob."], cells, [1, 2, 3])
 
 
