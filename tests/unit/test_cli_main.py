@@ -187,6 +187,33 @@ def test_tasks_check_lists_passages_and_notes(capsys: pytest.CaptureFixture[str]
     assert captured.err == ""
 
 
+def test_how_questions_come_to_their_banks_is_shown_before_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    def asked(count: int, **more: str) -> list[dict[str, str]]:
+        return [{"question": f"Which fact {n}?", "answer": "x", **more} for n in range(count)]
+
+    own = [
+        {"title": "A", "context": "About a.", "questions": asked(5)},
+        {"title": "B", "context": "About b.", "questions": asked(2, bank="reward")},
+    ]
+    write("t.json", json.dumps(own))
+    assert main(["tasks", "check", "t.json"]) == 0
+    shown = capsys.readouterr().out
+    assert "3 reward, 1 gate, 1 sealed (to be divided)" in shown
+    assert "2 reward" in shown
+    assert main(["tasks", "check", "t.json", "--json"]) == 0
+    passages = json.loads(capsys.readouterr().out)["passages"]
+    assert [one["banks"] for one in passages] == [
+        {"reward": 3, "gate": 1, "sealed": 1},
+        {"reward": 2, "gate": 0, "sealed": 0},
+    ]
+    write("c.toml", '[tasks]\npath = "t.json"\nheldout = 0\n')
+    assert main(["run", "c.toml", "--dry-run", "--set", "seed=4"]) == 0
+    how = "named in the file for 1 passages, divided once by seed 4 for 1"
+    assert f"# banks of questions: {how}\n" in capsys.readouterr().out
+    assert main(["run", "c.toml", "--dry-run", "--set", "seed=4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["banks"] == how
+
+
 def test_tasks_check_names_every_problem_and_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     write("t.json", json.dumps([{"context": "", "questions": []}, 3], indent=1))
     assert main(["tasks", "check", "t.json"]) == 2
