@@ -26,7 +26,7 @@ def notes(summary: Mapping[str, Any], failed: int) -> list[str]:
     if any(of["evaluations"]["succeeded"] for of in rounds):
         said += _noise_notes(summary["reliability"])
         said += _race_notes(rounds)
-        said += _overlap_notes(rounds)
+        said += _overlap_notes(rounds, written=summary["questions_written"] is not None)
     for of in rounds:
         if not of["evaluations"]["succeeded"]:
             said.append(f"Round {of['round']} gave no reward at all, so the teacher did not learn from it.")
@@ -128,10 +128,11 @@ def _material_notes(heldout: Mapping[str, Any]) -> list[str]:
             "saw those passages, but the questions' wording is that of training."
         )
     if (opened := heldout["sealed_openings_before"]) and opened["most"]:
-        times = f"{opened['most']}" if opened["fewest"] == opened["most"] else f"up to {opened['most']}"
+        times = "" if opened["fewest"] == opened["most"] else "up to "
+        times += "1 run" if opened["most"] == 1 else f"{opened['most']} runs"
         said.append(
-            f"The sealed questions of these passages had been opened by {times} runs before this one. Whoever chose "
-            "settings by those runs has tuned to them."
+            f"The sealed questions of these passages had been opened by {times} before this one. Settings that were "
+            "chosen by what was seen then are tuned to them."
         )
     # The shuffled facts have a sentence of their own.
     missing = [name for name, arm in heldout["arms"].items() if arm is None and name != "shuffled_facts"]
@@ -179,16 +180,19 @@ def _race_notes(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
     return said
 
 
-def _overlap_notes(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+def _overlap_notes(rounds: Sequence[Mapping[str, Any]], *, written: bool) -> list[str]:
     audited = [of["overlap"] for of in rounds if of["overlap"]]
     if not audited:
         return ["Whether self-edits copy the questions that measure them was not looked at."]
     copying, number = (sum(of[key] for of in audited) for key in ("with_copied_questions", "self_edits"))
-    return [
-        f"{copying} of {number} self-edits of the rounds copy a question that measured them."
-        if copying
-        else f"None of {number} self-edits of the rounds copies a question that measured it."
-    ]
+    if not copying:
+        return [f"None of {number} self-edits of the rounds copies a question that measured it."]
+    said = f"{copying} of {number} self-edits of the rounds copy a question that measured them."
+    if written:
+        said += (
+            " A model wrote these questions as the teacher writes, so they are alike, and copies of them cost nothing."
+        )
+    return [said]
 
 
 def _percent(arm: Mapping[str, Any] | None) -> str:
