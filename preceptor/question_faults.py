@@ -29,14 +29,14 @@ class Fault:
 
 def question_faults(title: str, text: str, questions: Sequence[Question]) -> Iterator[Fault]:
     """Every fault of a passage's questions, in their order. Case, spacing and the final mark make no difference."""
-    seen: dict[str, Question] = {}
-    shown = [_words(title), _words(text)]
+    seen: dict[str, tuple[int, Question]] = {}
+    shown = [f" {_words(title)} ", f" {_words(text)} "]
     for index, question in enumerate(questions):
-        first = seen.setdefault(_wording(question.text), question)
-        if first is not question:
+        at, first = seen.setdefault(_wording(question.text), (index, question))
+        if at != index:
             yield _second(index, first, question)
         asked = _words(question.text)
-        if asked.count(" ") + 1 >= LEAST_WORDS and any(f" {asked} " in f" {known} " for known in shown):
+        if asked.count(" ") + 1 >= LEAST_WORDS and any(f" {asked} " in known for known in shown):
             message = f"{_short(question.text)} stands in the passage, which the teacher reads; ask in other words"
             yield Fault(index, message)
 
