@@ -14,6 +14,10 @@ from statistics import fmean, stdev, variance
 
 from preceptor.v1 import evaluator_pb2 as pb
 
+# Of fewer not even all together can tell: that five of five agree is chance in one of sixteen cases, either sign counted.
+LEAST_QUESTIONS = 6
+_Z95 = 1.959964
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -22,11 +26,31 @@ class Difference:
     mean: float
     stderr: float  # over questions (and probes) and seeds; with one seed over questions alone
     seed_stderr: float | None  # over seeds alone, the questions being these; None with one seed
+    questions: int
     seeds: int
 
-    def clear(self, z: float = 2.0) -> bool:
-        """Whether it is more than so many of its errors from zero."""
-        return abs(self.mean) > z * self.stderr
+    @property
+    def clear(self) -> bool:
+        """Whether other questions and other seeds would hardly change its sign: zero is outside the 95% interval (of
+        Student's t, as the error is estimated from these questions), and there are LEAST_QUESTIONS or more."""
+        if self.questions < LEAST_QUESTIONS:
+            return False
+        return abs(self.mean) > t95(self.questions - 1) * self.stderr
+
+    @property
+    def clear_on_these(self) -> bool:
+        """The same for other seeds alone: True may hold for these very questions only. Never with one seed."""
+        return self.seed_stderr is not None and abs(self.mean) > t95(self.seeds - 1) * self.seed_stderr
+
+    @property
+    def questions_needed(self) -> int | None:
+        """About how many questions like these would make it clear, if it stayed as it is and the error is theirs.
+
+        None where it is clear, or where there is no difference.
+        """
+        if self.clear or not self.mean:
+            return None
+        return max(LEAST_QUESTIONS, math.ceil(self.questions * (_Z95 * self.stderr / self.mean) ** 2))
 
 
 def difference(one: pb.Evaluation, other: pb.Evaluation, retention_loss: float = 0.0) -> Difference | None:
@@ -48,7 +72,22 @@ def difference(one: pb.Evaluation, other: pb.Evaluation, retention_loss: float =
         mean=fmean(of_seed),
         stderr=math.sqrt(error2),
         seed_stderr=stdev(of_seed) / math.sqrt(len(of_seed)) if len(of_seed) > 1 else None,
+        questions=len(pairs[0][0].values),
         seeds=len(of_seed),
+    )
+
+
+def t95(degrees: int) -> float:
+    """Standard errors to each side of a 95% interval with so many degrees of freedom (Cornish-Fisher's expansion,
+    within 1%; exact for one and two)."""
+    if degrees <= 2:
+        return (math.inf, 12.7062, 4.3027)[max(degrees, 0)]
+    z, n = _Z95, degrees
+    return (
+        z
+        + (z**3 + z) / (4 * n)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import fmean
@@ -12,7 +11,7 @@ from preceptor.cli.output import as_json_value
 from preceptor.convert import directive_from_proto
 from preceptor.errors import CATALOGUE
 from preceptor.groups import reliability
-from preceptor.paired import Difference, difference
+from preceptor.paired import LEAST_QUESTIONS, Difference, difference
 from preceptor.tasks import Bank
 from preceptor.v1 import evaluator_pb2 as pb
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 SCHEMA = "preceptor.evaluate/1"
 NO_EDIT, RAW_PASSAGE, SHUFFLED_FACTS = "no edit", "raw passage", "shuffled facts"
-# Standard errors from zero that make a difference clear: 19 of 20 differences that are none are not called one.
-CLEAR = 2.0
 # Below, one question is a twelfth of the accuracy or more.
 FEW_QUESTIONS = 12
 # From this ratio on of trained tokens, more training may be all that makes a difference.
@@ -137,11 +134,15 @@ def group(candidates: Sequence[Measured], controls: Sequence[Measured], weights:
         assert other.evaluation is not None
         found = difference(best.evaluation, other.evaluation, weights.retention_loss)
         if found is not None and other.evaluation.id != best.evaluation.id:
-            made["differences"].append(_difference(best.name, other.name, found, reward.questions))
+            made["differences"].append(_difference(best.name, other.name, found))
     untouched = Difference(
-        reward.value, reward.stderr, reward.seed_stderr if reward.HasField("seed_stderr") else None, reward.seeds
+        mean=reward.value,
+        stderr=reward.stderr,
+        seed_stderr=reward.seed_stderr if reward.HasField("seed_stderr") else None,
+        questions=reward.questions,
+        seeds=reward.seeds,
     )
-    made["differences"].append(_difference(best.name, NO_EDIT, untouched, reward.questions))
+    made["differences"].append(_difference(best.name, NO_EDIT, untouched))
     return made
 
 
@@ -160,7 +161,8 @@ def doubts(report: dict[str, Any]) -> list[str]:
         )
     questions = best["reward"]["questions"]
     if questions < FEW_QUESTIONS:
-        found.append(f"{questions} questions: a single one is worth {1 / questions:.3f} of accuracy")
+        none = f", and fewer than {LEAST_QUESTIONS} tell nothing apart" if questions < LEAST_QUESTIONS else ""
+        found.append(f"{questions} questions: a single one is worth {1 / questions:.3f} of accuracy{none}")
     for made in report["differences"]:
         if not made["clear"]:
             found.append(_unclear(made))
@@ -209,17 +211,12 @@ def _unclear(made: dict[str, Any]) -> str:
     needed = made["questions_needed"]
     if not needed:
         return f"{what}: no difference was seen on these questions"
-    of_seeds = made["seed_stderr"]
-    if of_seeds is not None and abs(made["mean"]) > CLEAR * of_seeds:
+    if made["clear_on_these"]:
         return f"{what}, but for these very questions: it would take about {needed:,} like them to say more"
     return f"{what}: it would take about {needed:,} questions like these, or more seeds"
 
 
-def _difference(name: str, other: str, found: Difference, questions: int) -> dict[str, Any]:
-    clear = found.clear(CLEAR)
-    needed = None
-    if not clear and found.mean:
-        needed = math.ceil(questions * (CLEAR * found.stderr / found.mean) ** 2)
+def _difference(name: str, other: str, found: Difference) -> dict[str, Any]:
     return {
         "self_edit": name,
         "other": other,
@@ -227,8 +224,9 @@ def _difference(name: str, other: str, found: Difference, questions: int) -> dic
         "stderr": found.stderr,
         "seed_stderr": found.seed_stderr,
         "seeds": found.seeds,
-        "clear": clear,
-        "questions_needed": needed,
+        "clear": found.clear,
+        "clear_on_these": found.clear_on_these,
+        "questions_needed": found.questions_needed,
     }
 
 

@@ -25,16 +25,20 @@ QUESTIONS = {
     "Which trade feeds Ada today?": "baker",
     "What instrument can Ada play?": "harp",
     "What animal lives with Ada?": "dove",
+    "Who went to school with her?": "Bela",
+    "Which colour has the front door?": "green",
+    "In which month was she born?": "May",
+    "What does she drink at noon?": "tea",
 }
-TASK = {
+TASK: dict[str, Any] = {
     "title": "Ada",
-    "context": "Ada in Rome: baker, harp, dove.",
+    "context": "Ada in Rome: baker, harp, dove, Bela, green, May, tea.",
     "questions": [
         *({"question": text, "answer": answer} for text, answer in QUESTIONS.items()),
         {"question": "What does Ada hide?", "answer": "dove", "bank": "sealed"},
     ],
 }
-ALL = "Ada: Rome. Ada: baker.\nAda: harp. Ada: dove.\n"
+ALL = "Ada: Rome. Ada: baker.\nAda: harp. Ada: dove.\nAda: Bela, green, May, tea.\n"
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +49,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("t.json").write_text(json.dumps([TASK]))
     Path("all.txt").write_text(ALL)
-    Path("half.txt").write_text("directive: epochs=2\nAda: Rome.\nAda: baker.\n")
+    Path("half.txt").write_text("directive: epochs=2\nAda: Rome.\nAda: baker.\nAda: Bela, green.\n")
     Path("shaky.txt").write_text("shaky\n" + ALL)
     Path("none.txt").write_text("Nothing to see.\n")
     Path("broken.txt").write_text("broken\n")
@@ -84,22 +88,21 @@ def test_self_edits_are_measured_beside_controls_and_compared(
         "Ada: Rome. Ada: baker.",
         "Ada: Rome.",
         "Nothing to see.",
-        "Ada in Rome: baker, harp, dove.",
+        "Ada in Rome: baker, harp, dove, Bela, green, May, tea.",
     ]
     assert request.self_edits[1].directive.epochs == 2
     assert len(set(request.protocol.seeds)) == 3
     assert (request.protocol.weights.gain, request.protocol.weights.overlap) == (1.0, 1.0)
     out = capsys.readouterr().out
     for part in (
-        "Ada: 4 reward questions, 0 retention probes; student mine; grader exact; 3 seeds",
+        "Ada: 8 reward questions, 0 retention probes; student mine; grader exact; 3 seeds",
         "0.0% -> 100.0%",
         "0.0% -> 50.0%",
         "all beats none: +1.000 ± 0.000",
-        "all is not told apart from half: +0.500 ± 0.289 (seeds alone ± 0.000)",
+        "all beats half: +0.500 ± 0.189 (seeds alone ± 0.000)",
         "all is not told apart from raw passage: +0.000",
         "all beats no edit: +1.000",
-        "doubt: 4 questions: a single one is worth 0.250 of accuracy",
-        "doubt: all is not told apart from half, but for these very questions: it would take about 6 like them",
+        "doubt: 8 questions: a single one is worth 0.125 of accuracy",
         "doubt: no retention probes were asked",
     ):
         assert part in out
@@ -115,8 +118,8 @@ def test_the_report_for_programs_has_everything_and_stdout_has_nothing_else(
     assert half["directive"] == {"epochs": 2}
     assert half["reward"]["value"] == 0.5
     assert (half["reward"]["seed_stderr"], half["reward"]["accuracy"]) == (0, 0.5)
-    assert half["overlap"]["answers_stated"] == 2
-    assert [trial["correct"] for trial in half["trials"]] == [[True, True, False, False]] * 8
+    assert half["overlap"]["answers_stated"] == 4
+    assert [trial["correct"] for trial in half["trials"]] == [[True, True, False, False] * 2] * 8
     assert shaky["reward"]["seed_stderr"] > 0
     assert [one["name"] for one in report["controls"]] == ["raw passage"]
     assert [question["answer"] for question in report["questions"]] == list(QUESTIONS.values())
@@ -124,7 +127,7 @@ def test_the_report_for_programs_has_everything_and_stdout_has_nothing_else(
     assert 0 <= report["reliability"] <= 1
     assert {made["other"] for made in report["differences"]} >= {"raw passage", "no edit"}
     assert len(report["seeds"]) == 8
-    assert report["baseline"]["correct"] == [False] * 4
+    assert report["baseline"]["correct"] == [False] * 8
 
 
 def test_what_is_known_is_not_measured_again(services: Services, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +189,7 @@ def test_a_self_edit_that_copies_the_questions_is_named(services: Services, caps
     Path("exam.json").write_text(json.dumps({"documents": ["In which city has Ada settled? Rome"]}))
     report = evaluated(capsys, "--self-edit", "exam.json")
     assert report["self_edits"][0]["overlap"]["copied"] == 1
-    assert any("exam has 1 of 4 questions nearly word for word" in doubt for doubt in report["doubts"])
+    assert any("exam has 1 of 8 questions nearly word for word" in doubt for doubt in report["doubts"])
 
 
 def test_each_look_at_sealed_questions_is_counted_and_said(
@@ -325,3 +328,18 @@ def test_an_evaluation_that_somebody_cancelled_is_no_reward(
         evaluation.state = pb.EVALUATION_STATE_CANCELLED
     assert evaluate("--self-edit", "all.txt") == 2
     assert "error: all: it was cancelled" in capsys.readouterr().err
+
+
+def test_what_holds_for_these_questions_only_is_said_to(services: Services, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("more.txt").write_text(ALL.replace("tea", "wine"))
+    report = evaluated(capsys, "--self-edit", "all.txt", "more.txt")
+    doubt = (
+        "all is not told apart from more, but for these very questions: it would take about 31 like them to say more"
+    )
+    assert doubt in report["doubts"]
+    task = {**TASK, "questions": TASK["questions"][:4]}
+    named = [{"bank": "reward", **question} for question in task["questions"]]
+    Path("t.json").write_text(json.dumps([{**task, "questions": named}]))
+    report = evaluated(capsys, "--self-edit", "all.txt", "none.txt")
+    assert not any(made["clear"] for made in report["differences"])
+    assert any("fewer than 6 tell nothing apart" in doubt for doubt in report["doubts"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from evaluator.reward import Marks, Weights, measure
-from preceptor.paired import Difference, difference
+from preceptor.paired import Difference, difference, t95
 from preceptor.v1 import evaluator_pb2 as pb
 
 RIGHT, WRONG = (True,) * 8, (False,) * 8
@@ -67,11 +69,11 @@ def test_only_shared_seeds_are_compared() -> None:
 def test_the_probes_bring_an_error_of_their_own_where_they_count() -> None:
     one = evaluation({1: marks(RIGHT, (True, False))}, BASELINE)
     other = evaluation({1: marks(RIGHT, (True, True))}, BASELINE)
-    assert difference(one, other) == Difference(-0.25, 0.0, None, 1)
+    assert difference(one, other) == Difference(-0.25, 0.0, None, 8, 1)
     weighted = difference(one, other, WEIGHTS.retention_loss)
     assert weighted is not None
     assert weighted.stderr == pytest.approx(0.25)
-    assert not weighted.clear()
+    assert not weighted.clear
 
 
 def test_the_difference_on_a_single_question_is_never_clear() -> None:
@@ -81,4 +83,25 @@ def test_the_difference_on_a_single_question_is_never_clear() -> None:
         evaluation({1: marks((False,)), 2: marks((False,))}, baseline),
     )
     assert found is not None
-    assert (found.mean, found.clear(1.0)) == (1.0, False)
+    assert (found.mean, found.clear) == (1.0, False)
+
+
+def test_a_handful_of_questions_is_never_enough() -> None:
+    assert not Difference(1.0, 0.0, 0.0, questions=5, seeds=3).clear
+    assert Difference(1.0, 0.0, 0.0, questions=6, seeds=3).clear
+
+
+def test_what_is_clear_for_these_questions_need_not_be_for_others() -> None:
+    found = Difference(0.3, 0.2, 0.03, questions=8, seeds=3)
+    assert (found.clear, found.clear_on_these) == (False, True)
+    assert found.questions_needed == 14  # 8 * (1.96 * 0.2 / 0.3)^2 = 13.7
+    assert not Difference(0.3, 0.2, None, questions=8, seeds=1).clear_on_these
+    assert Difference(0.0, 0.0, 0.0, questions=8, seeds=3).questions_needed is None
+    assert Difference(1.0, 0.0, 0.0, questions=4, seeds=3).questions_needed == 6
+
+
+@pytest.mark.parametrize(
+    ("degrees", "exact"), [(0, math.inf), (1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (7, 2.365), (30, 2.042)]
+)
+def test_the_quantiles_of_students_t(degrees: int, exact: float) -> None:
+    assert t95(degrees) == pytest.approx(exact, rel=0.01)
