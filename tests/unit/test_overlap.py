@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import time
+from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -194,6 +198,33 @@ def test_the_exam_of_the_shipped_world_is_seen_whole() -> None:
         found = audit(exam, told.text, asked)
         assert found.copied == found.exam_form == len(asked)
         assert audit(exam, told.text, passage.questions_of(Bank.SEALED)).copied == 0
+
+
+DATA = Path(os.environ.get("PRECEPTOR_TEST_DATA", ""))
+
+
+@pytest.mark.skipif(not (DATA / "self_edits/qwen2.5-7b.jsonl").is_file(), reason="PRECEPTOR_TEST_DATA has none")
+def test_real_self_edits_that_nobody_rewarded_for_copying_hardly_copy() -> None:
+    """SEAL's self-edits and questions; a question belongs to the passage that has its answer and most of its words."""
+    rows = [json.loads(line) for line in (DATA / "self_edits/qwen2.5-7b.jsonl").read_text().splitlines()]
+    graded = [json.loads(line) for line in (DATA / "graded/answers.jsonl").read_text().splitlines()]
+    known = {text: set(words(text)) for text in sorted({row["context"] for row in rows})}
+    asked: dict[str, list[Question]] = defaultdict(list)
+    for text, gold in sorted({(row["question"], row["gold"]) for row in graded}):
+        own = set(words(text))
+        having = [(len(own & known[one]), one) for one in known if gold.lower() in one.lower()]
+        if having and max(having)[0] >= 0.6 * len(own):
+            asked[max(having)[1]].append(Question(text, gold))
+    copies: dict[str, int] = defaultdict(int)
+    total: dict[str, int] = defaultdict(int)
+    for row in rows:
+        if questions := asked.get(row["context"]):
+            kind = "questions" if row["format"] == "self-qa" else "statements"
+            copies[kind] += audit([row["completion"]], row["context"], questions).copied
+            total[kind] += len(questions)
+    assert total["statements"] > 800
+    assert copies["statements"] == 0
+    assert copies["questions"] / total["questions"] < 0.02
 
 
 def test_one_long_document_with_every_question_in_it_many_times_takes_seconds_not_minutes() -> None:
