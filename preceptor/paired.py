@@ -14,7 +14,7 @@ from statistics import fmean, stdev, variance
 
 from preceptor.v1 import evaluator_pb2 as pb
 
-# Of fewer not even all together can tell: that five of five agree is chance in one of sixteen cases, either sign counted.
+# Fewer tell nothing apart: that five of five agree is chance in one of sixteen cases, either sign counted.
 LEAST_QUESTIONS = 6
 _Z95 = 1.959964
 

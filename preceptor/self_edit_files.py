@@ -53,15 +53,15 @@ def read_self_edits(files: Sequence[str]) -> ReadSelfEdits:
     for file in files:
         reader.read(file)
     raise_problems(files[0] if files else "", reader.problems, "BAD_SELF_EDIT")
-    notes = [f"key {key!r} of self-edits is not read ({count} times)" for key, count in sorted(reader.ignored.items())]
-    return ReadSelfEdits(tuple(_with_names_apart(reader.found)), tuple(notes))
+    notes = (f"keys of self-edits that are not read: {', '.join(sorted(reader.ignored))}",) if reader.ignored else ()
+    return ReadSelfEdits(tuple(_with_names_apart(reader.found)), notes)
 
 
 class _Reader:
     def __init__(self) -> None:
         self.found: list[ReadSelfEdit] = []
         self.problems: list[Problem] = []
-        self.ignored: dict[str, int] = {}
+        self.ignored: set[str] = set()
 
     def read(self, file: str) -> None:
         before = len(self.found), len(self.problems)
@@ -115,8 +115,7 @@ class _Reader:
         if not isinstance(value, dict):
             self._wrong(file, line, at, f"must be an object, is {kind(value)}")
             return
-        for key in value.keys() - _KEYS:
-            self.ignored[key] = self.ignored.get(key, 0) + 1
+        self.ignored |= value.keys() - _KEYS
         count = len(self.problems)
         name = value.get("name", _stem(file) if alone else f"{_stem(file)}:{at[0] + 1 if at else line}")
         if fault := text_fault(name):

@@ -118,9 +118,10 @@ def group(candidates: Sequence[Measured], controls: Sequence[Measured], weights:
     """What the candidates say together: the best one, how it differs from each other and from the controls."""
     rewarded = [one for one in candidates if one.evaluation is not None and one.succeeded]
     unique = {one.evaluation.id: one.evaluation for one in rewarded if one.evaluation is not None}
+    differ = len({one.reward.value for one in unique.values()}) > 1  # else there is no variance to have a share of
     made: dict[str, Any] = {
         "best": None,
-        "reliability": reliability(list(unique.values())) if len(unique) > 1 else None,
+        "reliability": reliability(list(unique.values())) if differ else None,
         "differences": [],
     }
     if not rewarded:
@@ -162,16 +163,15 @@ def doubts(report: dict[str, Any]) -> list[str]:
     questions = best["reward"]["questions"]
     if questions < FEW_QUESTIONS:
         none = f", and fewer than {LEAST_QUESTIONS} tell nothing apart" if questions < LEAST_QUESTIONS else ""
-        found.append(f"{questions} questions: a single one is worth {1 / questions:.3f} of accuracy{none}")
-    for made in report["differences"]:
-        if not made["clear"]:
-            found.append(_unclear(made))
-    if len(rewarded) > 1 and report["reliability"] is not None and report["reliability"] < 0.5:
+        count = f"{questions} question{'' if questions == 1 else 's'}"
+        found.append(f"{count}: a single one is worth {1 / questions:.3f} of accuracy{none}")
+    found += _unclear(report["differences"])
+    if report["reliability"] is not None and report["reliability"] < 0.5:
         found.append(
             f"{1 - report['reliability']:.0%} of the variance between these self-edits is noise of seeds;"
             " more seeds (--seeds) separate them"
         )
-    if len(rewarded) > 1 and not best["fresh"]:
+    if len({one["reward"]["value"] for one in rewarded}) > 1 and not best["fresh"]:
         found.append(
             f"{best['name']} was chosen on the seeds that measured it, so its value is a little too good;"
             " --set reward.fresh_seeds=3 measures it again on others"
@@ -206,14 +206,20 @@ def doubts(report: dict[str, Any]) -> list[str]:
     return found
 
 
-def _unclear(made: dict[str, Any]) -> str:
-    what = f"{made['self_edit']} is not told apart from {made['other']}"
-    needed = made["questions_needed"]
-    if not needed:
-        return f"{what}: no difference was seen on these questions"
-    if made["clear_on_these"]:
-        return f"{what}, but for these very questions: it would take about {needed:,} like them to say more"
-    return f"{what}: it would take about {needed:,} questions like these, or more seeds"
+def _unclear(differences: Sequence[dict[str, Any]]) -> list[str]:
+    found, alike = [], []
+    for made in differences:
+        what, needed = f"{made['self_edit']} is not told apart from {made['other']}", made["questions_needed"]
+        if made["clear_on_these"] and needed:
+            found.append(f"{what}, but for these very questions: it would take about {needed:,} like them to say more")
+        elif needed:
+            found.append(f"{what}: it would take about {needed:,} questions like these, or more seeds")
+        elif not made["clear"]:
+            alike.append(made["other"])
+    if alike:
+        name = differences[0]["self_edit"]
+        found.append(f"{name} is not told apart from {', '.join(alike)}: no difference was seen on these questions")
+    return found
 
 
 def _difference(name: str, other: str, found: Difference) -> dict[str, Any]:

@@ -343,3 +343,11 @@ def test_what_holds_for_these_questions_only_is_said_to(services: Services, caps
     report = evaluated(capsys, "--self-edit", "all.txt", "none.txt")
     assert not any(made["clear"] for made in report["differences"])
     assert any("fewer than 6 tell nothing apart" in doubt for doubt in report["doubts"])
+
+
+def test_where_nothing_differs_nothing_is_made_of_it(services: Services, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("idle.txt").write_text("Nothing at all.\n")
+    report = evaluated(capsys, "--self-edit", "none.txt", "idle.txt", "--no-controls")
+    assert report["reliability"] is None
+    assert "none is not told apart from idle, no edit: no difference was seen on these questions" in report["doubts"]
+    assert not any("chosen on the seeds" in doubt for doubt in report["doubts"])

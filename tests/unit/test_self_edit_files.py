@@ -54,8 +54,8 @@ def test_a_file_may_have_several(file: str, text: str, names: list[str], lines: 
 
 
 def test_a_ledgers_further_keys_are_passed_over_and_said() -> None:
-    Path("a.jsonl").write_text('{"completion": "A.", "round": 1}\n{"completion": "B.", "round": 2}\n')
-    assert read_self_edits(["a.jsonl"]).notes == ("key 'round' of self-edits is not read (2 times)",)
+    Path("a.jsonl").write_text('{"completion": "A.", "round": 1}\n{"completion": "B.", "round": 2, "index": 3}\n')
+    assert read_self_edits(["a.jsonl"]).notes == ("keys of self-edits that are not read: index, round",)
 
 
 def test_equal_names_are_told_apart() -> None:
