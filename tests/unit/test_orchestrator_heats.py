@@ -283,7 +283,7 @@ def test_a_self_edit_that_was_written_twice_is_one_candidate() -> None:
 
 
 def test_groups_of_a_heat_share_requests_and_heats_do_not_wait_for_one_another() -> None:
-    of = plan(reward={"race": RACE, "trials_together": 4})
+    of = plan(reward={"race": RACE, "trials_together": 8})
     course = Course(of, written(of))
     assert [sorted({key.task for key in one.keys}) for one in course.of(Kind.LOOK)] == [[0, 1], [2, 3], [4]]
     heats = Heats(of, 1)
