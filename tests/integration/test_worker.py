@@ -139,6 +139,8 @@ def without_times(result: wire.TrialBatchResult) -> wire.TrialBatchResult:
     bare.CopyFrom(result)
     for field in ("worker", "load_seconds", "train_seconds", "answer_seconds", "peak_memory_bytes"):
         bare.ClearField(field)  # type: ignore[arg-type]
+    for one in bare.results:
+        one.ClearField("seconds")
     return bare
 
 
