@@ -79,7 +79,8 @@ _LETTERS = re.compile(r"[^\W\d_]+")
 _ASIDE = re.compile(r"\s*\([^()]*\)")
 _OR = re.compile(r"[,;]?\s+or\s+")
 _BETWEEN = re.compile(
-    r"[;/|\n]|,(?!\d{3}\b)|(?<=\w\w\w)[.?!](?!\w)|\b(?:or|and|maybe|perhaps|possibly|alternatively)\b", re.IGNORECASE
+    r"[;/|\n]|\s\s+|,(?!\d{3}\b)|(?<=\w\w\w)[.?!](?!\w)|\b(?:or|and|maybe|perhaps|possibly|alternatively)\b",
+    re.IGNORECASE,
 )
 _INSTEAD = re.compile(r"[/|]|\b(?:or|maybe|perhaps|possibly|alternatively)\b", re.IGNORECASE)
 
