@@ -97,6 +97,33 @@ def test_killing_every_process_once_changes_nothing(
     assert outcome(summary_in(tmp_path / "out")) == outcome(undisturbed[1])
 
 
+def test_killing_who_drives_a_race_and_who_trains_for_it_changes_nothing(preceptor: Preceptor, tmp_path: Path) -> None:
+    race = ("reward.race.look_steps=4", "reward.fresh_seeds=1", "tasks.heldout=0")
+    expected = Preceptor(tmp_path / "other").run(tmp_path / "expected", *race)
+    assert sum(entry["stopped"] for entry in expected["rounds"]) > 0
+    sets = [word for override in race for word in ("--set", override)]
+    process = preceptor.start("run", str(SMALL), "--out", str(tmp_path / "out"), "--json", *sets)
+    # In the looks, and when some have been stopped and the better ones go on.
+    for reached, victims in (
+        (r'"evaluations_running": [1-9]', ["orchestrator"]),
+        (r'"self_edits_stopped": [1-9]', ["orchestrator", "worker-1", "evaluator"]),
+    ):
+        read_until(process, reached)
+        for victim in victims:
+            before = preceptor.pids()[victim]
+            os.kill(before, signal.SIGKILL)
+            wait_until(
+                lambda name=victim, old=before: preceptor.pids().get(name, old) != old,  # type: ignore[misc]
+                60,
+                f"{victim} was started again",
+            )
+    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, output
+    summary = summary_in(tmp_path / "out")
+    for key in ("reward", "look", "stopped", "fresh", "evaluations", "groups", "update", "policy"):
+        assert [entry[key] for entry in summary["rounds"]] == [entry[key] for entry in expected["rounds"]]
+
+
 def test_a_run_whose_owner_was_killed_is_resumed_to_the_same_result(
     undisturbed: tuple[Preceptor, dict[str, Any]], preceptor: Preceptor, tmp_path: Path
 ) -> None:
