@@ -8,8 +8,8 @@
         where labelled tasks keep watch, a policy that clearly fell ends the rounds (orchestrator/canary.py)
 
 Promises
-- The outcome of every step is in the ledger before the next one; a loop that starts again after any crash does only
-  what is missing and ends with the same result.
+- The outcome of every step is in the ledger before the next one; a loop that starts again after any crash asks again
+  for what its unfinished round needs, pays only for what is missing, and ends with the same result.
 - A failed evaluation or a malformed completion is counted and shown. It has no reward and never reaches the update.
 - Nothing here depends on the order or the time in which evaluations finish.
 """

@@ -43,6 +43,15 @@ def test_the_live_view_shows_rounds_evaluations_workers_phase_and_time() -> None
     assert "no reward yet" in text
 
 
+def test_self_edits_that_a_race_stopped_are_said_in_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    view = PlainView()
+    view.show(snapshot(phase="one", self_edits_stopped=5))
+    view.show(snapshot(phase="two"))
+    first, second = capsys.readouterr().out.splitlines()
+    assert "0 running, 5 stopped early, 0 failed" in first
+    assert "stopped" not in second
+
+
 def test_the_live_view_claims_no_time_left_where_it_is_unknown() -> None:
     view = TerminalView()
     view.show(snapshot())
