@@ -37,7 +37,8 @@ _LATER = {
     **{"gradient_accumulation": 1, "max_steps": 0, "pad_to": 0},
     **{"logprobs_only": False, "certainty": False, "samples": 0, "temperature": 0.0},
 }
-_FIRST_WEIGHTS = ("gain", "retention_loss", "gold_logprob_gain")
+# Changes with what an evaluation says of its trials: what is compared must have been reported alike.
+_EXAM_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +66,12 @@ class Exam:
     @property
     def id(self) -> str:
         """Content id; the bank of a question is not part of it."""
-        weights = asdict(self.weights)
         asked = {
+            "version": _EXAM_VERSION,
             "questions": [_as_list(question) for question in self.questions],
             "probes": [_as_list(question) for question in self.probes],
             "grader": self.grader_label,
-            "weights": {name: weight for name, weight in weights.items() if weight or name in _FIRST_WEIGHTS},
+            "weights": {name: weight for name, weight in asdict(self.weights).items() if weight},
         }
         confidence = {"certainty": self.certainty, "samples": self.samples}
         return content_id("exam", asked | {name: value for name, value in confidence.items() if value})

@@ -492,5 +492,5 @@ def test_weights_of_zero_mean_the_gain_alone_and_others_are_taken_as_they_are() 
     assert planned(dense).evaluations[0].exam.weights.gain == 0
 
 
-GOLDEN_EVALUATION = "eval-d30f77faa1a7a6a6dd1f6bc328104d53"
+GOLDEN_EVALUATION = "eval-57cf491bc3756882c48fa9481f622eb9"
 GOLDEN_BASELINE = "baseline-063f49f5936909d043cde6398e651dcf"
