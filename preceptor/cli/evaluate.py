@@ -39,7 +39,7 @@ LEAST_SEEDS = 3  # one seed has no error, two have a poor one
     "--seeds", type=click.IntRange(1, 64), help="Fine-tunes of each [default: 3, or more if the config says]."
 )
 @click.option("--bank", type=click.Choice(["reward", "gate", "sealed"]), default="reward", show_default=True)
-@click.option("--grader", help="exact, lexical, judge or cascade [default: the config's].")
+@click.option("--grader", help="exact, lexical, grid, judge or cascade [default: the config's].")
 @click.option("--race", is_flag=True, help="Spend seeds where the choice is not clear (reward.race of the config).")
 @click.option("--no-controls", is_flag=True, help="Only the given self-edits: no raw passage, no shuffled facts.")
 @click.option("--questions", is_flag=True, help="Show what each question came to.")
