@@ -4,8 +4,8 @@
     python -m bench.label_free_runs --arms labelled certainty --out runs/label_free   # reads what is already there
 
 Every arm is ``preceptor run configs/almanac.toml`` with fewer rounds and passages and another reward; arms of one seed
-share passages, held-out passages and sampling seeds. In every arm 8 labelled canary tasks are looked at after each
-round: the true reward by round. In the arms they may also stop the run; ``certainty, unwatched`` has none. What is
+share held-out passages and sampling seeds, and all but the unwatched their training passages. In every arm 8 labelled canary tasks are looked at after each
+round, which is the true reward by round and may stop the run; the arms that are ``unwatched`` have none. What is
 printed: the reward that was trained on and the true one by round, and the accuracy of the untrained and the trained
 teacher on the sealed questions of held-out passages, with the interval of their paired difference.
 """
@@ -27,7 +27,19 @@ SMALL = (
     "tasks.canary=8",
     "tasks.heldout=32",
     "heldout.fixed_strategies=[]",
+    # Plain rewards of one seed, whatever the config has meanwhile.
+    "reward.seeds=1",
+    "reward.gain=1.0",
+    "reward.gold_probability_gain=0.0",
+    "reward.gold_logprob_gain=0.0",
+    "reward.fresh_seeds=0",
+    "reward.race=",
+    "update.min_reward_z=0.0",
+    "update.min_advantage_z=0.0",
+    "update.min_advantage=0.5",
 )
+# A certainty has no natural zero: whatever the group's best two are, they are learnt from.
+_ALL_KEPT = ("reward.gain=0.0", "reward.certainty_gain=1.0", "update.min_reward=-100.0")
 ARMS: dict[str, tuple[str, ...]] = {
     "labelled": (),
     "written": ("tasks.questions=written",),
@@ -39,7 +51,8 @@ ARMS: dict[str, tuple[str, ...]] = {
         "reward.agreement_gain=0.5",
         "reward.samples=8",
     ),
-    "certainty, unwatched": ("reward.gain=0.0", "reward.certainty_gain=1.0", "tasks.canary=0", "tasks.train=36"),
+    "certainty, all kept": _ALL_KEPT,
+    "certainty, all kept, unwatched": (*_ALL_KEPT, "tasks.canary=0", "tasks.train=36"),
 }
 LIMIT_SECONDS = 3600.0
 

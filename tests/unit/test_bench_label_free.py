@@ -97,11 +97,11 @@ def test_runs_that_are_there_are_read_and_not_made_again(tmp_path: Path, capsys:
             "differences": {"trained_minus_untrained": {"mean": 0.05, "ci95": [-0.1, 0.2]}},
         },
     }
-    folder = tmp_path / "certainty-unwatched-7"
+    folder = tmp_path / "certainty-all-kept-unwatched-7"
     folder.mkdir()
     (folder / "summary.json").write_text(json.dumps(summary))
     kept = tmp_path / "found.json"
-    runs(["--arms", "certainty, unwatched", "--seeds", "7", "--out", str(tmp_path), "--json", str(kept)])
+    runs(["--arms", "certainty, all kept, unwatched", "--seeds", "7", "--out", str(tmp_path), "--json", str(kept)])
     expected = "| 7 | 0.50 - | 0.30 0.30 0.30, stopped after 2 | 0.20 -> 0.25 | +0.05 (-0.10 .. +0.20) |"
     assert expected in capsys.readouterr().out
     assert json.loads(kept.read_text())[0]["stopped_after"] == 2
