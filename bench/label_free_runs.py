@@ -3,11 +3,12 @@
     python -m bench.label_free_runs --seeds 0 1 --json label_free_runs.json
     python -m bench.label_free_runs --arms labelled certainty --out runs/label_free   # reads what is already there
 
-Every arm is ``preceptor run configs/almanac.toml`` with fewer rounds and passages and another reward; arms of one seed
-share held-out passages and sampling seeds, and all but the unwatched their training passages. In every arm 8 labelled canary tasks are looked at after each
-round, which is the true reward by round and may stop the run; the arms that are ``unwatched`` have none. What is
-printed: the reward that was trained on and the true one by round, and the accuracy of the untrained and the trained
-teacher on the sealed questions of held-out passages, with the interval of their paired difference.
+Every arm is ``preceptor run configs/almanac.toml`` with fewer rounds and passages and another reward. Arms of one seed
+share held-out passages and sampling seeds, and all but the unwatched their training passages. In every arm 8 labelled
+canary tasks are looked at after each round, which is the true reward by round and may stop the run; the arms that are
+``unwatched`` have none. What is printed: the reward that was trained on and the true one by round, and the accuracy of
+the untrained and the trained teacher on the sealed questions of held-out passages, with the interval of their paired
+difference.
 """
 
 from __future__ import annotations
