@@ -13,8 +13,9 @@ that runs use (``evaluator.reward``, ``preceptor.groups``, ``preceptor.racing``)
 What is printed:
 
 * **reliability**: share of the variance between the self-edits of a passage that another set of seeds would show again
-  (intraclass correlation, pooled over passages), for the plain reward (gain - 0.3 x retention loss, as
-  ``configs/almanac.toml`` had it) averaged over independent seeds, and for the reward with the probability term.
+  (intraclass correlation, pooled over passages): for the plain reward (gain - 0.3 x retention loss, as
+  ``configs/almanac.toml`` had it) averaged over independent seeds, and over shared ones for the reward that it has now
+  and for the dense terms alone.
 * **validity**: the squared correlation, within passages, with what is wanted in the end: the plain reward's mean over
   seeds that were not used.
 * **racing**: how often the race finds the self-edit that is best after 8 seeds each, and for what share of that work
@@ -59,7 +60,8 @@ from worlds.almanac.passages import passages
 
 PLAIN = Weights(1.0, 0.3)
 OURS = Weights(0.5, 0.3, gold_probability_gain=0.5)
-LOOK = Weights(0.0, gold_logprob_gain=1.0)
+PROBABILITY = Weights(0.0, 0.3, gold_probability_gain=1.0)
+LOG_PROBABILITY = LOOK = Weights(0.0, gold_logprob_gain=1.0)
 SETTINGS = TrainingSettings(max_train_tokens=1_500)  # as in configs/almanac.toml
 ANSWERING = AnsweringSettings(max_new_tokens=6)
 # The directive of the best fixed strategy.
@@ -222,7 +224,7 @@ def reliability(groups: Sequence[Group], weights: Weights, seeds: int, *, shared
     return found.reliability
 
 
-def validity(groups: Sequence[Group], weights: Weights, seeds: int, draws: int = 50) -> float:
+def validity(groups: Sequence[Group], weights: Weights, seeds: int, draws: int) -> float:
     """Squared correlation, within passages, with the plain reward of the seeds that are not used."""
     dice = random.Random(0)
     product = mine = truth = 0.0
@@ -283,17 +285,20 @@ def racing(groups: Sequence[Group], settings: RaceSettings, weights: Weights, ro
     return dict(zip(names, map(fmean, (same, compute, seconds, other_same, ceiling, regret)), strict=True))
 
 
-def report(groups: Sequence[Group], settings: RaceSettings) -> dict[str, Any]:
-    """All figures of one set."""
+def report(groups: Sequence[Group], settings: RaceSettings, draws: int = 50) -> dict[str, Any]:
+    """All figures of one set; ``draws`` of the seeds that a correlation is worked out from."""
     rows = [
         {
             "reward": name,
             "seeds": seeds,
             "compute": seeds / 3,
             "reliability": reliability(groups, weights, seeds, shared=shared),
-            "validity": validity(groups, weights, seeds),
+            "validity": validity(groups, weights, seeds, draws),
         }
-        for name, weights, shared in (("plain", PLAIN, False), ("ours", OURS, True))
+        for name, weights, shared in (
+            *(("plain", PLAIN, False), ("ours", OURS, True)),
+            *(("probability", PROBABILITY, True), ("log-probability", LOG_PROBABILITY, True)),
+        )
         for seeds in (1, 2, 3)
     ]
     return {
@@ -321,8 +326,9 @@ def table(name: str, found: dict[str, Any]) -> list[str]:
         *lines,
         "",
         f"Racing: the same choice as {REFERENCE} seeds each in {race_['same_choice']:.1%} of races, for "
-        f"{race_['compute']:.1%} of the trained tokens ({race_['seconds']:.1%} of the seconds). Judged by 8 other seeds, "
-        f"the best in {race_['same_choice_of_other_seeds']:.1%} (whoever measures all 8: {race_['ceiling']:.1%}), "
+        f"{race_['compute']:.1%} of the trained tokens ({race_['seconds']:.1%} of the seconds). Judged by 8 other "
+        f"seeds, the best in {race_['same_choice_of_other_seeds']:.1%} (whoever measures all 8: "
+        f"{race_['ceiling']:.1%}), "
         f"{race_['regret']:.4f} below it on average.",
         "",
     ]
@@ -374,7 +380,8 @@ def _headline(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _read(stored: dict[str, Any]) -> dict[str, list[Group]]:
     def marks(values: dict[str, Any]) -> Marks:
-        return Marks(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        read: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return Marks(**read)
 
     make: Callable[[dict[str, Any]], Group] = lambda group: Group(  # noqa: E731
         marks(group["baseline"]),
