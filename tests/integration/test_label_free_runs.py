@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import grpc
 import pytest
 
 from preceptor.config import RunConfig
+from preceptor.errors import PreceptorError
 from preceptor.testing.scripted_evaluator import ScriptedEvaluator
 from preceptor.testing.scripted_house import ScriptedHouse
 from preceptor.testing.scripted_teacher import ScriptedTeacher
@@ -206,3 +208,18 @@ def test_a_run_that_is_killed_at_a_look_ends_alike(tmp_path: Path, looks_before:
             process.terminate()
     assert results(summary) == expected
     assert summary["canary"] == looks
+
+
+def test_a_teacher_that_cannot_be_asked_for_questions_is_found_before_the_run(tmp_path: Path) -> None:
+    class Copyist(ScriptedTeacher):
+        def ListPromptFormats(
+            self, request: teacher_pb2.ListPromptFormatsRequest, context: grpc.ServicerContext
+        ) -> teacher_pb2.ListPromptFormatsResponse:
+            return teacher_pb2.ListPromptFormatsResponse(formats=[teacher_pb2.PromptFormat(name="open", version=1)])
+
+    config = run_config(tasks=WRITTEN, heldout={"fixed_strategies": ()})
+    house = ScriptedHouse(tmp_path, Copyist())
+    with house, orchestrator_here(house, tmp_path) as o, pytest.raises(PreceptorError) as refused:
+        o.create(create_request(config))
+    assert refused.value.reason == "UNKNOWN_PROMPT_FORMAT"
+    assert refused.value.metadata["field"] == "tasks.questions"
