@@ -355,16 +355,20 @@ def _unsettled(groups: Sequence[Sequence[Entry]]) -> bool:
 
 
 def canary_places(config: RunConfig, tasks: Sequence[types.Task]) -> list[int]:
-    """Which training tasks are set aside as canaries, ascending: a choice by the run's seed among those with labelled
-    reward questions. Fewer than ``tasks.canary`` where there are not enough."""
+    """Which training tasks are set aside as canaries, ascending: a choice by the run's seed among the labelled ones."""
+    labelled = labelled_places(tasks)
+    count = min(config.tasks.canary, len(labelled))
+    return sorted(random.Random(derived_seed(config.seed, "canary-tasks")).sample(labelled, count))
+
+
+def labelled_places(tasks: Sequence[types.Task]) -> list[int]:
+    """Which tasks have a reward question with an answer."""
     rewarding = (types.QUESTION_BANK_REWARD, types.QUESTION_BANK_UNSPECIFIED)
-    labelled = [
+    return [
         place
         for place, task in enumerate(tasks)
         if any(question.bank in rewarding and question.answer.strip() for question in task.passage.questions)
     ]
-    count = min(config.tasks.canary, len(labelled))
-    return sorted(random.Random(derived_seed(config.seed, "canary-tasks")).sample(labelled, count))
 
 
 def heldout_bank(task: types.Task) -> types.QuestionBank.ValueType:

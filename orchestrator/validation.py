@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.plan import canary_places
+from orchestrator.plan import labelled_places
 from preceptor.config import RunConfig, parse_config_json
 from preceptor.convert import question_from_proto
 from preceptor.errors import PreceptorError
@@ -31,7 +31,7 @@ def validated(request: pb.CreateRunRequest) -> RunConfig:
     # Questions that are written for a task are not there yet; a reward without labels needs no gold answers.
     needed = "reward" if config.tasks.questions == "given" else ""
     _check_tasks("tasks", request.tasks, _REWARD, needed, config, config.reward.needs_answers)
-    _check_canary(config, request.tasks)
+    config.tasks.check_canary(len(labelled_places(request.tasks)), len(request.tasks))
     _check_tasks("heldout_tasks", request.heldout_tasks, _SEALED, "sealed or reward", config, True)
     seen = {(task.passage.title, task.passage.text) for task in request.tasks}
     for position, task in enumerate(request.heldout_tasks):
@@ -45,17 +45,6 @@ def validated(request: pb.CreateRunRequest) -> RunConfig:
         if fault := answer_fault(question_from_proto(probe), config.answers.max_new_tokens):
             raise PreceptorError("BAD_TASK_FILE", f"probe {position + 1}: {fault}", field=f"probes[{position}]")
     return config
-
-
-def _check_canary(config: RunConfig, tasks: Sequence[types.Task]) -> None:
-    wanted = config.tasks.canary
-    if (found := len(canary_places(config, tasks))) < wanted:
-        problem = f"a canary of {wanted} tasks needs as many with labelled reward questions; there are {found}"
-    elif wanted and wanted == len(tasks):
-        problem = f"all {wanted} training tasks are set aside as canary; none is left to train on"
-    else:
-        return
-    raise PreceptorError("BAD_CONFIG", problem, field="tasks.canary")
 
 
 def require_request_id(request_id: str) -> None:

@@ -53,6 +53,19 @@ class TaskConfig(Section):
     )
     heldout: int = Field(32, ge=0, le=100_000, description="tasks of the final measurement, at most; 0: none")
 
+    def check_canary(self, labelled: int, tasks: int) -> None:
+        """Raises PreceptorError(BAD_CONFIG) where ``tasks`` training tasks, ``labelled`` of them with labelled reward
+        questions, are too few for the canary."""
+        if labelled < self.canary:
+            problem = (
+                f"a canary of {self.canary} needs as many tasks with labelled questions; there are {labelled}"
+            )
+        elif self.canary and self.canary == tasks:
+            problem = f"all {tasks} training tasks are set aside as canary; none is left to train on"
+        else:
+            return
+        raise PreceptorError("BAD_CONFIG", problem, field="tasks.canary")
+
     @model_validator(mode="after")
     def _enough_to_see_something(self) -> TaskConfig:
         if 0 < self.canary < LEAST_CANARY:

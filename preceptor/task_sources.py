@@ -41,12 +41,14 @@ class RunTasks:
 
 
 def gather_tasks(config: RunConfig) -> RunTasks:
-    """All tasks of a run. Raises PreceptorError(FILE_NOT_FOUND, BAD_TASK_FILE)."""
+    """All tasks of a run. Raises PreceptorError(FILE_NOT_FOUND, BAD_TASK_FILE, BAD_CONFIG)."""
     found = _from_world(config) if config.tasks.world else _from_files(config)
     if config.tasks.probes_path:
         found = replace(found, probes=read_probes(Path(config.tasks.probes_path)))
     if config.tasks.replay_path:
         found = replace(found, replay_documents=read_replay(Path(config.tasks.replay_path)))
+    labelled = sum(any(question.answer.strip() for question in one.questions_of(Bank.REWARD)) for one in found.train)
+    config.tasks.check_canary(labelled, len(found.train))
     return found
 
 

@@ -240,3 +240,10 @@ def test_probes_and_replay_of_ones_own_are_used(tmp_path: Path) -> None:
     extra = {"probes_path": str(tmp_path / "p.jsonl"), "replay_path": str(tmp_path / "r.txt")}
     found = gather_tasks(config(path, **extra))
     assert (found.probes[0].text, found.replay_documents) == ("Old?", ("An old text.",))
+
+
+def test_a_canary_that_leaves_nothing_to_train_on_is_refused() -> None:
+    config = RunConfig.model_validate({"tasks": {"world": "almanac", "train": 4, "heldout": 1, "canary": 4}})
+    with pytest.raises(PreceptorError, match="none is left to train on") as refused:
+        gather_tasks(config)
+    assert refused.value.metadata["field"] == "tasks.canary"
