@@ -69,8 +69,9 @@ _NEGATION_REACH = 2
 # Longer answers than this beyond question and gold say many things, the right one among them.
 _RAMBLING = 30
 # Others that stand beside the gold in a list: one where they are alternatives, two where nothing else is said, which
-# leaves "Paris, France" alone, three in a sentence, and four words in a row that nothing separates.
-_OTHERS_OR, _OTHERS_ALONE, _OTHERS, _OTHERS_IN_A_ROW = 1, 2, 3, 4
+# leaves "Paris, France" alone, three in a sentence, and of words in a row that nothing separates four for each of the
+# gold's, or one where the gold does not come last.
+_OTHERS_OR, _OTHERS_ALONE, _OTHERS, _OTHERS_IN_A_ROW, _OTHERS_BEHIND = 1, 2, 3, 4, 1
 
 _ASKING = re.compile(r"[^.!?\n]*\?+")
 _NAME = re.compile(r"(?<![.!?:\"“(] )(?<!^)\b[A-ZÀ-ÖØ-Þ][^\W\d_]+")
@@ -238,9 +239,12 @@ def _names_several(asked_words: list[str], gold: str, gold_words: list[str], sai
     size = len(content(gold_words))
     read_parts = [part for text in _BETWEEN.split(said) if (part := read(text))]
     parts = [some for part in read_parts if (some := content(part))]
-    if len(parts) == 1:
-        new = set(parts[0]).difference(gold_words, asked_words)
-        return len(new) >= _OTHERS_IN_A_ROW * size and len(parts[0]) == len(set(read_parts[0]))
+    if len(parts) == 1:  # words in a row: "grey wolf" and "Juan Madero" end with what they are
+        part = parts[0]
+        new = [word for word in part if word not in gold_words and word not in asked_words]
+        if len(part) < len(set(read_parts[0])) or all(map(is_number, gold_words)) > any(map(is_number, new)):
+            return False  # somebody who says a sentence, or a number with its unit
+        return len(new) >= (_OTHERS_IN_A_ROW if part[-1] in gold_words else _OTHERS_BEHIND) * size
     if any(len(part) > max(2, size + 1) for part in parts):  # somebody who explains
         return False
     others = [part for part in parts if set(part).isdisjoint(gold_words) and not set(part) <= set(asked_words)]
