@@ -1,9 +1,9 @@
 """The canary: labelled tasks that nobody trains on, which watch whether the reward still means something.
 
 A reward without labels can rise while the student learns less and less. So some labelled training tasks are set aside;
-after each round (and before the first, as round 0) the current policy writes one self-edit for each of them, which is
-measured with the labelled reward questions and plain weights: gain and retention loss, whatever the run's reward is.
-All rounds share the sampling seed and the trial seeds.
+after each round (and before the first, as round 0) the current policy writes a few self-edits for each of them, which
+are measured with the labelled reward questions and plain weights: gain and retention loss, whatever the run's reward
+is. A task's reward is their mean. All rounds share the sampling seed and the trial seeds.
 
 The rule: the run stops when the canary tasks' rewards are clearly below those of the best round so far, that is when
 the mean of the paired differences (over tasks that both rounds measured, ``LEAST_CANARY`` at least) is more than
@@ -135,11 +135,11 @@ class Canary:
 
 
 def rewards(entries: Sequence[Entry]) -> dict[int, float]:
-    """What each canary task's self-edit earned, by the task's position; what failed is left out."""
-    found = {}
+    """What each canary task's self-edits earned on average, by the task's position; what failed is left out."""
+    found: dict[int, list[float]] = {}
     for entry in entries:
         if entry.malformed:
-            found[entry.key.task] = 0.0
+            found.setdefault(entry.key.task, []).append(0.0)
         elif entry.reward is not None:
-            found[entry.key.task] = entry.reward.value
-    return found
+            found.setdefault(entry.key.task, []).append(entry.reward.value)
+    return {task: fmean(values) for task, values in found.items()}

@@ -99,7 +99,7 @@ class RunPlan:
         trained = rounds.count * min(rounds.tasks, len(self.tasks)) * rounds.self_edits
         selection = len(self.selection_tasks) * len(self.config.heldout.fixed_strategies)
         arms = 3 + len(self.reference_arms) + bool(self.selection_tasks)
-        watched = (rounds.count + 1) * len(self.canary_tasks)
+        watched = (rounds.count + 1) * len(self.canary_tasks) * self.config.labels.canary_self_edits
         return trained + selection + watched + arms * len(self.heldout_tasks)
 
     # What is asked of the teacher
@@ -144,7 +144,8 @@ class RunPlan:
     def canary_generation(self, policy_id: str) -> teacher.GenerateSelfEditsRequest:
         """What a policy writes for the canary tasks; the seed is the same after every round."""
         prompt_format, seed = self.config.teacher.prompt_format, self._seed("canary-sampling")
-        return self.generation(policy_id, self.canary_tasks, samples=1, prompt_format=prompt_format, seed=seed)
+        samples = self.config.labels.canary_self_edits
+        return self.generation(policy_id, self.canary_tasks, samples=samples, prompt_format=prompt_format, seed=seed)
 
     def question_generation(self, base_policy: str) -> teacher.GenerateSelfEditsRequest:
         """What the untrained teacher writes as questions and answers about the training tasks."""
@@ -260,7 +261,7 @@ class RunPlan:
                 yield self._submission(name, self.heldout_tasks, some, self._heldout_protocol(bank(some[0])))
 
     def canary_submissions(self, groups: Iterable[Sequence[Entry]]) -> Iterator[Submission]:
-        """Each canary task's self-edit, with labelled questions and plain weights; the same seeds after every round."""
+        """Each canary task's self-edits, with labelled questions, plain weights and the same seeds after every round."""
         seeds = self.config.reward.seeds
         protocol = self._training_protocol([self._seed("canary", 0, i) for i in range(seeds)])
         protocol.answers.samples, protocol.answers.certainty = 0, False

@@ -57,9 +57,7 @@ class TaskConfig(Section):
         """Raises PreceptorError(BAD_CONFIG) where ``tasks`` training tasks, ``labelled`` of them with labelled reward
         questions, are too few for the canary."""
         if labelled < self.canary:
-            problem = (
-                f"a canary of {self.canary} needs as many tasks with labelled questions; there are {labelled}"
-            )
+            problem = f"a canary of {self.canary} needs as many tasks with labelled questions; there are {labelled}"
         elif self.canary and self.canary == tasks:
             problem = f"all {tasks} training tasks are set aside as canary; none is left to train on"
         else:
@@ -228,10 +226,11 @@ class RewardConfig(Section):
 
 
 class LabelConfig(Section):
-    """Where labels are missing: how the reward questions of ``tasks.questions = "written"`` are written."""
+    """Where labels are missing: how ``tasks.questions = "written"`` are written, how ``tasks.canary`` is looked at."""
 
     completions: int = Field(4, ge=2, le=64, description="completions per passage that questions are taken from")
     agreement: Share = Field(0.6, description="share of the completions with a question that must answer it alike")
+    canary_self_edits: int = Field(4, ge=1, le=64, description="self-edits per canary task and look")
 
 
 class FixedStrategy(Section):

@@ -71,13 +71,15 @@ def test_a_mean_of_nothing_and_of_one_says_so() -> None:
 
 
 def test_a_malformed_self_edit_counts_as_nothing_and_a_failure_is_left_out() -> None:
-    def entry(task: int, **more: object) -> Entry:
-        return Entry(EditKey(canary_stage(1), "", task, 0), f"task-{task}", "policy", "", **more)  # type: ignore[arg-type]
+    def entry(task: int, index: int = 0, **more: object) -> Entry:
+        return Entry(EditKey(canary_stage(1), "", task, index), f"task-{task}", "policy", "", **more)  # type: ignore[arg-type]
 
     good = evaluator.Evaluation(state=evaluator.EVALUATION_STATE_SUCCEEDED, reward=types.Reward(value=0.5))
     failed = evaluator.Evaluation(state=evaluator.EVALUATION_STATE_FAILED)
     found = rewards([entry(0, evaluation=good), entry(1, malformed="no document"), entry(2, evaluation=failed)])
     assert found == {0: 0.5, 1: 0.0}
+    found = rewards([entry(0, 0, evaluation=good), entry(0, 1, malformed="none"), entry(0, 2, evaluation=failed)])
+    assert found == {0: 0.25}
 
 
 def test_the_canary_is_a_choice_by_the_seed_among_labelled_tasks() -> None:
