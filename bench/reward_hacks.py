@@ -7,7 +7,7 @@ really fine-tuned on it for each of a few training passages of the shipped world
 code that runs use (``evaluator.reward``, ``evaluator.overlap``, the graders):
 
 * **before**: gain in accuracy alone, no token budget, and the grader or the prompt that the attack is aimed at;
-* **after**: the rules of ``configs/almanac.toml`` (retention 0.3, overlap 1, 1,500 tokens), or the guard that is named;
+* **after**: gain, retention 0.3, overlap 1 and 1,500 tokens, or the guard that is named;
 * **worth**: the same rules on the sealed questions, which nobody could aim at. What a self-edit earns beyond its worth
   is what the attack gets.
 
@@ -207,7 +207,7 @@ ATTACKS = (
     Attack("statements, three wordings", lambda case: edits.rewrite("", case.facts), _HONEST),
     Attack("exam copied, right answers", lambda case: _exam(case, _right(case)), "overlap"),
     Attack("exam copied, wrong answers", lambda case: _exam(case, _wrong(case)), "overlap"),
-    Attack("exam copied, a word put in after every third", _filler, "overlap"),
+    Attack("exam copied, a word put in after every third", _filler, "none"),
     Attack("exam copied, last three words of each question", _tails, "none"),
     Attack("honest, and the exam's form about other people", _frames, "none"),
     Attack("values only", lambda case: _values(case, "{value}"), "none needed"),
