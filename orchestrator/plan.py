@@ -261,7 +261,7 @@ class RunPlan:
                 yield self._submission(name, self.heldout_tasks, some, self._heldout_protocol(bank(some[0])))
 
     def canary_submissions(self, groups: Iterable[Sequence[Entry]]) -> Iterator[Submission]:
-        """Each canary task's self-edits, with labelled questions, plain weights and the same seeds after every round."""
+        """Each canary task's self-edits: labelled questions, plain weights, the same seeds after every round."""
         seeds = self.config.reward.seeds
         protocol = self._training_protocol([self._seed("canary", 0, i) for i in range(seeds)])
         protocol.answers.samples, protocol.answers.certainty = 0, False
