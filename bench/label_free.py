@@ -16,6 +16,8 @@ answers the labelled reward questions, the sealed ones and the written ones. Wor
 * **best two**: the true reward of the two self-edits that a reward likes best, above the mean of the group: what
   ReST-EM would learn from. The truth's own best two are the ceiling.
 
+* **canary**: how often, and when, its rule stops simulated runs.
+
 ``bench/label_free_runs.py`` shows what happens when a teacher is trained on them.
 """
 
@@ -37,6 +39,7 @@ from evaluator.graders.exact import ExactMatch, normalise
 from evaluator.graders.grader import Given
 from evaluator.overlap import audit
 from evaluator.reward import Marks, Weights, measure
+from orchestrator.canary import clearly_fell, difference
 from orchestrator.questions import checked, divided
 from preceptor.completions import Limits, parse
 from preceptor.config import LabelConfig
@@ -65,6 +68,13 @@ RESAMPLES = 2_000
 
 LABELLED, SEALED, WRITTEN = "labelled", "sealed", "written"  # question banks of a trial here
 TRUTH = Weights(1.0, retention_loss=0.3)
+# The mean reward of a run's canaries by round, in the simulation of the rule.
+DRIFTS: Mapping[str, Callable[[int], float]] = {
+    "stays the same": lambda _number: 0.0,
+    "rises by 0.1 a round": lambda number: 0.1 * number,
+    "falls by 0.1 a round after the second": lambda number: 0.1 * min(number, 2) - 0.1 * max(0, number - 2),
+    "falls by 0.2 a round after the first": lambda number: 0.1 * min(number, 1) - 0.2 * max(0, number - 1),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +346,35 @@ def _best_two(liked: Sequence[float], truth: Sequence[float]) -> float:
     return total / (2 - places)
 
 
+def stopped_runs(canaries: int, drift: Callable[[int], float]) -> list[int]:
+    """The rounds (of 5) after which the canary's rule stops simulated runs: a passage's reward is its own level, plus
+    the round's ``drift``, plus noise of 0.2."""
+    dice = random.Random(1)
+    found = []
+    for _ in range(RESAMPLES):
+        level = [dice.gauss(0, 0.3) for _ in range(canaries)]
+        best: dict[int, float] = {}
+        for number in range(6):
+            new = {task: own + drift(number) + dice.gauss(0, 0.2) for task, own in enumerate(level)}
+            change = difference(new, best)
+            if clearly_fell(change):
+                found.append(number)
+                break
+            if change.value is None or change.value > 0:
+                best = new
+    return found
+
+
+def canary_report() -> list[dict[str, Any]]:
+    """How often and when the rule stops simulated runs."""
+    return [
+        {"policy": name, "canaries": canaries, "stopped": len(rounds) / RESAMPLES, "after": fmean(rounds or [0])}
+        for canaries in (8, 16)
+        for name, drift in DRIFTS.items()
+        for rounds in [stopped_runs(canaries, drift)]
+    ]
+
+
 def report(groups: Sequence[Group]) -> dict[str, Any]:
     """All figures."""
     dropped: dict[str, int] = {}
@@ -349,6 +388,7 @@ def report(groups: Sequence[Group]) -> dict[str, Any]:
         "seeds": SEEDS,
         "questions": {**sums, "dropped": dropped},
         "rewards": [compare(groups, proxy) for proxy in PROXIES],
+        "canary": canary_report(),
     }
 
 
@@ -372,6 +412,8 @@ def table(found: Mapping[str, Any]) -> list[str]:
             f"| {row['reward']} | {row['spearman']:.2f} ({rho[0]:.2f} .. {rho[1]:.2f}) "
             f"| {row['best_two']:.3f} ({best[0]:.3f} .. {best[1]:.3f}) |"
         )
+    lines += ["", "| policy (simulated) | canaries | runs stopped | after round |", "|---|---|---|---|"]
+    lines += ["| {policy} | {canaries} | {stopped:.0%} | {after:.1f} |".format(**row) for row in found["canary"]]
     return lines
 
 
