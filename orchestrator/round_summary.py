@@ -106,12 +106,13 @@ def groups(entries: Iterable[Entry]) -> Mapping[int, list[Entry]]:
 
 def reliability(stages: Iterable[Sequence[Entry]]) -> dict[str, Any]:
     """Share of the variance between a passage's fully measured self-edits that is not seed noise, pooled over the
-    groups of which seeds are known; ``value`` is None where none is (one seed)."""
+    groups of which seeds are known, be it from the best that were measured again; ``value`` is None where none is (one
+    seed)."""
     spreads = [
         found
         for entries in stages
         for group in groups(entries).values()
-        if (found := spread(distinct(group))) is not None
+        if (found := spread(*_with_fresh(group))) is not None
     ]
     total = pooled(spreads)
     return {
@@ -120,6 +121,17 @@ def reliability(stages: Iterable[Sequence[Entry]]) -> dict[str, Any]:
         "noise_variance": total.noise if total else None,
         "groups": len(spreads),
     }
+
+
+def _with_fresh(group: Sequence[Entry]) -> tuple[list[evaluator.Evaluation], list[evaluator.Evaluation | None]]:
+    """The evaluations of a group, and those on fresh seeds, each once."""
+    evaluations = distinct(group)
+    fresh = {
+        entry.evaluation.id: entry.fresh
+        for entry in group
+        if entry.evaluation is not None and entry.fresh is not None and entry.earned is not None
+    }
+    return evaluations, [fresh.get(one.id) for one in evaluations]
 
 
 def distinct(group: Iterable[Entry]) -> list[evaluator.Evaluation]:

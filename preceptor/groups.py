@@ -29,16 +29,17 @@ QUESTION_DOF = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Where the variance between the rewards of a group's self-edits comes from. Both are variances of a reward."""
+    """Where the variance between the rewards of a group's self-edits comes from. Both are variances of a reward; being
+    estimates, they may be below 0."""
 
-    signal: float  # between self-edits, with other seeds as well; the estimate may be below 0
+    signal: float  # between self-edits, with other seeds as well
     noise: float  # between seeds
 
     @property
     def reliability(self) -> float:
         """Share of the variance that is not seed noise, 0..1; 0 where there is no variance at all."""
         signal = max(self.signal, 0.0)
-        return signal / (signal + self.noise) if signal else 0.0
+        return signal / (signal + max(self.noise, 0.0)) if signal else 0.0
 
 
 def advantages(evaluations: Sequence[pb.Evaluation]) -> list[tuple[float, float]]:
@@ -57,11 +58,18 @@ def advantages(evaluations: Sequence[pb.Evaluation]) -> list[tuple[float, float]
     ]
 
 
-def spread(evaluations: Sequence[pb.Evaluation]) -> Spread | None:
-    """None where no two candidates share two seeds: what seeds do is not known then."""
+def spread(evaluations: Sequence[pb.Evaluation], again: Sequence[pb.Evaluation | None] = ()) -> Spread | None:
+    """None where no two candidates share two seeds: what seeds do is not known then.
+
+    ``again``: what each of them, or None, earned on fresh seeds. Where the others share no second seed, two that were
+    measured again tell of noise.
+    """
     noise, dof = _seed_noise(_distinct(evaluations))
     if dof == 0:
-        return None
+        pairs = [(one, other) for one, other in zip(evaluations, again, strict=bool(again)) if other is not None]
+        if len(pairs) < 2:
+            return None
+        noise = _fresh_noise(pairs)
     of_reward = noise * fmean(1 / len(one.trials) for one in evaluations)
     return Spread(variance(one.reward.value for one in evaluations) - of_reward, of_reward)
 
@@ -91,6 +99,22 @@ def trial_noise(evaluations: Sequence[pb.Evaluation]) -> float:
         values = [one.reward.value for one in evaluations]
         return (max(values) - min(values)) ** 2
     return (from_seeds * dof + from_questions * QUESTION_DOF) / (dof + QUESTION_DOF)
+
+
+def _fresh_noise(pairs: Sequence[tuple[pb.Evaluation, pb.Evaluation]]) -> float:
+    """The estimate from candidates that were measured when they were chosen and again on fresh seeds.
+
+    Two candidates differ by d when they were chosen and by e on fresh seeds: the true difference and noise of its own.
+    So the mean of e (e - d) is the variance of that noise. The plain variance of d - e would be too small, by a third
+    where luck alone chose the best two of five, because choosing makes d small. By that, this one errs to the safe side
+    where the two do differ (by a fifth in a simulation with differences of half the noise). One group's estimate may be
+    negative; it is there to be pooled.
+    """
+    found = []
+    for (one, one_again), (other, other_again) in combinations(pairs, 2):
+        chosen, fresh = one.reward.value - other.reward.value, one_again.reward.value - other_again.reward.value
+        found.append(fresh * (fresh - chosen) / (1 / len(one_again.trials) + 1 / len(other_again.trials)))
+    return fmean(found)
 
 
 def _distinct(evaluations: Sequence[pb.Evaluation]) -> list[pb.Evaluation]:

@@ -92,6 +92,30 @@ def test_one_seed_is_judged_by_its_questions() -> None:
     assert trial_noise([evaluation([[0.5]]), evaluation([[0.1]])]) == pytest.approx(0.4**2)  # nothing is clear
 
 
+def test_the_best_that_were_measured_again_tell_of_noise() -> None:
+    dice, found = random.Random(8), []
+    for worth in ([0.0] * 5, [0.0, 0.1, 0.2, 0.3, 0.4]):
+        spreads = []
+        for _ in range(1500):
+            first = simulated(dice, worth, 1, noise=0.2)
+            values = [one.reward.value for one in first]
+            best = sorted(range(5), key=lambda i: -values[i])[:2]
+            common = dice.gauss(0, 0.5)
+            again = [
+                evaluation([[mean + common + dice.gauss(0, 0.2)]], first_seed=100) if i in best else None
+                for i, mean in enumerate(worth)
+            ]
+            one = spread(first, again)
+            assert one is not None
+            spreads.append(one)
+        total = pooled(spreads)
+        assert total is not None
+        found.append(total.noise / 0.2**2)
+        assert spread(first) is None
+    assert found[0] == pytest.approx(1.0, abs=0.15)  # luck alone chose them
+    assert 1.0 < found[1] < 1.35  # on the safe side
+
+
 def test_the_same_self_edit_twice_says_nothing_about_noise() -> None:
     group = simulated(random.Random(6), [0.3, 0.1, 0.7], 2, noise=0.3)
     for number, one in enumerate(group):

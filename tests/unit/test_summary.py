@@ -337,6 +337,19 @@ def test_with_more_seeds_reliability_is_the_share_that_is_not_seed_noise() -> No
     assert any("most of what the teacher was told apart by was luck" in note for note in of_noise["notes"])
 
 
+def test_with_one_seed_the_best_that_were_measured_again_tell_of_noise() -> None:
+    def line(index: int, chosen: float, fresh: float | None) -> Entry:
+        again = None if fresh is None else seeded({9: fresh}, f"{index}-fresh")
+        return entry("round-00001", "", 0, index, evaluation=seeded({1: chosen}, str(index)), fresh=again)
+
+    lines = [line(0, 0.8, 0.7), line(1, 0.6, 0.8), line(2, 0.1, None)]
+    found = build_summary(results([], [lines], reward={"fresh_seeds": 1}))["reliability"]
+    # d = 0.2 when chosen, e = -0.1 on fresh seeds: e (e - d) / 2
+    assert found["noise_variance"] == pytest.approx(-0.1 * (-0.1 - 0.2) / 2)
+    assert found["groups"] == 1
+    assert 0 < found["value"] < 1
+
+
 def race_round(race: dict[str, Any]) -> Results:
     """Four self-edits of one group: one lucky with the common seed, one stopped after its look."""
     common = results([], [[]]).plan.trial_seeds(1, 1)[0]
