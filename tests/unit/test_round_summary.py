@@ -65,7 +65,10 @@ def test_without_a_race_the_mean_is_that_of_the_rewards(lines: list[tuple[int, f
 @given(written, values)
 def test_flattery_is_what_was_lost_on_fresh_seeds(lines: list[tuple[int, float, list[float]]], fresh: float) -> None:
     again = evaluator.Evaluation(
-        id="fresh", state=evaluator.EVALUATION_STATE_SUCCEEDED, reward=types.Reward(value=fresh, seeds=2)
+        id="fresh",
+        state=evaluator.EVALUATION_STATE_SUCCEEDED,
+        reward=types.Reward(value=fresh, seeds=2),
+        trials=[evaluator.TrialReport(seed=seed, value=fresh) for seed in (1, 2)],
     )
     found = summary([replace(line, fresh=again) for line in entries(lines)], RaceConfig())["fresh"]
     assert found["count"] == len(lines)
