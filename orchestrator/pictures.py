@@ -133,21 +133,10 @@ def differences(rows: Sequence[tuple[str, float, tuple[float, float], bool]]) ->
         axes.axvline(0, color=_MUTED, linewidth=1)
         for place, (_, mean, (low, high), judged) in enumerate(rows):
             colour = _PLAIN if not judged else _GOOD if low > 0 else _BAD if high < 0 else _PLAIN
-            axes.plot([low * 100, high * 100], [place, place], color=colour, linewidth=2.5, solid_capstyle="round")
-            axes.plot([mean * 100], [place], color=colour, marker="D", markersize=7)
-            axes.annotate(
-                _signed(mean * 100),
-                (high * 100, place),
-                (8, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-                color=_INK,
+            _interval(
+                axes, place, (low * 100, mean * 100, high * 100), _signed(mean * 100), colour, marker="D", markersize=7
             )
-        axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
-        axes.tick_params(axis="y", colors=_INK, length=0)
-        axes.invert_yaxis()
-        axes.set_ylim(len(rows) - 0.4, -0.6)
+        _name_rows(axes, [name for name, *_ in rows])
         axes.margins(x=0.12)
         axes.xaxis.set_major_formatter(lambda value, _: _signed(value) if value else "0")
         axes.set_xlabel("trained teacher − each, percentage points")
@@ -174,9 +163,7 @@ def rewards_by_group(groups: Sequence[Dots]) -> str:
                 colour = _ACCENT if chosen else _PLAIN
                 axes.plot([value - error, value + error], [y, y], color=colour, linewidth=1.2)
                 axes.plot([value], [y], color=colour, marker="o", markersize=4.5 if chosen else 3.5)
-        axes.set_yticks(range(len(groups)), [group.name for group in groups])
-        axes.tick_params(axis="y", colors=_INK, length=0, labelsize=9)
-        axes.set_ylim(len(groups) - 0.4, -0.6)
+        _name_rows(axes, [group.name for group in groups], labelsize=9)
         axes.margins(x=0.04)
         axes.set_xlabel("reward")
         axes.grid(axis="x")
@@ -194,22 +181,10 @@ def accuracy_by_arm(arms: Sequence[tuple[str, float, tuple[float, float], bool]]
         figure, axes = _axes(0.6 + 0.34 * len(arms))
         for place, (_, accuracy, (low, high), stressed) in enumerate(arms):
             colour = _ACCENT if stressed else _PLAIN
-            axes.plot([low * 100, high * 100], [place, place], color=colour, linewidth=2.5, solid_capstyle="round")
-            axes.plot([accuracy * 100], [place], color=colour, marker="o", markersize=8)
-            axes.annotate(
-                f"{accuracy * 100:.0f}%",
-                (high * 100, place),
-                (8, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-                color=_INK,
-            )
-        axes.set_yticks(range(len(arms)), [name for name, *_ in arms])
-        axes.tick_params(axis="y", colors=_INK, length=0)
-        axes.invert_yaxis()
+            shown = f"{accuracy * 100:.0f}%"
+            _interval(axes, place, (low * 100, accuracy * 100, high * 100), shown, colour, marker="o", markersize=8)
+        _name_rows(axes, [name for name, *_ in arms])
         axes.set_xlim(-3, 112)
-        axes.set_ylim(len(arms) - 0.4, -0.6)
         axes.set_xticks([0, 25, 50, 75, 100])
         axes.set_xlabel("right answers on held-out passages, %")
         axes.grid(axis="x")
@@ -265,6 +240,24 @@ def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> No
     )
     for text in legend.get_texts():
         text.set_color(_INK)
+
+
+def _name_rows(axes: Axes, names: Sequence[str], **how: Any) -> None:
+    """A name for each row, the first one on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", colors=_INK, length=0, **how)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+
+
+def _interval(
+    axes: Axes, place: int, points: tuple[float, float, float], words: str, colour: str, **marker: Any
+) -> None:
+    """A row's interval (low, middle, high), with words behind it."""
+    low, middle, high = points
+    axes.plot([low, high], [place, place], color=colour, linewidth=2.5, solid_capstyle="round")
+    axes.plot([middle], [place], color=colour, **marker)
+    behind: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 9, "color": _INK}
+    axes.annotate(words, (high, place), (8, 0), **behind)
 
 
 def _axes(height_inches: float) -> tuple[Figure, Axes]:
