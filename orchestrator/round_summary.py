@@ -37,6 +37,11 @@ def round_summary(of: Round, race: RaceConfig | None, common_seed: int) -> dict[
         "look": _look(of.entries, race),
         "terms": terms(entry.reward for entry in of.entries if entry.reward is not None),
         "reliability": reliability([of.entries]),
+        "reliability_by_task": {
+            str(task): found.reliability
+            for task, group in sorted(groups(of.entries).items())
+            if (found := spread(distinct(group))) is not None
+        },
         "fresh": _fresh(of.entries),
         "overlap": overlap(of.entries),
         "label_free": label_free(of.entries),

@@ -315,6 +315,7 @@ def test_with_one_seed_reliability_is_unknown_and_not_zero() -> None:
     lines = [entry(round_stage(1), "", 0, i, evaluation=seeded({1: i / 4}, f"e{i}")) for i in range(4)]
     summary = build_summary(results([], [lines]))
     assert summary["rounds"][0]["reliability"]["value"] is None
+    assert summary["rounds"][0]["reliability_by_task"] == {}
     assert summary["reliability"] == {"value": None, "signal_variance": None, "noise_variance": None, "groups": 0}
     assert any("not measured: with one seed" in note for note in summary["notes"])
 
@@ -332,6 +333,7 @@ def test_with_more_seeds_reliability_is_the_share_that_is_not_seed_noise() -> No
     summary = build_summary(results([], [clear]))
     assert summary["reliability"]["value"] == pytest.approx(1.0)  # what a seed does to all alike is no noise
     assert summary["reliability"]["groups"] == 2
+    assert summary["rounds"][0]["reliability_by_task"] == {"0": pytest.approx(1.0), "1": pytest.approx(1.0)}
     of_noise = build_summary(results([], [noisy]))
     assert of_noise["reliability"]["value"] == 0.0
     assert any("most of what the teacher was told apart by was luck" in note for note in of_noise["notes"])
