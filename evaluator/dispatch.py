@@ -8,7 +8,9 @@ What is promised:
 * A batch whose lease was seen and is gone for ``lease_grace`` without a result is lost: it is submitted again under the
   next attempt. So is one that no worker ever took while the queue has been empty for ``orphan_seconds`` (Redis lost its
   data). A result that an earlier attempt brings late is the same work and is taken.
-* After ``max_attempts`` submissions it FAILS with TRIAL_LOST, or with its own reason where that may pass by itself
+* A batch that was lost ``max_attempts`` times is cut in halves, which get one more attempt each, and so on: a trial
+  that kills its workers does not take its neighbours along, and costs log2 of the batch's size attempts more.
+* After ``max_attempts`` submissions a trial FAILS with TRIAL_LOST, or with its own reason where that may pass by itself
   (``TRANSIENT``). Any other reason is final at once. Running out of memory together is tried again in halves.
 * While Redis is away nothing counts as lost, and nothing is.
 * Trials that nobody waits for any more are named to whoever holds their batch, or will: within a beat (2 s) they are
@@ -257,13 +259,22 @@ class Dispatcher:
             self._batches.try_again(record.id, record.attempt, discard=False)
             self._work_may_wait = True
             return
+        payload = self._batches.wanted(record.id)
+        if payload is None:  # cancelled meanwhile
+            return
+        ids = [item.id for item in payload.trials]
+        if len(ids) > 1:  # perhaps one of them kills the workers, and the others are innocent
+            log.warning("batch %s: %s; its halves get one more attempt each", record.id, why)
+            halves = [part_of(payload, part) for part in _split(ids, 2)]
+            self._batches.record(record.id, record.attempt, [], halves, record.tries)
+            self._work_may_wait = True
+            return
         log.error("batch %s: %s; given up after %d attempts", record.id, why, record.tries)
-        if (payload := self._batches.wanted(record.id)) is not None:
-            lost = types.Failure(reason="TRIAL_LOST", message=f"batch {record.id}: {why}", attempts=record.tries)
-            results = [trial.TrialResult(trial_id=item.id, failure=lost) for item in payload.trials]
-            self._marking.settle(
-                self._evaluations.ready(trial_ids=self._batches.record(record.id, record.attempt, results))
-            )
+        lost = types.Failure(reason="TRIAL_LOST", message=f"batch {record.id}: {why}", attempts=record.tries)
+        results = [trial.TrialResult(trial_id=ids[0], failure=lost)]
+        self._marking.settle(
+            self._evaluations.ready(trial_ids=self._batches.record(record.id, record.attempt, results))
+        )
 
     def _submit_waiting(self, flights: dict[str, _Flight]) -> None:
         room = self._limits.in_flight - len(flights)

@@ -384,6 +384,29 @@ def test_a_batch_that_kills_every_worker_is_given_up(house: House) -> None:
     assert len(house.broker.submitted) == 4
 
 
+def test_a_trial_that_kills_its_workers_does_not_take_its_neighbours_along(house: House) -> None:
+    documents = ["Ada lives in Lisbon.", "poison", "Bread.", "Ada is a baker.", "Nothing."]
+    made = house.create(*documents)
+    house.step()
+    for _ in range(12):  # every worker that has the poison dies; the others work
+        house.broker.take()
+        house.step(1)
+        deadly = {
+            task_id: batch
+            for task_id, batch in house.broker.taken.items()
+            if any("poison" in item.documents for item in batch.trials)
+        }
+        house.broker.taken = {task: batch for task, batch in house.broker.taken.items() if task not in deadly}
+        house.broker.finish()
+        house.broker.leased -= deadly.keys()
+        house.pass_time(6)
+    found = [house.evaluations.get(item.id) for item in made]
+    assert [one.state for one in found] == [SUCCEEDED, FAILED, SUCCEEDED, SUCCEEDED, SUCCEEDED]
+    # Together, twice; then in a half, a quarter and alone.
+    assert (found[1].failure.reason, found[1].failure.attempts) == ("TRIAL_LOST", 5)
+    assert len(house.broker.trained) == len(set(house.broker.trained))  # nobody was trained twice
+
+
 def test_a_late_result_of_a_lost_attempt_is_taken(house: House) -> None:
     made = house.create("Ada lives in Lisbon.")
     house.step()
