@@ -41,7 +41,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev, variance
-from typing import Any
 
 from preceptor.paired import variance_of_mean
 from preceptor.v1 import types_pb2 as types
@@ -115,11 +114,6 @@ class Score:
     reward: types.Reward
     values_S_Q: tuple[tuple[float, ...], ...]  # noqa: N815  each question's share of the value, by seed
     values_S: tuple[float, ...]  # noqa: N815  what the value would be with this seed alone
-
-
-def reward(trained: Sequence[Marks], baseline: Marks, weights: Weights, **more: Any) -> types.Reward:
-    """As ``measure``, without the parts."""
-    return measure(trained, baseline, weights, **more).reward
 
 
 def measure(

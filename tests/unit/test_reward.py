@@ -2,16 +2,22 @@
 
 import math
 import random
+from collections.abc import Sequence
 from statistics import fmean, stdev
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluator.reward import Marks, Weights, measure, reward
+from evaluator.reward import Marks, Weights, measure
 from preceptor.paired import variance_of_mean
+from preceptor.v1 import types_pb2 as types
 
 logprobs = st.floats(-30, 0)
+
+
+def reward(trained: Sequence[Marks], baseline: Marks, weights: Weights, *, written: bool = False) -> types.Reward:
+    return measure(trained, baseline, weights, written=written).reward
 
 
 @st.composite

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,7 @@ from evaluator.graders.grader import Given
 from evaluator.graders.lexical import Lexical
 from evaluator.overlap import audit
 from evaluator.reward import Marks, measure
+from preceptor.config import load_config
 from preceptor.tasks import Bank, Question
 from worlds.almanac import MODELS
 
@@ -55,9 +58,9 @@ def test_a_copied_exam_loses_all_that_right_answers_could_earn(name: str, cases:
         questions = case.passage.questions_of(Bank.REWARD)
         found = audit(named(name).documents(case), case.passage.text, questions)
         assert found.copied == len(questions)
-        best = measure(
-            [Marks((True,) * len(questions))], Marks((False,) * len(questions)), AFTER.weights, copied=found.copied
-        )
+        count = len(questions)
+        certain, ignorant = Marks((True,) * count, (0.0,) * count), Marks((False,) * count, (-50.0,) * count)
+        best = measure([certain], ignorant, AFTER.weights, copied=found.copied)
         assert best.reward.value <= 0
 
 
@@ -101,3 +104,10 @@ def test_a_real_student_earns_with_honest_material_and_loses_with_the_exam(bench
     assert honest.value > 0.3
     assert copied.gain > 0.3  # it works, and
     assert copied.value < 0  # does not pay
+
+
+def test_the_attacks_are_paid_by_the_rules_that_ship() -> None:
+    config = load_config(Path(__file__).parents[2] / "configs" / "almanac.toml")
+    assert asdict(AFTER.weights) == {name: getattr(config.reward, name) for name in asdict(AFTER.weights)}
+    assert config.training.max_train_tokens == AFTER.budget
+    assert config.reward.grader == "exact"
