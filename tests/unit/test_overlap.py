@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from evaluator.overlap import audit, words
@@ -164,6 +164,7 @@ def test_another_document_never_lowers_and_more_text_never_raises_it(
 
 
 @given(QUESTIONS)
+@example([Question("the the?", "the river")])
 def test_every_question_that_is_copied_whole_is_seen(asked: list[Question]) -> None:
     found = audit([f"{question.text} {question.answer}" for question in asked], "", asked)
     long_enough = sum(len(words(question.text)) > 1 for question in asked)
