@@ -29,7 +29,7 @@ from evaluator.database import (
     trials,
 )
 from evaluator.identity import batch_id as id_of_batch
-from preceptor.queue import celery_task_id
+from preceptor.names import celery_task_id
 from preceptor.v1 import trial_pb2 as trial
 
 _UNDER_WAY = (BatchState.SUBMITTED, BatchState.RUNNING)

@@ -14,7 +14,7 @@ import redis
 from kombu.exceptions import OperationalError
 
 from preceptor.errors import PreceptorError
-from preceptor.leases import LeaseBoard, WorkerStatus
+from preceptor.leases import Lease, LeaseBoard, WorkerStatus
 from preceptor.queue import TRIAL_QUEUE, fetch_results, make_app, submit
 from preceptor.v1 import trial_pb2 as trial
 
@@ -30,8 +30,8 @@ class Broker(Protocol):
         """The results there are, by task."""
         ...
 
-    def holders(self, task_ids: Sequence[str]) -> dict[str, str]:
-        """The workers that hold leases on these tasks, by task."""
+    def holders(self, task_ids: Sequence[str]) -> dict[str, Lease]:
+        """The leases on these tasks, by task."""
         ...
 
     def depth(self) -> int:
@@ -68,7 +68,7 @@ class RedisBroker:
         with _unreachable():
             return fetch_results(self._app, list(task_ids))
 
-    def holders(self, task_ids: Sequence[str]) -> dict[str, str]:
+    def holders(self, task_ids: Sequence[str]) -> dict[str, Lease]:
         """See Broker."""
         with _unreachable():
             return self._leases.holders(list(task_ids))

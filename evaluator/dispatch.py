@@ -32,7 +32,7 @@ from evaluator.database import BatchState
 from evaluator.marking import Marking
 from evaluator.store import EvaluationStore
 from preceptor.errors import PreceptorError
-from preceptor.queue import celery_task_id, split_task_id
+from preceptor.names import celery_task_id, split_task_id
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
 

@@ -56,6 +56,14 @@ class EvaluatorServicer(EvaluatorServiceServicer):
         correct, grader = self._evaluations.grade(request)
         return pb.GradeAnswersResponse(correct=correct, grader=grader)
 
+    def ListAttempts(self, request: pb.ListAttemptsRequest, context: grpc.ServicerContext) -> pb.ListAttemptsResponse:
+        raise PreceptorError("INTERNAL", "not there yet")
+
+    def RetryEvaluations(
+        self, request: pb.RetryEvaluationsRequest, context: grpc.ServicerContext
+    ) -> pb.RetryEvaluationsResponse:
+        raise PreceptorError("INTERNAL", "not there yet")
+
     def GetQueueStatus(
         self, request: pb.GetQueueStatusRequest, context: grpc.ServicerContext
     ) -> pb.GetQueueStatusResponse:

@@ -80,6 +80,11 @@ CATALOGUE: dict[str, Entry] = {
     "TRIAL_OUT_OF_MEMORY": Entry(_EXHAUSTED, "lower the batch size or the documents' length"),
     "TRIAL_TIMEOUT": Entry(grpc.StatusCode.DEADLINE_EXCEEDED, "raise the trial's time limit or shrink the work"),
     "TRIAL_LOST": Entry(_DOWN, "look at the worker's log; the trial was given up after its last attempt"),
+    "DEVICE_FAILED": Entry(
+        _DOWN,
+        "the worker ended itself to get a fresh device; where it happens again, look at its log and driver",
+    ),
+    "QUEUE_FULL": Entry(_EXHAUSTED, "wait until some evaluations are done, or raise PRECEPTOR_MAX_WAITING"),
     "TRIAL_FAILED": Entry(grpc.StatusCode.INTERNAL, "look at the worker's log under the named trial batch"),
     # runs
     "RUN_NOT_FOUND": Entry(_MISSING, "`preceptor runs list` shows the known ones"),
@@ -100,8 +105,15 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "DEVICE_UNUSABLE": Entry(_STATE, "set the named variable to cpu or to a device that torch sees"),
     "DATABASE_UNREACHABLE": Entry(_DOWN, "check PRECEPTOR_DATABASE_URL, and that the folder can be written"),
+    "DISK_FULL": Entry(_EXHAUSTED, "make room on the named disk; what was under way goes on by itself"),
+    "BROKER_REFUSED": Entry(_STATE, "correct user, password and database number in PRECEPTOR_BROKER_URL"),
     "BROKER_UNREACHABLE": Entry(_DOWN, "check that Redis runs and that PRECEPTOR_BROKER_URL is right"),
     "SERVICE_UNREACHABLE": Entry(_DOWN, "check that the service runs and that its address is right"),
+    "UNAUTHENTICATED": Entry(
+        grpc.StatusCode.UNAUTHENTICATED, "give every process and client the same token (PRECEPTOR_TOKEN)"
+    ),
+    "TLS_FAILED": Entry(_DOWN, "give both sides certificates of one authority, still valid (PRECEPTOR_TLS)"),
+    "VERSION_SKEW": Entry(_STATE, "run the same version of Preceptor everywhere; the message names both"),
     "PROCESS_DIED": Entry(grpc.StatusCode.INTERNAL, "look at the named log file"),
     "DEADLINE_EXCEEDED": Entry(grpc.StatusCode.DEADLINE_EXCEEDED, "try again; the service is slow or stuck"),
     "CANCELLED": Entry(grpc.StatusCode.CANCELLED, "nothing to do: it was asked for"),

@@ -1,36 +1,87 @@
-"""Who is alive, who works on what, and what of it nobody wants any more: short-lived keys in Redis.
+"""Who is alive, who works on what and how far, and what of it nobody wants any more: short-lived keys in Redis.
 
-A worker announces itself and the task it holds every ``BEAT_SECONDS``; a key that is not renewed is gone after
-``LEASE_SECONDS``. The evaluator gives a task to another worker when its lease was seen and is gone without a result.
+A worker claims a task before it begins and renews the claim every ``BEAT_SECONDS``; a key that is not renewed is gone
+after ``LEASE_SECONDS``. The evaluator gives a task to another worker when its lease was seen and is gone without a
+result. Two rules keep the same work from being done twice:
 
-The answer to a beat is the trials of the task that were cancelled. A task id stands for one attempt, and what was
-cancelled of an attempt stays cancelled: who wants the trial again gets it from another attempt or another batch.
+* A task (one attempt at a batch) has one holder: a message that is delivered again while its first receiver is alive is
+  not begun.
+* Attempts are fenced: as soon as somebody has begun attempt n of a batch, no earlier attempt may begin, and whoever is
+  still at one (a machine that was paused, a network that was cut) is told so with its next beat and leaves it.
+
+The answer to a beat also names the trials of the task that were cancelled. A task id stands for one attempt, and what
+was cancelled of an attempt stays cancelled: who wants the trial again gets it from another attempt or another batch.
+
+All of it may be lost with Redis: beats bring it back, and at worst a batch is trained twice, with the same result.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
 
 import redis
+
+from preceptor.names import split_task_id
 
 BEAT_SECONDS = 2.0
 # Three missed beats and a bit: a paused machine is not a dead one, and a kill is noticed well within 15 s.
 LEASE_SECONDS = 8
-# A cancelled task is forgotten by the queue after the same time (preceptor.queue, result_expires).
-CANCELLED_SECONDS = 24 * 3600
+# A cancelled task and a fence are forgotten after the same time as a result (preceptor.queue, result_expires).
+REMEMBERED_SECONDS = 24 * 3600
 
 _LEASE = "preceptor:lease:"
+_FENCE = "preceptor:fence:"
 _CANCELLED = "preceptor:cancelled:"
 _WORKER = "preceptor:worker:"
+
+# Claim and renewal are the same question. KEYS: lease, fence. ARGV: worker, attempt, steps, seconds of each key.
+_CLAIM = """
+if tonumber(redis.call('GET', KEYS[2]) or '0') > tonumber(ARGV[2]) then return 'SUPERSEDED' end
+local holder = redis.call('GET', KEYS[1])
+if holder and string.match(holder, '^%S+') ~= ARGV[1] then return 'HELD' end
+redis.call('SET', KEYS[1], ARGV[1] .. ' ' .. ARGV[3], 'EX', ARGV[4])
+redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[5])
+return 'GRANTED'
+"""
+# KEYS: lease. ARGV: worker.
+_RELEASE = """
+local holder = redis.call('GET', KEYS[1])
+if holder and string.match(holder, '^%S+') == ARGV[1] then redis.call('DEL', KEYS[1]) end
+"""
+
+
+class Claim(StrEnum):
+    """Whether a worker may work on a task."""
+
+    GRANTED = "GRANTED"
+    HELD = "HELD"  # by another worker that is alive
+    SUPERSEDED = "SUPERSEDED"  # a later attempt has begun
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Who holds a task, and how many steps of it are done."""
+
+    worker: str
+    steps_done: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a worker hears when it beats: may it go on with its task, and without which trials."""
+
+    claim: Claim = Claim.GRANTED
+    cancelled: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
     """What a worker says of itself."""
 
-    name: str  # host:pid
+    name: str  # host:pid, without spaces
     students: tuple[str, ...] = ()  # commits of the bases in its memory
     task_id: str = ""  # the Celery task it works on
     steps_done: int = 0  # optimiser steps of that task
@@ -39,48 +90,60 @@ class WorkerStatus:
 
 
 class LeaseBoard:
-    """The keys of one Redis."""
+    """The keys of one Redis. Every method is one round trip and raises redis.RedisError where Redis does not answer."""
 
     def __init__(self, broker_url: str) -> None:
         self._redis = redis.Redis.from_url(
             broker_url, socket_timeout=5, socket_connect_timeout=5, decode_responses=True
         )
 
-    def beat(self, status: WorkerStatus) -> frozenset[str]:
-        """Renews the worker's presence and the lease on its task; returns the ids of the task's cancelled trials."""
-        pipe = self._redis.pipeline()
+    def beat(self, status: WorkerStatus) -> Answer:
+        """Renews the worker's presence, and claims or renews the lease on its task."""
+        pipe = self._redis.pipeline(transaction=False)
         pipe.set(_WORKER + status.name, json.dumps(asdict(status)), ex=LEASE_SECONDS)
         if not status.task_id:
             pipe.execute()
-            return frozenset()
-        pipe.set(_LEASE + status.task_id, status.name, ex=LEASE_SECONDS)
+            return Answer()
+        batch_id, attempt = split_task_id(status.task_id)
+        keys = (_LEASE + status.task_id, _FENCE + batch_id)
+        pipe.eval(
+            _CLAIM, len(keys), *keys, status.name, str(attempt), str(status.steps_done), str(LEASE_SECONDS),
+            str(REMEMBERED_SECONDS),
+        )  # fmt: skip
         pipe.smembers(_CANCELLED + status.task_id)
-        return frozenset(pipe.execute()[-1])
+        _, claim, cancelled = pipe.execute()
+        return Answer(Claim(claim), frozenset(cancelled))
 
     def cancel(self, task_id: str, trial_ids: Sequence[str]) -> None:
         """Nobody wants these trials of the task any more; whoever holds it hears of it with its next beat."""
         pipe = self._redis.pipeline()
         pipe.sadd(_CANCELLED + task_id, *trial_ids)
-        pipe.expire(_CANCELLED + task_id, CANCELLED_SECONDS)
+        pipe.expire(_CANCELLED + task_id, REMEMBERED_SECONDS)
         pipe.execute()
 
-    def release(self, task_id: str) -> None:
-        """Gives the lease on a task back."""
-        self._redis.delete(_LEASE + task_id)
+    def release(self, task_id: str, worker: str) -> None:
+        """Gives the worker's lease on a task back; another's is left alone."""
+        self._redis.eval(_RELEASE, 1, _LEASE + task_id, worker)
 
-    def holders(self, task_ids: list[str]) -> dict[str, str]:
-        """The workers that hold leases on the given tasks, by task."""
+    def holders(self, task_ids: Sequence[str]) -> dict[str, Lease]:
+        """The leases on the given tasks, by task."""
         if not task_ids:
             return {}
         values = self._redis.mget([_LEASE + task_id for task_id in task_ids])
-        return {task: str(value) for task, value in zip(task_ids, values, strict=True) if value is not None}
+        return {task: _lease(str(value)) for task, value in zip(task_ids, values, strict=True) if value is not None}
 
     def workers(self) -> list[WorkerStatus]:
         """All workers alive, by name."""
         keys = sorted(self._redis.scan_iter(match=_WORKER + "*", count=1000))
-        found = []
-        for value in self._redis.mget(keys) if keys else []:
-            if value is not None:
-                fields = json.loads(value)
-                found.append(WorkerStatus(**{**fields, "students": tuple(fields["students"])}))
-        return found
+        return [_status(str(value)) for value in (self._redis.mget(keys) if keys else []) if value is not None]
+
+
+def _lease(value: str) -> Lease:
+    worker, _, steps = value.partition(" ")
+    return Lease(worker, int(steps or 0))
+
+
+def _status(value: str) -> WorkerStatus:
+    known = {field.name for field in fields(WorkerStatus)}  # a newer worker may say more
+    said = {name: what for name, what in json.loads(value).items() if name in known}
+    return WorkerStatus(**{**said, "students": tuple(said["students"])})

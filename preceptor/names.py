@@ -53,3 +53,14 @@ def student_identity(student: types.PinnedStudent) -> list[str]:
 def derived_seed(*parts: str | int) -> int:
     """A 63-bit seed that depends on all parts and nothing else."""
     return int(sha256(canonical_json(list(parts)))[:16], 16) >> 1
+
+
+def celery_task_id(batch_id: str, attempt: int) -> str:
+    """The Celery task id of one attempt (from 1) at a batch."""
+    return f"{batch_id}.{attempt}"
+
+
+def split_task_id(task_id: str) -> tuple[str, int]:
+    """Batch id and attempt of a Celery task id."""
+    batch_id, _, attempt = task_id.rpartition(".")
+    return batch_id, int(attempt)

@@ -12,6 +12,7 @@ from typing import Any
 from celery import Celery
 from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 
+from preceptor.names import celery_task_id, split_task_id
 from preceptor.v1 import trial_pb2 as trial
 
 TRIAL_BATCH_TASK = "preceptor.run_trial_batch"
@@ -51,17 +52,6 @@ def make_app(broker_url: str) -> Celery:
         task_ignore_result=False,
     )
     return app
-
-
-def celery_task_id(batch_id: str, attempt: int) -> str:
-    """The Celery task id of one attempt (from 1) at a batch."""
-    return f"{batch_id}.{attempt}"
-
-
-def split_task_id(task_id: str) -> tuple[str, int]:
-    """Batch id and attempt of a Celery task id."""
-    batch_id, _, attempt = task_id.rpartition(".")
-    return batch_id, int(attempt)
 
 
 def submit(app: Celery, batch: trial.TrialBatch, attempt: int) -> str:

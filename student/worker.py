@@ -33,16 +33,8 @@ from google.protobuf.json_format import ParseError
 from preceptor.errors import PreceptorError
 from preceptor.launch import launch
 from preceptor.leases import BEAT_SECONDS, LeaseBoard, WorkerStatus
-from preceptor.queue import (
-    TRIAL_BATCH_TASK,
-    TRIAL_QUEUE,
-    batch_from_payload,
-    celery_task_id,
-    fetch_result,
-    make_app,
-    split_task_id,
-    to_payload,
-)
+from preceptor.names import celery_task_id, split_task_id
+from preceptor.queue import TRIAL_BATCH_TASK, TRIAL_QUEUE, batch_from_payload, fetch_result, make_app, to_payload
 from preceptor.v1 import trial_pb2 as wire
 from student import payload as edge
 from student.deployment import FAILURE_SECONDS, DeploymentBoard
@@ -120,7 +112,7 @@ class TrialWorker:
         held, self._held = self._held, None
         if held is not None:
             try:
-                self._leases.release(held.task_id)
+                self._leases.release(held.task_id, self._name)
             except redis.RedisError as error:
                 log.warning("lease of %s runs out by itself: %s", held.task_id, error)
         self._beat_now.set()
@@ -147,7 +139,7 @@ class TrialWorker:
             peak_memory_bytes=_peak_memory_bytes(),
         )
         try:
-            cancelled = self._leases.beat(status)
+            cancelled = self._leases.beat(status).cancelled
         except redis.RedisError as error:  # Celery reconnects by itself; so does the next beat
             log.warning("no heartbeat: %s", error)
             return

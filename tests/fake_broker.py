@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from preceptor.errors import PreceptorError
-from preceptor.leases import WorkerStatus
-from preceptor.queue import celery_task_id
+from preceptor.leases import Lease, WorkerStatus
+from preceptor.names import celery_task_id
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
 from tests.scripted_trials import answer_batch
@@ -39,9 +39,9 @@ class FakeBroker:
         self._answer()
         return {task_id: self.done[task_id] for task_id in task_ids if task_id in self.done}
 
-    def holders(self, task_ids: Sequence[str]) -> dict[str, str]:
+    def holders(self, task_ids: Sequence[str]) -> dict[str, Lease]:
         self._answer()
-        return {task_id: "fake:1" for task_id in task_ids if task_id in self.leased}
+        return {task_id: Lease("fake:1") for task_id in task_ids if task_id in self.leased}
 
     def depth(self) -> int:
         self._answer()

@@ -646,6 +646,138 @@ class GradeAnswersResponse(google.protobuf.message.Message):
 Global___GradeAnswersResponse: typing_extensions.TypeAlias = GradeAnswersResponse
 
 @typing.final
+class Attempt(google.protobuf.message.Message):
+    """One submission of a batch of trials to the queue, and what became of it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BATCH_ID_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    TRIALS_FIELD_NUMBER: builtins.int
+    WORKER_FIELD_NUMBER: builtins.int
+    SUBMIT_TIME_FIELD_NUMBER: builtins.int
+    BEGIN_TIME_FIELD_NUMBER: builtins.int
+    END_TIME_FIELD_NUMBER: builtins.int
+    STEPS_DONE_FIELD_NUMBER: builtins.int
+    FAILURE_FIELD_NUMBER: builtins.int
+    batch_id: builtins.str
+    number: builtins.int
+    """From 1; the later one fences the earlier ones off."""
+    trials: builtins.int
+    """Trials in the batch."""
+    worker: builtins.str
+    """host:pid; empty where none was seen."""
+    steps_done: builtins.int
+    """Steps that its worker had last told of."""
+    @property
+    def submit_time(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
+    @property
+    def begin_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When a worker was first seen at it; absent where none was."""
+
+    @property
+    def end_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """Absent while it is under way."""
+
+    @property
+    def failure(self) -> preceptor.v1.types_pb2.Failure:
+        """Why it ended without results for all of its trials. Absent where it ended well or is under way."""
+
+    def __init__(
+        self,
+        *,
+        batch_id: builtins.str = ...,
+        number: builtins.int = ...,
+        trials: builtins.int = ...,
+        worker: builtins.str = ...,
+        submit_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        begin_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        end_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        steps_done: builtins.int = ...,
+        failure: preceptor.v1.types_pb2.Failure | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["begin_time", b"begin_time", "end_time", b"end_time", "failure", b"failure", "submit_time", b"submit_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["batch_id", b"batch_id", "begin_time", b"begin_time", "end_time", b"end_time", "failure", b"failure", "number", b"number", "steps_done", b"steps_done", "submit_time", b"submit_time", "trials", b"trials", "worker", b"worker"]) -> None: ...
+
+Global___Attempt: typing_extensions.TypeAlias = Attempt
+
+@typing.final
+class ListAttemptsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EVALUATION_ID_FIELD_NUMBER: builtins.int
+    evaluation_id: builtins.str
+    def __init__(
+        self,
+        *,
+        evaluation_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["evaluation_id", b"evaluation_id"]) -> None: ...
+
+Global___ListAttemptsRequest: typing_extensions.TypeAlias = ListAttemptsRequest
+
+@typing.final
+class ListAttemptsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ATTEMPTS_FIELD_NUMBER: builtins.int
+    @property
+    def attempts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Attempt]: ...
+    def __init__(
+        self,
+        *,
+        attempts: collections.abc.Iterable[Global___Attempt] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempts", b"attempts"]) -> None: ...
+
+Global___ListAttemptsResponse: typing_extensions.TypeAlias = ListAttemptsResponse
+
+@typing.final
+class RetryEvaluationsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    EVALUATION_IDS_FIELD_NUMBER: builtins.int
+    OWNER_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    owner: builtins.str
+    """Where no ids are given: all that FAILED of this owner; empty: of all owners."""
+    reason: builtins.str
+    """Only those that FAILED with this reason; empty: with any."""
+    @property
+    def evaluation_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Those of these that FAILED; at most 1000."""
+
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        evaluation_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        owner: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["evaluation_ids", b"evaluation_ids", "owner", b"owner", "reason", b"reason", "request_id", b"request_id"]) -> None: ...
+
+Global___RetryEvaluationsRequest: typing_extensions.TypeAlias = RetryEvaluationsRequest
+
+@typing.final
+class RetryEvaluationsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RETRIED_FIELD_NUMBER: builtins.int
+    retried: builtins.int
+    """How many went back to work."""
+    def __init__(
+        self,
+        *,
+        retried: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["retried", b"retried"]) -> None: ...
+
+Global___RetryEvaluationsResponse: typing_extensions.TypeAlias = RetryEvaluationsResponse
+
+@typing.final
 class GetQueueStatusRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -656,6 +788,41 @@ class GetQueueStatusRequest(google.protobuf.message.Message):
 Global___GetQueueStatusRequest: typing_extensions.TypeAlias = GetQueueStatusRequest
 
 @typing.final
+class WorkerReport(google.protobuf.message.Message):
+    """A worker that is alive, in its own words."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    BATCH_ID_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    STEPS_DONE_FIELD_NUMBER: builtins.int
+    TRIALS_DONE_FIELD_NUMBER: builtins.int
+    PEAK_MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """host:pid"""
+    batch_id: builtins.str
+    """What it is at; empty where it is idle."""
+    attempt: builtins.int
+    steps_done: builtins.int
+    trials_done: builtins.int
+    """Since it started."""
+    peak_memory_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        batch_id: builtins.str = ...,
+        attempt: builtins.int = ...,
+        steps_done: builtins.int = ...,
+        trials_done: builtins.int = ...,
+        peak_memory_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "batch_id", b"batch_id", "name", b"name", "peak_memory_bytes", b"peak_memory_bytes", "steps_done", b"steps_done", "trials_done", b"trials_done"]) -> None: ...
+
+Global___WorkerReport: typing_extensions.TypeAlias = WorkerReport
+
+@typing.final
 class GetQueueStatusResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -664,6 +831,9 @@ class GetQueueStatusResponse(google.protobuf.message.Message):
     WORKERS_ALIVE_FIELD_NUMBER: builtins.int
     TRIALS_DONE_FIELD_NUMBER: builtins.int
     WORKER_PEAK_MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    EVALUATIONS_WAITING_FIELD_NUMBER: builtins.int
+    EVALUATIONS_FAILED_FIELD_NUMBER: builtins.int
+    WORKERS_FIELD_NUMBER: builtins.int
     queued_batches: builtins.int
     running_batches: builtins.int
     workers_alive: builtins.int
@@ -671,6 +841,12 @@ class GetQueueStatusResponse(google.protobuf.message.Message):
     """Trials finished since the service started."""
     worker_peak_memory_bytes: builtins.int
     """Largest memory any worker has reported, in bytes."""
+    evaluations_waiting: builtins.int
+    """Evaluations that are not final."""
+    evaluations_failed: builtins.int
+    """Evaluations that FAILED: `preceptor evaluations failed`."""
+    @property
+    def workers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___WorkerReport]: ...
     def __init__(
         self,
         *,
@@ -679,7 +855,10 @@ class GetQueueStatusResponse(google.protobuf.message.Message):
         workers_alive: builtins.int = ...,
         trials_done: builtins.int = ...,
         worker_peak_memory_bytes: builtins.int = ...,
+        evaluations_waiting: builtins.int = ...,
+        evaluations_failed: builtins.int = ...,
+        workers: collections.abc.Iterable[Global___WorkerReport] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["queued_batches", b"queued_batches", "running_batches", b"running_batches", "trials_done", b"trials_done", "worker_peak_memory_bytes", b"worker_peak_memory_bytes", "workers_alive", b"workers_alive"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["evaluations_failed", b"evaluations_failed", "evaluations_waiting", b"evaluations_waiting", "queued_batches", b"queued_batches", "running_batches", b"running_batches", "trials_done", b"trials_done", "worker_peak_memory_bytes", b"worker_peak_memory_bytes", "workers", b"workers", "workers_alive", b"workers_alive"]) -> None: ...
 
 Global___GetQueueStatusResponse: typing_extensions.TypeAlias = GetQueueStatusResponse

@@ -65,6 +65,16 @@ class EvaluatorServiceStub(object):
                 request_serializer=preceptor_dot_v1_dot_evaluator__pb2.GradeAnswersRequest.SerializeToString,
                 response_deserializer=preceptor_dot_v1_dot_evaluator__pb2.GradeAnswersResponse.FromString,
                 _registered_method=True)
+        self.ListAttempts = channel.unary_unary(
+                '/preceptor.v1.EvaluatorService/ListAttempts',
+                request_serializer=preceptor_dot_v1_dot_evaluator__pb2.ListAttemptsRequest.SerializeToString,
+                response_deserializer=preceptor_dot_v1_dot_evaluator__pb2.ListAttemptsResponse.FromString,
+                _registered_method=True)
+        self.RetryEvaluations = channel.unary_unary(
+                '/preceptor.v1.EvaluatorService/RetryEvaluations',
+                request_serializer=preceptor_dot_v1_dot_evaluator__pb2.RetryEvaluationsRequest.SerializeToString,
+                response_deserializer=preceptor_dot_v1_dot_evaluator__pb2.RetryEvaluationsResponse.FromString,
+                _registered_method=True)
         self.GetQueueStatus = channel.unary_unary(
                 '/preceptor.v1.EvaluatorService/GetQueueStatus',
                 request_serializer=preceptor_dot_v1_dot_evaluator__pb2.GetQueueStatusRequest.SerializeToString,
@@ -116,6 +126,20 @@ class EvaluatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListAttempts(self, request, context):
+        """How an evaluation was worked on: every attempt at the batches of its trials, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryEvaluations(self, request, context):
+        """Puts evaluations that FAILED back to work, as they were asked for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetQueueStatus(self, request, context):
         """Queue and workers, for live views.
         """
@@ -155,6 +179,16 @@ def add_EvaluatorServiceServicer_to_server(servicer, server):
                     servicer.GradeAnswers,
                     request_deserializer=preceptor_dot_v1_dot_evaluator__pb2.GradeAnswersRequest.FromString,
                     response_serializer=preceptor_dot_v1_dot_evaluator__pb2.GradeAnswersResponse.SerializeToString,
+            ),
+            'ListAttempts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAttempts,
+                    request_deserializer=preceptor_dot_v1_dot_evaluator__pb2.ListAttemptsRequest.FromString,
+                    response_serializer=preceptor_dot_v1_dot_evaluator__pb2.ListAttemptsResponse.SerializeToString,
+            ),
+            'RetryEvaluations': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryEvaluations,
+                    request_deserializer=preceptor_dot_v1_dot_evaluator__pb2.RetryEvaluationsRequest.FromString,
+                    response_serializer=preceptor_dot_v1_dot_evaluator__pb2.RetryEvaluationsResponse.SerializeToString,
             ),
             'GetQueueStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetQueueStatus,
@@ -325,6 +359,60 @@ class EvaluatorService(object):
             '/preceptor.v1.EvaluatorService/GradeAnswers',
             preceptor_dot_v1_dot_evaluator__pb2.GradeAnswersRequest.SerializeToString,
             preceptor_dot_v1_dot_evaluator__pb2.GradeAnswersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAttempts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/preceptor.v1.EvaluatorService/ListAttempts',
+            preceptor_dot_v1_dot_evaluator__pb2.ListAttemptsRequest.SerializeToString,
+            preceptor_dot_v1_dot_evaluator__pb2.ListAttemptsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryEvaluations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/preceptor.v1.EvaluatorService/RetryEvaluations',
+            preceptor_dot_v1_dot_evaluator__pb2.RetryEvaluationsRequest.SerializeToString,
+            preceptor_dot_v1_dot_evaluator__pb2.RetryEvaluationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -121,6 +121,38 @@ _EvaluatorServiceGradeAnswersType = typing_extensions.TypeVar(
     ],
 )
 
+_EvaluatorServiceListAttemptsType = typing_extensions.TypeVar(
+    '_EvaluatorServiceListAttemptsType',
+    grpc.UnaryUnaryMultiCallable[
+        preceptor.v1.evaluator_pb2.ListAttemptsRequest,
+        preceptor.v1.evaluator_pb2.ListAttemptsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        preceptor.v1.evaluator_pb2.ListAttemptsRequest,
+        preceptor.v1.evaluator_pb2.ListAttemptsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        preceptor.v1.evaluator_pb2.ListAttemptsRequest,
+        preceptor.v1.evaluator_pb2.ListAttemptsResponse,
+    ],
+)
+
+_EvaluatorServiceRetryEvaluationsType = typing_extensions.TypeVar(
+    '_EvaluatorServiceRetryEvaluationsType',
+    grpc.UnaryUnaryMultiCallable[
+        preceptor.v1.evaluator_pb2.RetryEvaluationsRequest,
+        preceptor.v1.evaluator_pb2.RetryEvaluationsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        preceptor.v1.evaluator_pb2.RetryEvaluationsRequest,
+        preceptor.v1.evaluator_pb2.RetryEvaluationsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        preceptor.v1.evaluator_pb2.RetryEvaluationsRequest,
+        preceptor.v1.evaluator_pb2.RetryEvaluationsResponse,
+    ],
+)
+
 _EvaluatorServiceGetQueueStatusType = typing_extensions.TypeVar(
     '_EvaluatorServiceGetQueueStatusType',
     grpc.UnaryUnaryMultiCallable[
@@ -137,7 +169,7 @@ _EvaluatorServiceGetQueueStatusType = typing_extensions.TypeVar(
     ],
 )
 
-class EvaluatorServiceStub(typing.Generic[_EvaluatorServiceCreateEvaluationsType, _EvaluatorServiceGetEvaluationType, _EvaluatorServiceListEvaluationsType, _EvaluatorServiceWatchEvaluationsType, _EvaluatorServiceCancelEvaluationsType, _EvaluatorServiceGradeAnswersType, _EvaluatorServiceGetQueueStatusType]):
+class EvaluatorServiceStub(typing.Generic[_EvaluatorServiceCreateEvaluationsType, _EvaluatorServiceGetEvaluationType, _EvaluatorServiceListEvaluationsType, _EvaluatorServiceWatchEvaluationsType, _EvaluatorServiceCancelEvaluationsType, _EvaluatorServiceGradeAnswersType, _EvaluatorServiceListAttemptsType, _EvaluatorServiceRetryEvaluationsType, _EvaluatorServiceGetQueueStatusType]):
     """Turns self-edits into rewards: dispatches trials, grades answers, subtracts the baseline."""
 
     @typing.overload
@@ -165,6 +197,14 @@ class EvaluatorServiceStub(typing.Generic[_EvaluatorServiceCreateEvaluationsType
         grpc.UnaryUnaryMultiCallable[
             preceptor.v1.evaluator_pb2.GradeAnswersRequest,
             preceptor.v1.evaluator_pb2.GradeAnswersResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            preceptor.v1.evaluator_pb2.ListAttemptsRequest,
+            preceptor.v1.evaluator_pb2.ListAttemptsResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            preceptor.v1.evaluator_pb2.RetryEvaluationsRequest,
+            preceptor.v1.evaluator_pb2.RetryEvaluationsResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             preceptor.v1.evaluator_pb2.GetQueueStatusRequest,
@@ -199,6 +239,14 @@ class EvaluatorServiceStub(typing.Generic[_EvaluatorServiceCreateEvaluationsType
             preceptor.v1.evaluator_pb2.GradeAnswersResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            preceptor.v1.evaluator_pb2.ListAttemptsRequest,
+            preceptor.v1.evaluator_pb2.ListAttemptsResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            preceptor.v1.evaluator_pb2.RetryEvaluationsRequest,
+            preceptor.v1.evaluator_pb2.RetryEvaluationsResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             preceptor.v1.evaluator_pb2.GetQueueStatusRequest,
             preceptor.v1.evaluator_pb2.GetQueueStatusResponse,
         ],
@@ -219,6 +267,12 @@ class EvaluatorServiceStub(typing.Generic[_EvaluatorServiceCreateEvaluationsType
 
     GradeAnswers: _EvaluatorServiceGradeAnswersType
     """Grades answers without any training."""
+
+    ListAttempts: _EvaluatorServiceListAttemptsType
+    """How an evaluation was worked on: every attempt at the batches of its trials, oldest first."""
+
+    RetryEvaluations: _EvaluatorServiceRetryEvaluationsType
+    """Puts evaluations that FAILED back to work, as they were asked for."""
 
     GetQueueStatus: _EvaluatorServiceGetQueueStatusType
     """Queue and workers, for live views."""
@@ -247,6 +301,14 @@ EvaluatorServiceAsyncStub: typing_extensions.TypeAlias = EvaluatorServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         preceptor.v1.evaluator_pb2.GradeAnswersRequest,
         preceptor.v1.evaluator_pb2.GradeAnswersResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        preceptor.v1.evaluator_pb2.ListAttemptsRequest,
+        preceptor.v1.evaluator_pb2.ListAttemptsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        preceptor.v1.evaluator_pb2.RetryEvaluationsRequest,
+        preceptor.v1.evaluator_pb2.RetryEvaluationsResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         preceptor.v1.evaluator_pb2.GetQueueStatusRequest,
@@ -302,6 +364,22 @@ class EvaluatorServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[preceptor.v1.evaluator_pb2.GradeAnswersResponse, collections.abc.Awaitable[preceptor.v1.evaluator_pb2.GradeAnswersResponse]]:
         """Grades answers without any training."""
+
+    @abc.abstractmethod
+    def ListAttempts(
+        self,
+        request: preceptor.v1.evaluator_pb2.ListAttemptsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[preceptor.v1.evaluator_pb2.ListAttemptsResponse, collections.abc.Awaitable[preceptor.v1.evaluator_pb2.ListAttemptsResponse]]:
+        """How an evaluation was worked on: every attempt at the batches of its trials, oldest first."""
+
+    @abc.abstractmethod
+    def RetryEvaluations(
+        self,
+        request: preceptor.v1.evaluator_pb2.RetryEvaluationsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[preceptor.v1.evaluator_pb2.RetryEvaluationsResponse, collections.abc.Awaitable[preceptor.v1.evaluator_pb2.RetryEvaluationsResponse]]:
+        """Puts evaluations that FAILED back to work, as they were asked for."""
 
     @abc.abstractmethod
     def GetQueueStatus(

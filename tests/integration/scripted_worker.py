@@ -57,7 +57,7 @@ class ScriptedWorker:
     def stored(self, **_: Any) -> None:
         task_id, self.task_id = self.task_id, ""
         if task_id:
-            self.board.release(task_id)
+            self.board.release(task_id, self.name)
 
 
 def make_worker_app(worker: ScriptedWorker) -> Celery:

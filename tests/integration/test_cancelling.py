@@ -12,7 +12,8 @@ import pytest
 from preceptor.artifacts import folder_sha256
 from preceptor.channel import call
 from preceptor.leases import LeaseBoard, WorkerStatus
-from preceptor.queue import fetch_result, make_app, split_task_id
+from preceptor.names import split_task_id
+from preceptor.queue import fetch_result, make_app
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types

@@ -20,7 +20,8 @@ import torch
 
 from preceptor.artifacts import folder_sha256
 from preceptor.leases import LEASE_SECONDS, LeaseBoard, WorkerStatus
-from preceptor.queue import TRIAL_BATCH_TASK, TRIAL_QUEUE, celery_task_id, fetch_result, make_app, submit
+from preceptor.names import celery_task_id
+from preceptor.queue import TRIAL_BATCH_TASK, TRIAL_QUEUE, fetch_result, make_app, submit
 from preceptor.redis_server import EmbeddedRedis
 from preceptor.v1 import trial_pb2 as wire
 from preceptor.v1 import types_pb2 as types
