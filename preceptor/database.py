@@ -1,26 +1,53 @@
-"""Opens a service's own database: SQLite with settings that survive a kill, or whatever SQLAlchemy's URL names."""
+"""Opens a service's own database: SQLite with settings that survive a kill, or whatever SQLAlchemy's URL names.
+
+Promises
+- A disk that is full, read-only or away is a ``DatabaseError`` with its reason, wherever it is met; the database stays
+  as it was before the transaction.
+- ``own_database``: one process at a time works with a SQLite database. The stores rely on it: they keep locks and
+  queues in memory, and a run must not be executed twice at once.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
 
 from sqlalchemy import Engine, MetaData, create_engine, event
+from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from preceptor.errors import PreceptorError
+from preceptor.storage import storage_error
+
+
+class DatabaseError(PreceptorError):
+    """The process's own database cannot be read or written now; nothing of the transaction was kept.
+
+    The reason is DISK_FULL or DATABASE_UNREACHABLE. Whoever works on something durable waits and tries again.
+    """
 
 
 def open_database(url: str, tables: MetaData) -> Engine:
-    """The engine of a database that has these tables. Raises DATABASE_UNREACHABLE."""
+    """The engine of a database that has these tables. Raises DatabaseError(DATABASE_UNREACHABLE, DISK_FULL), as does
+    everything that is done with it later."""
     try:
         engine = create_engine(url, pool_pre_ping=True)
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _configure_sqlite)
+            event.listen(engine, "handle_error", _translate)
         tables.create_all(engine)
     except (ArgumentError, NoSuchModuleError):
         raise PreceptorError(
             "DATABASE_UNREACHABLE", "PRECEPTOR_DATABASE_URL is not a database URL that SQLAlchemy knows"
         ) from None
+    except DatabaseError as error:
+        message = f"cannot open the database (PRECEPTOR_DATABASE_URL, PRECEPTOR_HOME): {error.message}"
+        raise DatabaseError(error.reason, message, **error.metadata) from None
     except (SQLAlchemyError, OSError) as error:
         reason = getattr(error, "orig", None) or error
         raise PreceptorError(
@@ -29,12 +56,86 @@ def open_database(url: str, tables: MetaData) -> Engine:
     return engine
 
 
+@contextmanager
+def own_database(url: str, wait_seconds: float) -> Iterator[None]:
+    """Holds a SQLite database for this process: nobody else holds it for as long as the context is open.
+
+    An earlier process that is still draining is waited for. Raises DATABASE_UNREACHABLE, naming who has it. Databases
+    that are servers are not locked here: there, running one process of a service is the operator's promise.
+    """
+    path = _sqlite_path(url)
+    if path is None:
+        yield
+        return
+    with _lock(path.with_name(path.name + ".lock"), path, wait_seconds):
+        yield
+
+
+@contextmanager
+def _lock(lock: Path, database: Path, wait_seconds: float) -> Iterator[None]:
+    # A lock of the system's is gone with its process, however that ends. The file stays: removing it would let two
+    # processes hold two files of one name.
+    end = time.monotonic() + wait_seconds
+    with _open_lock(lock) as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    file.seek(0)
+                    raise PreceptorError(
+                        "DATABASE_UNREACHABLE",
+                        f"another process has it ({_holder(file.read())}); end that one, or give this one a home of "
+                        "its own (PRECEPTOR_HOME)",
+                        file=str(database),
+                    ) from None
+                time.sleep(0.1)
+        file.seek(0)
+        file.truncate()
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _open_lock(lock: Path) -> IO[str]:
+    try:
+        lock.touch(mode=0o600)
+        return lock.open("r+")
+    except OSError as error:
+        if (known := storage_error(error, lock)) is not None:
+            raise known from None
+        raise PreceptorError("DATABASE_UNREACHABLE", f"cannot be made: {error.strerror}", file=str(lock)) from None
+
+
+def _holder(said: str) -> str:
+    return f"pid {said.strip()}" if said.strip().isdecimal() else "it has not said its pid"
+
+
+def _sqlite_path(url: str) -> Path | None:
+    try:
+        parsed = make_url(url)
+    except ArgumentError:  # said by open_database
+        return None
+    if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database == ":memory:":
+        return None
+    return Path(parsed.database)
+
+
+def _translate(context: ExceptionContext) -> None:
+    """Raises what a disk has to say in place of what SQLite made of it."""
+    engine = context.engine
+    place = Path(engine.url.database) if engine is not None and engine.url.database else None
+    if (known := storage_error(context.original_exception, place)) is not None:
+        raise DatabaseError(known.reason, known.message, **known.metadata) from context.original_exception
+
+
 def _configure_sqlite(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
     # Readers do not wait for the writer. NORMAL survives the death of the process; what a power cut could take is
     # work that is done again under the same id.
     cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA synchronous=NORMAL")
-    # Another process holds the lock for milliseconds, except when an old one is still draining.
+    # Who else may write: `sqlite3` in an operator's shell, a backup.
     cursor.execute("PRAGMA busy_timeout=30000")
     cursor.close()
