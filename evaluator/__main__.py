@@ -13,24 +13,26 @@ def run(settings: EvaluatorSettings) -> None:
     from evaluator.broker import RedisBroker
     from evaluator.house import Evaluator
     from evaluator.servicer import SERVICE, EvaluatorServicer
+    from preceptor.database import HAND_OVER_SECONDS, own_database
     from preceptor.server import serve
     from preceptor.v1.evaluator_pb2_grpc import add_EvaluatorServiceServicer_to_server
 
-    broker = RedisBroker(settings.broker_url)
-    evaluator = Evaluator(settings, broker)
-    servicer = EvaluatorServicer(evaluator.evaluations)
-    evaluator.dispatcher.start()
-    try:
-        serve(
-            [SERVICE],
-            lambda server: add_EvaluatorServiceServicer_to_server(servicer, server),
-            settings,
-            on_drain=evaluator.drain,
-        )
-    finally:
-        evaluator.drain()
-        evaluator.close()
-        broker.close()
+    with own_database(settings.database("evaluator"), settings.grace_seconds + HAND_OVER_SECONDS):
+        broker = RedisBroker(settings.broker_url)
+        evaluator = Evaluator(settings, broker)
+        servicer = EvaluatorServicer(evaluator.evaluations)
+        evaluator.dispatcher.start()
+        try:
+            serve(
+                [SERVICE],
+                lambda server: add_EvaluatorServiceServicer_to_server(servicer, server),
+                settings,
+                on_drain=evaluator.drain,
+            )
+        finally:
+            evaluator.drain()
+            evaluator.close()
+            broker.close()
 
 
 if __name__ == "__main__":

@@ -15,28 +15,31 @@ def run(settings: OrchestratorSettings) -> None:
     from orchestrator.servicer import SERVICE, OrchestratorServicer
     from orchestrator.tables import Base
     from preceptor.channel import connect
-    from preceptor.database import open_database
+    from preceptor.database import HAND_OVER_SECONDS, open_database, own_database
     from preceptor.server import serve
     from preceptor.v1 import evaluator_pb2_grpc, orchestrator_pb2_grpc, student_pb2_grpc, teacher_pb2_grpc
 
-    engine = open_database(settings.database("orchestrator"), Base.metadata)
-    services = Services(
-        teacher=connect(settings.teacher_address, teacher_pb2_grpc.TeacherServiceStub),
-        student=connect(settings.student_address, student_pb2_grpc.StudentServiceStub),
-        evaluator=connect(settings.evaluator_address, evaluator_pb2_grpc.EvaluatorServiceStub),
-    )
-    executor = RunExecutor(engine, services, settings)
-    servicer = OrchestratorServicer(engine, services, executor)
-    executor.start()
-    try:
-        serve(
-            [SERVICE],
-            lambda server: orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(servicer, server),
-            settings,
-            on_drain=executor.drain,
+    url = settings.database("orchestrator")
+    with own_database(url, settings.grace_seconds + HAND_OVER_SECONDS):
+        engine = open_database(url, Base.metadata)
+        services = Services(
+            teacher=connect(settings.teacher_address, teacher_pb2_grpc.TeacherServiceStub),
+            student=connect(settings.student_address, student_pb2_grpc.StudentServiceStub),
+            evaluator=connect(settings.evaluator_address, evaluator_pb2_grpc.EvaluatorServiceStub),
         )
-    finally:
-        executor.drain()
+        executor = RunExecutor(engine, services, settings)
+        servicer = OrchestratorServicer(engine, services, executor)
+        executor.start()
+        try:
+            serve(
+                [SERVICE],
+                lambda server: orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(servicer, server),
+                settings,
+                on_drain=executor.drain,
+            )
+        finally:
+            executor.drain()
+            executor.join(HAND_OVER_SECONDS)  # while the database is still ours
 
 
 if __name__ == "__main__":

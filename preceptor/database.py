@@ -24,6 +24,9 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from preceptor.errors import PreceptorError
 from preceptor.storage import storage_error
 
+# Beyond its grace time, a process that was asked to end may still be busy with its last step.
+HAND_OVER_SECONDS = 10.0
+
 
 class DatabaseError(PreceptorError):
     """The process's own database cannot be read or written now; nothing of the transaction was kept.

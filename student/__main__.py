@@ -10,20 +10,23 @@ from student.settings import StudentSettings
 
 def run(settings: StudentSettings) -> None:
     """Puts the service together and serves it."""
+    from preceptor.database import HAND_OVER_SECONDS, own_database
     from preceptor.server import serve
     from preceptor.v1.student_pb2_grpc import add_StudentServiceServicer_to_server
     from student.deployment import DeploymentBoard
     from student.registry import Registry
     from student.servicer import SERVICE, StudentServicer
 
-    registry = Registry(settings.database("student"))
-    servicer = StudentServicer(registry, DeploymentBoard(settings.broker_url), settings.watch_seconds)
-    serve(
-        [SERVICE],
-        lambda server: add_StudentServiceServicer_to_server(servicer, server),
-        settings,
-        on_drain=servicer.drain,
-    )
+    url = settings.database("student")
+    with own_database(url, settings.grace_seconds + HAND_OVER_SECONDS):
+        registry = Registry(url)
+        servicer = StudentServicer(registry, DeploymentBoard(settings.broker_url), settings.watch_seconds)
+        serve(
+            [SERVICE],
+            lambda server: add_StudentServiceServicer_to_server(servicer, server),
+            settings,
+            on_drain=servicer.drain,
+        )
 
 
 if __name__ == "__main__":

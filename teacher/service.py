@@ -8,6 +8,7 @@ import grpc
 from transformers.utils import logging as transformers_logging
 
 from preceptor.artifacts import ArtifactStore
+from preceptor.database import HAND_OVER_SECONDS, own_database
 from preceptor.server import serve
 from preceptor.stack import shipped_models
 from preceptor.v1 import teacher_pb2_grpc
@@ -53,9 +54,10 @@ def run(settings: TeacherSettings) -> None:
     source = settings.teacher_source or str(shipped_models() / "teacher")
     transformers_logging.disable_progress_bar()  # a log is no terminal
     base = load_teacher(source, revision=settings.teacher_revision, device=settings.teacher_device)
-    teacher = Teacher(base, settings)
-    try:
-        serve([SERVICE], teacher.add_to, settings, on_drain=teacher.stop)
-    finally:
-        teacher.stop()
-        teacher.store.close()
+    with own_database(settings.database("teacher"), settings.grace_seconds + HAND_OVER_SECONDS):
+        teacher = Teacher(base, settings)
+        try:
+            serve([SERVICE], teacher.add_to, settings, on_drain=teacher.stop)
+        finally:
+            teacher.stop()
+            teacher.store.close()
