@@ -117,6 +117,9 @@ CATALOGUE: dict[str, Entry] = {
     "PROCESS_DIED": Entry(grpc.StatusCode.INTERNAL, "look at the named log file"),
     "DEADLINE_EXCEEDED": Entry(grpc.StatusCode.DEADLINE_EXCEEDED, "try again; the service is slow or stuck"),
     "CANCELLED": Entry(grpc.StatusCode.CANCELLED, "nothing to do: it was asked for"),
+    "SERVICE_BUSY": Entry(
+        _DOWN, "try again in a few seconds, or raise PRECEPTOR_MAX_THREADS or PRECEPTOR_MAX_STREAMS of the service"
+    ),
     "SHUTTING_DOWN": Entry(_DOWN, "try again in a few seconds"),
     "INTERNAL": Entry(grpc.StatusCode.INTERNAL, "this is a bug; the service's log has the traceback"),
 }
