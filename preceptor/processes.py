@@ -1,4 +1,4 @@
-"""Child processes as the embedded stack sees them: starting, telling apart, signalling, measuring."""
+"""Child processes as the embedded stack sees them: starting, starting again, telling apart, signalling, measuring."""
 
 from __future__ import annotations
 
@@ -6,11 +6,42 @@ import os
 import signal
 import subprocess
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+
+# Deaths close together. One that never came up is given up after so many: it will not by being started again.
+DEATHS, DEATHS_WINDOW_SECONDS = 5, 60.0
+# One that has worked before is started again at once; when it dies again and again, with pauses up to this long.
+PAUSE_SECONDS = 30.0
+# It has worked before, so what keeps it down now (a full disk, a lost mount) may pass; nobody waits longer for that.
+PATIENCE_SECONDS = 600.0
+
+
+@dataclass
+class Deaths:
+    """The deaths of one child, and whether it is worth starting again. Times by time.monotonic()."""
+
+    recent: deque[float] = field(default_factory=deque)
+    served: bool = False  # one of its processes has answered
+    last_answer: float = 0.0  # about when the last of those ended
+
+    def pause_after(self, now: float, answered: bool) -> float | None:
+        """It has died, and had answered or not: seconds until it is to be started again. None: it is given up."""
+        self.recent.append(now)
+        while now - self.recent[0] >= DEATHS_WINDOW_SECONDS:
+            self.recent.popleft()
+        if answered:
+            self.served, self.last_answer = True, now
+        if not self.served:
+            return None if len(self.recent) > DEATHS else 0.0
+        if now - self.last_answer >= PATIENCE_SECONDS:
+            return None
+        # The first three deaths within a minute cost no pause.
+        return min(2.0 ** (len(self.recent) - 4), PAUSE_SECONDS) if len(self.recent) > 3 else 0.0
 
 
 @dataclass
@@ -22,9 +53,11 @@ class Child:
     environment: dict[str, str]
     address: str
     log: Path
+    prepare: Callable[[], None] = lambda: None  # before each start
     process: subprocess.Popen[bytes] | None = None
     restarts: int = 0
-    deaths: deque[float] = field(default_factory=deque)  # when it ended, by time.monotonic()
+    deaths: Deaths = field(default_factory=Deaths)
+    due: float | None = None  # it has ended and is to be started again then, by time.monotonic()
     logged: int = 0  # bytes that were in the log before it was started
 
     @property
@@ -33,7 +66,8 @@ class Child:
         return self.process.pid if self.process else 0
 
     def start(self) -> None:
-        """Starts it, with output appended to its log."""
+        """Starts it, with output appended to its log. Raises OSError where it cannot be begun at all."""
+        self.prepare()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.logged = log.tell()

@@ -1,6 +1,8 @@
 """The embedded Redis: a real server without root or Docker, as a child process with an append-only file.
 
 It listens on loopback only and wants a password, which stays in the stack's folder (readable by its owner only).
+What it holds is a copy: the services have the truth in SQL. So a folder that was emptied, and data that it cannot read
+any more, are no reason not to start.
 """
 
 from __future__ import annotations
@@ -9,9 +11,14 @@ import importlib.util
 import os
 import secrets
 import shutil
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from preceptor.errors import PreceptorError
+
+# Redis 6 and 7 about an append-only file, its manifest and the snapshot at its beginning.
+_UNREADABLE = ("append only file", "appendonly", "aof manifest", "rdb file", "short read", "corrupt")
 
 
 def find_redis() -> Path:
@@ -32,24 +39,31 @@ class EmbeddedRedis:
     """The configuration and address of one embedded server; ``command`` starts it."""
 
     def __init__(self, folder: Path, port: int) -> None:
-        """Writes ``redis.conf`` into ``folder``; the data of an earlier server there is kept."""
+        """Takes the password of an earlier server in ``folder``, or makes one. Raises REDIS_NOT_FOUND."""
         binary = find_redis()
-        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._port = port
         password_file = folder / "password"
-        if not password_file.exists():
-            _write_private(password_file, secrets.token_urlsafe(24))
-        password = password_file.read_text().strip()
-        conf = folder / "redis.conf"
+        self._password = password_file.read_text().strip() if password_file.exists() else ""
+        self._password = self._password or secrets.token_urlsafe(24)
+        self.command = [str(binary), str(folder / "redis.conf")]
+        self.url = f"redis://:{self._password}@127.0.0.1:{port}/0"
+
+    def prepare(self) -> None:
+        """Writes what the server needs to start; the data of an earlier server is kept."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        _write_private(self._folder / "password", self._password)
         _write_private(
-            conf,
+            self._folder / "redis.conf",
             "\n".join(
                 (
                     "bind 127.0.0.1",
-                    f"port {port}",
-                    f'dir "{folder.resolve()}"',
-                    f"requirepass {password}",
+                    f"port {self._port}",
+                    f'dir "{self._folder.resolve()}"',
+                    f"requirepass {self._password}",
                     "appendonly yes",  # a restarted server knows the queue
                     "appendfsync everysec",
+                    "aof-load-truncated yes",  # a kill in the middle of a write costs that write
                     'save ""',
                     "maxmemory-policy noeviction",  # a queue that forgets would lose jobs
                     "daemonize no",
@@ -58,8 +72,20 @@ class EmbeddedRedis:
                 )
             ),
         )
-        self.command = [str(binary), str(conf)]
-        self.url = f"redis://:{password}@127.0.0.1:{port}/0"
+
+    def set_data_aside(self, last_words: Sequence[str]) -> Path | None:
+        """Where a server's last words say that it cannot read its data: moves them to a folder beside it, which is
+        returned. None: it died of something else, or there was nothing to move."""
+        if not any(sign in line.lower() for line in last_words for sign in _UNREADABLE):
+            return None
+        data = [path for path in self._folder.glob("*") if path.name.startswith(("appendonly", "dump.rdb"))]
+        if not data:
+            return None
+        aside = self._folder.with_name(f"{self._folder.name}-unreadable-{time.strftime('%Y%m%dT%H%M%S')}")
+        aside.mkdir(exist_ok=True)
+        for path in data:
+            path.replace(aside / path.name)
+        return aside
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -4,8 +4,8 @@
         ...  # stack.addresses says where everything listens
 
 It owns its children: they start in sessions of their own (so that Ctrl-C reaches only the owner), a dead one is
-started again, all are ended on the way out, and what an owner killed with SIGKILL left behind is ended by the next
-start. One stack per home folder.
+started again, one that has stopped answering is killed and started again (``preceptor/pulse.py``), all are ended on the
+way out, and what an owner killed with SIGKILL left behind is ended by the next start. One stack per home folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -29,16 +29,15 @@ from typing import IO, Any
 from preceptor.channel import call, connect, is_serving, new_request_id
 from preceptor.errors import PreceptorError
 from preceptor.processes import Child, holder_of, identity, is_alive, memory_of
+from preceptor.pulse import START_SECONDS, PulseWatch
 from preceptor.redis_server import EmbeddedRedis
 from preceptor.settings import HouseSettings
 from preceptor.v1 import student_pb2, student_pb2_grpc
 
 SERVICES = ("student", "evaluator", "teacher", "orchestrator")
-# Importing torch on a busy small machine takes most of it.
-START_SECONDS = 120.0
 STOP_SECONDS = 15.0
-# A child that dies more often than this within the window will not come up by being started again.
-RESTARTS, RESTART_WINDOW_SECONDS = 5, 60.0
+# After the system refused to start a process or to write a file (no memory, no space).
+REFUSED_SECONDS = 2.0
 DEFAULT_STUDENT = "almanac"
 
 
@@ -51,19 +50,30 @@ class Stack:
         workers: int = 0,
         port: int = 0,
         on_event: Callable[[str], None] = lambda _message: None,
+        commands: Mapping[str, Sequence[str]] | None = None,
+        wire: Callable[[HouseSettings], HouseSettings] = lambda addresses: addresses,
     ) -> None:
         """``workers``: 0 means one per core, at most 8. ``port``: the orchestrator's; the other services take the
-        next ones; 0 means free ones. ``on_event`` hears what happens, a line each."""
+        next ones; 0 means free ones. ``on_event`` hears what happens, a line each.
+
+        For whoever tests a stack: ``commands`` are started instead of a service's own or of ``worker``; ``wire`` is
+        given the addresses and returns those that the children are told.
+        """
         self._home = settings.home.resolve()
         self._settings = settings
         self._workers = workers or min(os.cpu_count() or 1, 8)
         self._port = port
         self._say = on_event
+        self._commands = dict(commands or {})
+        self._wire = wire
         self._lock_file: IO[str] | None = None
         self._children: list[Child] = []
         self._stopping = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="stack-supervisor", daemon=True)
         self._peak_memory = 0
+        self._state_is_old = False
+        self._redis: EmbeddedRedis | None = None
+        self._pulse: PulseWatch | None = None
         self._up = False  # everything serves, and there is a student
         self.addresses = settings
         self.failed: PreceptorError | None = None
@@ -97,7 +107,7 @@ class Stack:
         self._take_home()
         self._end_leftovers()
         ports = self._choose_ports()
-        redis = EmbeddedRedis(self._home / "redis", ports["redis"])
+        redis = self._redis = EmbeddedRedis(self._home / "redis", ports["redis"])
         self.addresses = self._settings.model_copy(
             update={
                 "home": self._home,
@@ -106,15 +116,20 @@ class Stack:
             }
         )
         self._say("starting redis")
-        self._add("redis", redis.command, f"127.0.0.1:{ports['redis']}", {})
+        self._add("redis", redis.command, f"127.0.0.1:{ports['redis']}", {}, redis.prepare)
         self._wait_for_redis(ports["redis"])
         self._say(f"starting {', '.join(SERVICES)} and {self._workers} worker{'s' if self._workers > 1 else ''}")
         for name in SERVICES:
-            self._add(
-                name, [sys.executable, "-m", name], f"127.0.0.1:{ports[name]}", {"PRECEPTOR_PORT": str(ports[name])}
-            )
+            command = self._commands.get(name, [sys.executable, "-m", name])
+            self._add(name, command, f"127.0.0.1:{ports[name]}", {"PRECEPTOR_PORT": str(ports[name])})
         for number in range(1, self._workers + 1):
-            self._add(f"worker-{number}", [sys.executable, "-m", "student.worker"], "", {})
+            self._add(
+                f"worker-{number}", self._commands.get("worker", [sys.executable, "-m", "student.worker"]), "", {}
+            )
+        services = self._children[1 : 1 + len(SERVICES)]
+        workers = self._children[1 + len(SERVICES) :]
+        self._pulse = PulseWatch(redis.url, self._children[0], services, workers)
+        self._pulse.start()
         self._supervisor.start()
         self._wait_until_serving()
         self._register_default_student()
@@ -153,9 +168,16 @@ class Stack:
                 probe.close()
         return ports
 
-    def _add(self, name: str, command: list[str], address: str, extra: dict[str, str]) -> None:
+    def _add(
+        self,
+        name: str,
+        command: Sequence[str],
+        address: str,
+        extra: dict[str, str],
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:
         environment = dict(os.environ)
-        for key, value in self.addresses.model_dump(mode="json").items():
+        for key, value in self._wire(self.addresses).model_dump(mode="json").items():
             environment[f"PRECEPTOR_{key.upper()}"] = str(value)
         environment.update(
             {
@@ -169,24 +191,34 @@ class Stack:
                 **extra,
             }
         )
-        child = Child(name, command, environment, address, self._home / "logs" / f"{name}.log")
+        child = Child(name, list(command), environment, address, self._home / "logs" / f"{name}.log", prepare)
         child.start()
         self._children.append(child)
         self._write_state()  # whatever happens from here on, the next start finds it
 
     def _wait_for_redis(self, port: int) -> None:
-        end = time.monotonic() + 20
+        redis = self._children[0]
+        end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
             with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
                 connection.sendall(b"PING\r\n")
                 # "-NOAUTH" is an answer too; "-LOADING" means that it still reads its file.
                 if not connection.recv(64).startswith(b"-LOADING"):
                     return
-            redis = self._children[0]
             if redis.ended():
-                raise self._death(redis)
+                if not self._set_redis_data_aside(redis):
+                    raise self._death(redis)
+                redis.start()
+                self._write_state()
             time.sleep(0.05)
-        raise PreceptorError("PROCESS_DIED", "redis does not answer", file=str(self._children[0].log))
+        raise PreceptorError("PROCESS_DIED", "redis does not answer", file=str(redis.log))
+
+    def _set_redis_data_aside(self, redis: Child) -> bool:
+        """Whether Redis has died of its data, which then lie elsewhere. The services know what was in them."""
+        aside = self._redis.set_data_aside(redis.last_words(lines=20)) if self._redis else None
+        if aside:
+            self._say(f"redis cannot read its data any more: they are in {aside} now, and it starts without them")
+        return aside is not None
 
     def _wait_until_serving(self) -> None:
         end = time.monotonic() + START_SECONDS
@@ -227,26 +259,58 @@ class Stack:
         next_sample = 0.0
         while not self._stopping.wait(0.2):
             for child in self._children:
-                if self.failed is None and child.ended():
-                    self._restart(child)
+                if self.failed is None:
+                    self._look_after(child)
+            if self._state_is_old:
+                with suppress(OSError):  # a full disk: at the next turn
+                    self._write_state()
             if time.monotonic() >= next_sample:
                 self._peak_memory = max(self._peak_memory, memory_of([os.getpid(), *(c.pid for c in self._children)]))
                 next_sample = time.monotonic() + 1
 
-    def _restart(self, child: Child) -> None:
+    def _look_after(self, child: Child) -> None:
+        """Starts the child again if it has ended and its pause is over; ends it if it hangs."""
+        assert self._pulse
+        if child.ended() and child.due is None:
+            self._bury(child)
+        elif child.due is not None:
+            if time.monotonic() >= child.due:
+                self._start_again(child)
+        elif self._pulse.hangs(child):
+            self._say(f"{child.name} has not answered for {self._pulse.silence(child):.0f} s; killing it")
+            child.kill_group()  # also where it is stopped: SIGKILL needs no cooperation
+            if child.process:
+                with suppress(subprocess.TimeoutExpired):
+                    child.process.wait(5)
+
+    def _bury(self, child: Child) -> None:
+        """Decides what becomes of a child that has ended."""
+        assert self._pulse
+        code = child.process.returncode if child.process else None
+        child.kill_group()  # what it may have left behind
+        if child.name == "redis":
+            self._set_redis_data_aside(child)
         now = time.monotonic()
-        recent = [death for death in child.deaths if now - death < RESTART_WINDOW_SECONDS]
-        refused = child.restarts == 0 and child.process is not None and child.process.returncode == 2
-        if refused or len(recent) >= RESTARTS:  # 2: it has said what is wrong with its settings
+        pause = child.deaths.pause_after(now, self._pulse.answered(child))
+        refused = code == 2 and not child.deaths.served  # it has said what is wrong with its settings
+        if pause is None or refused:
             self.failed = self._death(child)
             self._say(str(self.failed))
             return
-        child.deaths.append(now)
+        child.due = now + pause
+        ended = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"ended with {code}"
+        self._say(f"{child.name} {ended}; starting it again" + (f" in {pause:.0f} s" if pause >= 1 else ""))
+
+    def _start_again(self, child: Child) -> None:
+        try:
+            child.start()
+        except OSError as error:  # of the machine, not of the child: the supervisor must live
+            child.due = time.monotonic() + REFUSED_SECONDS
+            self._say(f"{child.name} cannot be started: {error}; trying again")
+            return
+        child.due = None
         child.restarts += 1
-        self._say(f"{child.name} ended with {child.process.returncode if child.process else '?'}; starting it again")
-        child.kill_group()  # what it may have left behind
-        child.start()
-        self._write_state()
+        self._state_is_old = True
 
     def _death(self, child: Child) -> PreceptorError:
         code = child.process.returncode if child.process else "?"
@@ -260,13 +324,16 @@ class Stack:
             "up": self._up,
             "owner": identity(os.getpid()),
             "addresses": json.loads(self.addresses.model_dump_json()),
-            "children": [{"name": child.name, **identity(child.pid)} for child in self._children],
+            "children": [
+                {"name": child.name, "address": child.address, **identity(child.pid)} for child in self._children
+            ],
         }
         path = self._home / "stack.json"
         draft = path.with_suffix(".draft")
         draft.touch(mode=0o600)
         draft.write_text(json.dumps(state, indent=1))
         draft.replace(path)
+        self._state_is_old = False
 
     def _end_leftovers(self) -> None:
         """Ends children of an owner that was killed before it could."""
@@ -281,6 +348,8 @@ class Stack:
 
     def _stop(self) -> None:
         self._stopping.set()
+        if self._pulse:
+            self._pulse.stop()
         if self._supervisor.is_alive():
             self._supervisor.join(timeout=5)
         services = [child for child in self._children if child.name != "redis"]
