@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 
 from google.protobuf.message import Message
@@ -13,19 +12,16 @@ from evaluator.broker import Broker
 from evaluator.database import BatchState, State
 from evaluator.dispatch import Dispatcher
 from evaluator.feed import Feed
-from evaluator.graders.grader import Given, grader_label
+from evaluator.graders.grader import grader_label
 from evaluator.graders.rack import WITHOUT_A_JUDGE, Graders
 from evaluator.identity import plan
-from evaluator.request import MAX_NAME_CHARACTERS, MAX_TRIALS, check_name, check_student, read_request
+from evaluator.request import check_student, read_answers, read_request
 from evaluator.sealed import sealed_banks
 from evaluator.store import EvaluationStore, Known, Request, is_final
-from preceptor.convert import question_from_proto
 from preceptor.errors import PreceptorError
+from preceptor.limits import MAX_EVALUATIONS, MAX_NAME_CHARACTERS, check_name, page_size, page_token
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import types_pb2 as types
-
-DEFAULT_PAGE = 100
-MAX_PAGE = 1000
 
 
 class Evaluations:
@@ -85,13 +81,11 @@ class Evaluations:
             raise PreceptorError("INVALID_REQUEST", "is too long", field="owner")
         if message.state not in pb.EvaluationState.values():
             raise PreceptorError("INVALID_REQUEST", "is not a known state", field="state")
-        if message.page_token and not re.fullmatch(r"[0-9]{1,18}", message.page_token):
-            raise PreceptorError("INVALID_REQUEST", "is not a token of this service", field="page_token")
         state = None
         if message.state != pb.EVALUATION_STATE_UNSPECIFIED:
             state = State(pb.EvaluationState.Name(message.state).removeprefix("EVALUATION_STATE_"))
-        size = min(message.page_size or DEFAULT_PAGE, MAX_PAGE)
-        found, last = self._store.page(message.owner, state, int(message.page_token or 0), size)
+        after = page_token(message.page_token)
+        found, last = self._store.page(message.owner, state, after, page_size(message.page_size))
         return found, str(last) if last else ""
 
     def watch(
@@ -102,8 +96,8 @@ class Evaluations:
         ``on_open`` is given a function that ends the waiting; the call's end must lead to it. Raises
         PreceptorError(INVALID_REQUEST, EVALUATION_NOT_FOUND), and SHUTTING_DOWN when the service drains.
         """
-        if not 1 <= len(evaluation_ids) <= MAX_TRIALS:
-            raise PreceptorError("INVALID_REQUEST", f"must be 1..{MAX_TRIALS}", field="evaluation_ids")
+        if not 1 <= len(evaluation_ids) <= MAX_EVALUATIONS:
+            raise PreceptorError("INVALID_REQUEST", f"must be 1..{MAX_EVALUATIONS}", field="evaluation_ids")
         mailbox = self._feed.open(evaluation_ids)
         try:
             on_open(mailbox.close)
@@ -133,14 +127,7 @@ class Evaluations:
         Raises PreceptorError(INVALID_REQUEST, GRADER_UNKNOWN, JUDGE_NOT_SET) and what a judge raises.
         """
         grader = self._graders.named(message.grader)
-        if len(message.questions) != len(message.answers):
-            raise PreceptorError(
-                "INVALID_REQUEST",
-                f"{len(message.answers)} answers to {len(message.questions)} questions",
-                field="answers",
-            )
-        questions = [question_from_proto(question) for question in message.questions]
-        given = [Given(question, answer) for question, answer in zip(questions, message.answers, strict=True)]
+        given = read_answers(message)
         return [verdict.right for verdict in grader.grade(given)], grader_label(grader)
 
     def queue_status(self) -> pb.GetQueueStatusResponse:

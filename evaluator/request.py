@@ -8,32 +8,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evaluator.graders.grader import Grader
+from evaluator.graders.grader import Given, Grader
 from evaluator.graders.grid import GridMatch, read_grid
 from evaluator.graders.rack import WITHOUT_A_JUDGE, Graders
 from evaluator.resolve import resolve_answers, resolve_training, resolve_weights
 from evaluator.reward import Weights
-from preceptor.convert import bank_from_proto, question_from_proto
+from preceptor.convert import bank_from_proto, questions_from_proto
 from preceptor.errors import PreceptorError
+from preceptor.limits import (
+    MAX_ADAPTERS,
+    MAX_DOCUMENTS,
+    MAX_GRADED,
+    MAX_GRADED_CHARACTERS,
+    MAX_LABELS,
+    MAX_NAME_CHARACTERS,
+    MAX_PROBES,
+    MAX_QUESTION_CHARACTERS,
+    MAX_QUESTIONS,
+    MAX_REPLAY_DOCUMENTS,
+    MAX_SAMPLES,
+    MAX_SEEDS,
+    MAX_SELF_EDITS,
+    MAX_SOURCE_CHARACTERS,
+    MAX_TEMPERATURE,
+    MAX_TEXT_CHARACTERS,
+    MAX_TITLE_CHARACTERS,
+    MAX_TRIALS,
+    MIN_TEMPERATURE,
+    check_name,
+)
 from preceptor.names import task_id
 from preceptor.question_faults import answer_fault, question_faults
-from preceptor.tasks import Question
+from preceptor.tasks import Bank, Question
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
-
-# Limits on one request. A group of 1024 self-edits with 64 seeds would be days of work under one id.
-MAX_SELF_EDITS = 1024
-MAX_SEEDS = 64
-MAX_TRIALS = 8192
-MAX_QUESTIONS = 2000
-MAX_PROBES = 10_000
-MAX_DOCUMENTS = 1000
-MAX_REPLAY_DOCUMENTS = 100_000
-MAX_TEXT_CHARACTERS = 1_000_000
-MAX_NAME_CHARACTERS = 256
-MAX_SAMPLES = 64
-MAX_TEMPERATURE = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +86,15 @@ def read_request(message: pb.CreateEvaluationsRequest, graders: Graders = WITHOU
         raise _invalid("protocol.bank", "is not a known bank")
     answers, weights = resolve_answers(protocol.answers), resolve_weights(protocol.weights)
     _check_measured(answers, weights)
-    probes = tuple(question_from_proto(question) for question in protocol.probes)
-    _check_questions("protocol.probes", range(len(probes)), probes, MAX_PROBES, answers)
+    _check_count("protocol.probes", len(protocol.probes), MAX_PROBES)
+    probes = tuple(questions_from_proto(protocol.probes, "protocol.probes"))
+    _check_questions("protocol.probes", range(len(probes)), probes, answers)
     _check_grids("protocol.probes", range(len(probes)), probes, protocol.grader)
     _check_texts("protocol.replay_documents", protocol.replay_documents, MAX_REPLAY_DOCUMENTS)
     edits = len(message.self_edits) + sum(len(group.self_edits) for group in message.more)
     if edits > MAX_SELF_EDITS:
         raise _invalid("self_edits", f"must be 1..{MAX_SELF_EDITS} (given: {edits})")
+    _check_count("more", len(message.more), MAX_SELF_EDITS)
     first = pb.TaskSelfEdits(task=message.task, self_edits=message.self_edits)
     return EvaluationRequest(
         tasks=(
@@ -107,10 +118,9 @@ def _check_measured(answers: trial.AnswerSettings, weights: Weights) -> None:
     place = "protocol.answers"
     if answers.samples > MAX_SAMPLES:
         raise _invalid(f"{place}.samples", f"must be at most {MAX_SAMPLES} (given: {answers.samples})")
-    if answers.temperature and not 0 < answers.temperature <= MAX_TEMPERATURE:
-        raise _invalid(
-            f"{place}.temperature", f"must be above 0 and at most {MAX_TEMPERATURE:g} (given: {answers.temperature})"
-        )
+    if answers.temperature and not MIN_TEMPERATURE <= answers.temperature <= MAX_TEMPERATURE:
+        bounds = f"{MIN_TEMPERATURE:g}..{MAX_TEMPERATURE:g}"
+        raise _invalid(f"{place}.temperature", f"must be above 0, {bounds} (given: {answers.temperature})")
     if answers.logprobs_only:
         for name in ("gain", "retention_loss", "certainty_gain", "agreement_gain"):
             if getattr(weights, name):
@@ -142,9 +152,10 @@ def _read_group(
         raise _invalid(f"{place}task.few_shot", "few-shot tasks are not evaluated yet")
     if not task.HasField("passage"):
         raise _invalid(f"{place}task", "the task has no passage")
+    _check_task(task, f"{place}task")
     name = task.id or task_id(task)
     bank = bank_from_proto(protocol.bank)
-    given = [question_from_proto(question) for question in task.passage.questions]
+    given = questions_from_proto(task.passage.questions, f"{place}task.passage.questions")
     positions = [index for index, question in enumerate(given) if question.bank is bank]
     questions = tuple(given[index] for index in positions)
     if not questions:
@@ -152,8 +163,9 @@ def _read_group(
             f"{place}task.passage.questions",
             f"the task {name} ({task.passage.title!r}) has no questions in the bank {bank}",
         )
+    _check_count(f"{place}task.passage.questions", len(questions), MAX_QUESTIONS)
     needed = _needs_answers(answers, weights)
-    _check_questions(f"{place}task.passage.questions", positions, questions, MAX_QUESTIONS, answers, needed)
+    _check_questions(f"{place}task.passage.questions", positions, questions, answers, needed)
     _check_grids(f"{place}task.passage.questions", positions, questions, protocol.grader)
     for fault in question_faults("", "", questions):
         raise _invalid(f"{place}task.passage.questions[{positions[fault.index]}]", fault.message)
@@ -171,8 +183,40 @@ def _read_group(
     return TaskEdits(name, task.passage.text, tuple(edits), questions)
 
 
+def _check_task(task: types.Task, place: str) -> None:
+    """What is not asked, trained on or graded must still be stored."""
+    if task.id:
+        check_name(f"{place}.id", task.id)
+    _check_length(f"{place}.passage.title", task.passage.title, MAX_TITLE_CHARACTERS)
+    _check_length(f"{place}.passage.text", task.passage.text, MAX_TEXT_CHARACTERS)
+    # Of every bank as many as of the one that is asked.
+    _check_count(f"{place}.passage.questions", len(task.passage.questions), MAX_QUESTIONS * len(Bank))
+    _check_count(f"{place}.labels", len(task.labels), MAX_LABELS)
+
+
+def read_answers(message: pb.GradeAnswersRequest) -> list[Given]:
+    """What is to be graded. Raises PreceptorError(INVALID_REQUEST)."""
+    _check_count("questions", len(message.questions), MAX_GRADED)
+    if len(message.questions) != len(message.answers):
+        raise _invalid("answers", f"{len(message.answers)} answers to {len(message.questions)} questions")
+    characters = sum(map(len, message.answers))
+    if characters > MAX_GRADED_CHARACTERS:
+        raise _invalid("answers", f"have {characters} characters; at most {MAX_GRADED_CHARACTERS} are allowed")
+    for index, answer in enumerate(message.answers):
+        _check_length(f"answers[{index}]", answer, MAX_QUESTION_CHARACTERS)
+    questions = questions_from_proto(message.questions, "questions")
+    return [Given(question, answer) for question, answer in zip(questions, message.answers, strict=True)]
+
+
 def check_student(student: types.PinnedStudent) -> None:
     """A pinned student must be pinned."""
+    for name, most in (
+        ("name", MAX_NAME_CHARACTERS),
+        ("source", MAX_SOURCE_CHARACTERS),
+        ("commit", MAX_NAME_CHARACTERS),
+    ):
+        _check_length(f"student.{name}", getattr(student, name), most)
+    _check_count("student.adapters", len(student.adapters), MAX_ADAPTERS)
     for name in ("source", "commit"):
         if not getattr(student, name):
             raise _invalid(
@@ -181,12 +225,8 @@ def check_student(student: types.PinnedStudent) -> None:
     for index, adapter in enumerate(student.adapters):
         if not adapter.sha256:
             raise _invalid(f"student.adapters[{index}].sha256", "is empty")
-
-
-def check_name(field: str, value: str) -> None:
-    """Ids that a client chooses: not empty, not endless, and nothing that a log or a database could stumble over."""
-    if not 1 <= len(value) <= MAX_NAME_CHARACTERS or not value.isprintable():
-        raise _invalid(field, f"must have 1..{MAX_NAME_CHARACTERS} printable characters")
+        _check_length(f"student.adapters[{index}].sha256", adapter.sha256, MAX_NAME_CHARACTERS)
+        _check_length(f"student.adapters[{index}].uri", adapter.uri, MAX_SOURCE_CHARACTERS)
 
 
 def _read_seeds(seeds: Sequence[int], edits: int) -> tuple[int, ...]:
@@ -203,13 +243,10 @@ def _check_questions(
     place: str,
     positions: Sequence[int],
     questions: Sequence[Question],
-    most: int,
     answers: trial.AnswerSettings,
     answers_needed: bool = True,
 ) -> None:
     """``positions``: where the questions stand in the message."""
-    if len(questions) > most:
-        raise _invalid(place, f"must be at most {most} (given: {len(questions)})")
     for index, question in zip(positions, questions, strict=True):
         if not question.text.strip() or (not question.answer.strip() and (answers_needed or question.answer)):
             raise _invalid(f"{place}[{index}]", f"question {index} has no text or no answer: {question.text[:80]!r}")
@@ -226,13 +263,22 @@ def _check_grids(place: str, positions: Sequence[int], questions: Sequence[Quest
 
 
 def _check_texts(place: str, texts: Sequence[str], most: int) -> None:
-    if len(texts) > most:
-        raise _invalid(place, f"must be at most {most} (given: {len(texts)})")
+    _check_count(place, len(texts), most)
     for index, text in enumerate(texts):
         if not text.strip():
             raise _invalid(f"{place}[{index}]", "is empty")
     if sum(map(len, texts)) > MAX_TEXT_CHARACTERS:
         raise _invalid(place, f"has more than {MAX_TEXT_CHARACTERS} characters")
+
+
+def _check_count(place: str, count: int, most: int) -> None:
+    if count > most:
+        raise _invalid(place, f"must be at most {most} (given: {count})")
+
+
+def _check_length(place: str, text: str, most: int) -> None:
+    if len(text) > most:
+        raise _invalid(place, f"has {len(text)} characters; at most {most} are allowed")
 
 
 def _invalid(place: str, problem: str) -> PreceptorError:

@@ -12,6 +12,18 @@ from typing import get_args
 
 from evaluator.reward import Weights
 from preceptor.errors import PreceptorError
+from preceptor.limits import (
+    MAX_ALPHA,
+    MAX_BATCH_SIZE,
+    MAX_EPOCHS,
+    MAX_NAME_CHARACTERS,
+    MAX_NEW_TOKENS,
+    MAX_QUESTION_CHARACTERS,
+    MAX_RANK,
+    MAX_REPLAY_SHARE,
+    MAX_TARGET_MODULES,
+    MAX_WEIGHT,
+)
 from preceptor.tasks import Schedule
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import trial_pb2 as trial
@@ -19,14 +31,6 @@ from preceptor.v1 import types_pb2 as types
 
 # All linear layers of a Llama-, Qwen- or Mistral-shaped block; sorted, as the names a protocol gives are.
 ALL_LINEAR = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
-# Far above any sensible use; below what would keep a worker busy for days.
-MAX_RANK = 1024
-MAX_EPOCHS = 1024
-MAX_BATCH_SIZE = 4096
-MAX_NEW_TOKENS = 4096
-MAX_REPLAY_SHARE = 0.9
-# Sums of weighted terms stay finite.
-MAX_WEIGHT = 1e6
 
 
 def resolve_training(given: trial.TrainingSettings, directive: types.Directive, place: str) -> trial.TrainingSettings:
@@ -84,6 +88,8 @@ def resolve_answers(given: trial.AnswerSettings) -> trial.AnswerSettings:
     if given.samples:
         answers.temperature = given.temperature or 1.0
     _check("{question}" in answers.prompt, "protocol.answers.prompt", "needs {question}", answers.prompt)
+    size, demand = len(answers.prompt), f"must have at most {MAX_QUESTION_CHARACTERS} characters"
+    _check(size <= MAX_QUESTION_CHARACTERS, "protocol.answers.prompt", demand, size)
     _check(
         answers.max_new_tokens <= MAX_NEW_TOKENS,
         "protocol.answers.max_new_tokens",
@@ -113,7 +119,15 @@ def _check_training(settings: trial.TrainingSettings, place: str) -> None:
     mask = settings.loss_mask
     _check(mask in types.LossMask.values(), f"{place}.loss_mask", "is not a known mask", mask)
     _check(settings.rank <= MAX_RANK, f"{place}.rank", f"must be 1..{MAX_RANK}", settings.rank)
-    _check(0 < settings.alpha < math.inf, f"{place}.alpha", "must be above 0", settings.alpha)
+    alpha = settings.alpha
+    _check(0 < alpha <= MAX_ALPHA, f"{place}.alpha", f"must be above 0 and at most {MAX_ALPHA:g}", alpha)
+    names = settings.target_modules
+    demand = f"must be 1..{MAX_TARGET_MODULES} names of 1..{MAX_NAME_CHARACTERS} printable characters"
+    usable = all(1 <= len(name) <= MAX_NAME_CHARACTERS and name.isprintable() for name in names)
+    _check(len(names) <= MAX_TARGET_MODULES and usable, f"{place}.target_modules", demand, len(names))
+    marker = len(settings.loss_marker)
+    demand = f"must have at most {MAX_NAME_CHARACTERS} characters"
+    _check(marker <= MAX_NAME_CHARACTERS, f"{place}.loss_marker", demand, marker)
     size = settings.batch_size
     _check(size <= MAX_BATCH_SIZE, f"{place}.batch_size", f"must be 1..{MAX_BATCH_SIZE}", size)
     warmup = settings.warmup_share

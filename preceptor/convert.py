@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from preceptor.errors import PreceptorError
+from preceptor.limits import MAX_ALIASES, MAX_QUESTION_CHARACTERS
 from preceptor.names import task_id
 from preceptor.tasks import Bank, Directive, FewShotTask, Grid, GridPair, LossMask, Passage, Question, SelfEdit, Task
 from preceptor.v1 import types_pb2 as types
@@ -25,8 +29,10 @@ def bank_to_proto(bank: Bank) -> types.QuestionBank.ValueType:
     return _BANKS[bank]
 
 
-def bank_from_proto(bank: types.QuestionBank.ValueType) -> Bank:
-    """The bank of a wire value; unspecified means reward."""
+def bank_from_proto(bank: types.QuestionBank.ValueType, place: str = "bank") -> Bank:
+    """The bank of a wire value; unspecified means reward. Raises PreceptorError(INVALID_REQUEST)."""
+    if bank not in _BANK_OF:
+        raise PreceptorError("INVALID_REQUEST", f"{place} {bank} is not a known bank", field=place)
     return _BANK_OF[bank]
 
 
@@ -51,9 +57,25 @@ def question_to_proto(question: Question) -> types.Question:
     )
 
 
-def question_from_proto(message: types.Question) -> Question:
-    """A question from a message."""
-    return Question(message.text, message.answer, _BANK_OF[message.bank], tuple(message.aliases), message.written)
+def question_from_proto(message: types.Question, place: str = "question") -> Question:
+    """A question from a message; ``place`` names it in errors.
+
+    Raises PreceptorError(INVALID_REQUEST) for a bank that is not known, and for what is too long or too much.
+    """
+    bank = bank_from_proto(message.bank, f"{place}.bank")
+    if len(message.aliases) > MAX_ALIASES:
+        problem = f"must be at most {MAX_ALIASES} (given: {len(message.aliases)})"
+        raise PreceptorError("INVALID_REQUEST", f"{place}.aliases {problem}", field=f"{place}.aliases")
+    for text in (message.text, message.answer, *message.aliases):
+        if len(text) > MAX_QUESTION_CHARACTERS:
+            problem = f"has a text of {len(text)} characters; at most {MAX_QUESTION_CHARACTERS} are allowed"
+            raise PreceptorError("INVALID_REQUEST", f"{place} {problem}", field=place)
+    return Question(message.text, message.answer, bank, tuple(message.aliases), message.written)
+
+
+def questions_from_proto(messages: Iterable[types.Question], place: str) -> list[Question]:
+    """Questions from the messages at a place. Raises PreceptorError(INVALID_REQUEST) naming it."""
+    return [question_from_proto(message, f"{place}[{index}]") for index, message in enumerate(messages)]
 
 
 def directive_to_proto(directive: Directive) -> types.Directive:

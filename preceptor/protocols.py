@@ -10,14 +10,12 @@ from collections.abc import Sequence
 
 from preceptor.config import RunConfig, TrainingConfig
 from preceptor.convert import mask_to_proto
+from preceptor.limits import MAX_EPOCHS
 from preceptor.names import derived_seed
 from preceptor.tasks import LossMask
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
-
-# The most that a directive may ask for.
-MAX_EPOCHS = 1024
 
 
 def evaluation_protocol(
