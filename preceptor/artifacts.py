@@ -7,6 +7,7 @@ Only ``file://`` is served today: a folder that all services share. A folder's h
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import uuid
 from collections.abc import Callable
@@ -14,7 +15,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from preceptor.errors import PreceptorError
+from preceptor.storage import storage_error
 from preceptor.v1 import types_pb2 as types
+
+# How the names begin of what is being written, and of what was damaged and is being replaced.
+_LEFTOVERS = (".draft-", ".damaged-")
 
 
 def file_sha256(path: Path) -> str:
@@ -33,6 +38,25 @@ def folder_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def _sync(folder: Path) -> None:
+    """Has all of a folder written to the disk: after a power cut a file may otherwise have its name and no content."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            _sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 class ArtifactStore:
     """Folders of files under one root, each written whole or not at all."""
 
@@ -40,21 +64,38 @@ class ArtifactStore:
         self._root = root
 
     def write_folder(self, name: str, write: Callable[[Path], None]) -> types.Artifact:
-        """Calls ``write`` on an empty folder, then publishes the folder as ``name`` (an id; the same name means the
-        same content, so an existing one is kept)."""
+        """Calls ``write`` on an empty folder, then publishes the folder as ``name``. It is on the disk, not only on its
+        way there, before it has its name.
+
+        A name stands for one content: a folder of this name is kept if it is the same, and gives way if it is not, for
+        then it is damaged. Raises DISK_FULL, DATABASE_UNREACHABLE (the disk cannot be written).
+        """
         final = self._root / name
-        if not final.exists():
-            draft = self._root / f".draft-{name}-{uuid.uuid4().hex}"
+        draft, damaged = (self._root / f"{kind}{name}-{uuid.uuid4().hex}" for kind in _LEFTOVERS)
+        try:
             draft.mkdir(parents=True)
-            try:
-                write(draft)
+            write(draft)
+            _sync(draft)
+            sha256 = folder_sha256(draft)
+            if final.exists() and folder_sha256(final) != sha256:
+                final.replace(damaged)
+            if not final.exists():
                 draft.replace(final)
-            except OSError:
-                if not final.exists():  # else another process published the same content first
-                    raise
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
-        return types.Artifact(uri=final.resolve().as_uri(), sha256=folder_sha256(final))
+                _sync_folder(self._root)
+        except Exception as error:
+            if (known := storage_error(error, final)) is not None:
+                raise known from error
+            raise
+        finally:
+            for folder in (draft, damaged):
+                shutil.rmtree(folder, ignore_errors=True)
+        return types.Artifact(uri=final.resolve().as_uri(), sha256=sha256)
+
+    def remove_leftovers(self) -> None:
+        """Removes what a process left that was killed while it wrote. To be called while nobody writes."""
+        for kind in _LEFTOVERS:
+            for folder in self._root.glob(f"{kind}*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     @staticmethod
     def local_path(artifact: types.Artifact) -> Path:

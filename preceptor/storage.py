@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import sqlite3
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -74,13 +73,13 @@ def free_bytes(path: Path) -> tuple[int, int]:
 
 def when_there_is_room(
     action: Callable[[], Result],
-    stopping: threading.Event,
+    pause: Callable[[float], object],
     waits: Callable[[PreceptorError], None] = lambda _error: None,
 ) -> Result:
-    """What ``action`` returns; where the disk refuses it, it is done again every few seconds.
+    """What ``action`` returns; where a disk refuses it, it is done again every few seconds.
 
-    ``waits`` is told each time. Raises SHUTTING_DOWN when ``stopping`` is set meanwhile, and all else that the action
-    raises.
+    ``waits`` is told each time, then ``pause`` waits so many seconds, and ends the waiting by raising something.
+    Raises all else that the action raises.
     """
     while True:
         try:
@@ -91,8 +90,7 @@ def when_there_is_room(
                 raise
         log.warning("waiting for the disk: %s", reason)
         waits(reason)
-        if stopping.wait(ROOM_SECONDS):
-            raise PreceptorError("SHUTTING_DOWN", f"going down while waiting for the disk: {reason}")
+        pause(ROOM_SECONDS)
 
 
 def _of_sqlite(error: sqlite3.Error, place: Path | None) -> PreceptorError | None:

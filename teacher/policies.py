@@ -1,7 +1,8 @@
 """The teacher's policies: starts updates, trains them one after the other in the background, tells who watches.
 
-Promises: an accepted update ends READY or FAILED, whatever dies meanwhile; it never runs beside the writing of
-self-edits (both would want the device's memory); the parent is never changed.
+Promises: an accepted update ends READY or FAILED, whatever dies meanwhile, and without room on the disk it waits for
+some; it never runs beside the writing of self-edits (both would want the device's memory); the parent is never changed;
+a policy whose files are damaged is trained again from what is stored of it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 from preceptor.artifacts import ArtifactStore
 from preceptor.errors import PreceptorError
+from preceptor.storage import when_there_is_room
 from preceptor.v1 import types_pb2 as types
 from teacher.model import TeacherBase, save_adapter
 from teacher.policy_store import Policy, PolicyState, PolicyStore
@@ -26,6 +29,10 @@ from teacher.update import Example, fine_tune
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
+# What ``adapter_folder`` says of files that are not what they were.
+DAMAGED = frozenset({"ARTIFACT_CORRUPT", "ARTIFACT_NOT_FOUND"})
 # How often a watch looks whether its client is still there.
 _WATCH_POLL_SECONDS = 0.5
 
@@ -40,6 +47,7 @@ class Policies:
         self._device = device
         self._waiting: queue.Queue[str] = queue.Queue()
         self._steps: dict[str, int] = {}  # of the policy in training
+        self._hindrance: dict[str, PreceptorError] = {}  # what it waits for, where it waits
         self._changed = threading.Condition()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._train_all, name="policy-training", daemon=True)
@@ -71,6 +79,8 @@ class Policies:
         policy = self._store.get(policy_id)
         if policy.state is PolicyState.TRAINING:
             policy = replace(policy, steps=self._steps.get(policy.id, 0))
+            if (hindrance := self._hindrance.get(policy.id)) is not None:
+                policy = replace(policy, failure_reason=hindrance.reason, failure_message=str(hindrance))
         return policy
 
     def ready(self, policy_id: str = "") -> Policy:
@@ -99,7 +109,9 @@ class Policies:
             return known
         for example in update.examples:
             prompt_format(example.prompt_format)
-        parent = self.ready(update.parent_id)
+        parent = self.get(update.parent_id)
+        if not parent.is_restored:  # else it will be whole before it is trained on
+            parent = self.ready(parent.id)
         update = replace(update, parent_id=parent.id)
         kept = update.kept()
         policy = Policy(
@@ -157,6 +169,32 @@ class Policies:
             return None
         return self._artifacts.local_path(types.Artifact(uri=policy.adapter_uri, sha256=policy.adapter_sha256))
 
+    def restored(self, policy_id: str, stopped: Callable[[], bool]) -> Policy:
+        """A policy that can write, the active one if no id is given; one that is being trained again is waited for.
+
+        Raises POLICY_NOT_FOUND, POLICY_NOT_READY, CANCELLED when ``stopped`` says so, SHUTTING_DOWN.
+        """
+        policy = self.get(policy_id)
+        if policy.is_restored:
+            for _ in self.watch(policy.id, stopped):
+                pass
+            if stopped():
+                raise PreceptorError("CANCELLED", "the client went away while a damaged policy was trained again")
+        return self.ready(policy.id)
+
+    def restore(self, policy_id: str) -> None:
+        """Has a policy trained again whose files are damaged: its stored update gives the same weights."""
+        if self._start_again(policy_id):
+            self._waiting.put(policy_id)
+            self._tell()
+
+    def _start_again(self, policy_id: str) -> bool:
+        _, update = self._read(policy_id)
+        started = self._store.start_again(policy_id, replace(update, activate=False).to_bytes())
+        if started:
+            log.error("the files of policy %s are damaged or gone; it is trained again", policy_id)
+        return started
+
     def _tell(self) -> None:
         with self._changed:
             self._changed.notify_all()
@@ -167,25 +205,26 @@ class Policies:
                 policy_id = self._waiting.get(timeout=0.2)
             except queue.Empty:
                 continue
-            self._train_one(policy_id)
+            try:
+                self._train_one(policy_id)
+            except Exception:  # the thread must live on for the next update; this one begins again at the next start
+                log.exception("the update to %s could not be brought to an end", policy_id)
 
     def _train_one(self, policy_id: str) -> None:
-        """Trains, and writes how it ended. Every failure becomes a FAILED policy, which a new request can retry."""
+        """Trains, and writes how it ended. Every failure becomes a FAILED policy, which a new request can retry; where
+        the service goes down meanwhile, it stays TRAINING in the store."""
         began = time.monotonic()
-        policy = self._store.get(policy_id)
-        update = Update.from_bytes(self._store.update_of(policy_id))
         try:
-            ended = self._train(policy, update)
+            policy, update = self._patiently(policy_id, lambda: self._read(policy_id))
+            if policy.state is not PolicyState.TRAINING:
+                return  # it was trained again already, for the sake of a child
+            ended = self._outcome(policy, update)
+            ended = replace(ended, seconds=time.monotonic() - began)
+            ended = self._patiently(policy_id, lambda: self._finish(ended))
         except PreceptorError as error:
             if error.reason == "SHUTTING_DOWN":
-                return  # stays TRAINING in the store
-            ended = _failed(policy, error)
-        except Exception as error:  # the thread must live on for the next update
-            log.exception("the update to %s failed", policy_id)
-            ended = _failed(policy, PreceptorError("UPDATE_FAILED", f"{type(error).__name__}: {error}"))
-        # Asked again: an activation may have been wished for meanwhile.
-        wished = Update.from_bytes(self._store.update_of(policy_id)).activate
-        ended = self._store.finish(replace(ended, seconds=time.monotonic() - began), activate=wished)
+                return
+            raise
         self._steps.pop(policy_id, None)
         self._tell()
         log.info(
@@ -194,8 +233,28 @@ class Policies:
             *(ended.first_loss, ended.final_loss, ended.seconds),
         )
 
+    def _read(self, policy_id: str) -> tuple[Policy, Update]:
+        return self._store.get(policy_id), Update.from_bytes(self._store.update_of(policy_id))
+
+    def _finish(self, ended: Policy) -> Policy:
+        # Asked again: an activation may have been wished for meanwhile.
+        _, update = self._read(ended.id)
+        return self._store.finish(ended, activate=update.activate)
+
+    def _outcome(self, policy: Policy, update: Update) -> Policy:
+        """The policy as its training leaves it, READY or FAILED. Raises SHUTTING_DOWN."""
+        try:
+            return self._train(policy, update)
+        except PreceptorError as error:
+            if error.reason == "SHUTTING_DOWN":
+                raise
+            return _failed(policy, error)
+        except Exception as error:  # a bug: it must end in the policy's state, not only in this thread
+            log.exception("the update to %s failed", policy.id)
+            return _failed(policy, PreceptorError("UPDATE_FAILED", f"{type(error).__name__}: {error}"))
+
     def _train(self, policy: Policy, update: Update) -> Policy:
-        parent = self.ready(update.parent_id)
+        parent, folder = self._whole(update.parent_id)
         kept = update.kept()
         if not kept:  # nothing to learn from: the new policy is the parent under another id
             return replace(
@@ -212,7 +271,6 @@ class Policies:
             self._tell()
 
         with self._device:
-            folder = self.adapter_folder(parent)
             if folder is None:
                 model = self._base.new_adapter(settings.rank, settings.alpha, update.seed)
             else:
@@ -220,9 +278,13 @@ class Policies:
             trained = fine_tune(
                 model, examples, settings.tuning, update.seed, on_step=on_step, stopped=self._stopping.is_set
             )
-            artifact = self._artifacts.write_folder(
+        # Not under the device's lock: others can write self-edits while this waits for room.
+        artifact = self._patiently(
+            policy.id,
+            lambda: self._artifacts.write_folder(
                 policy.id, lambda draft: save_adapter(model, draft, self._base.source)
-            )
+            ),
+        )
         return replace(
             policy,
             state=PolicyState.READY,
@@ -232,6 +294,40 @@ class Policies:
             final_loss=trained.final_loss,
             steps=trained.steps,
         )
+
+    def _whole(self, policy_id: str) -> tuple[Policy, Path | None]:
+        """A policy to train on and its adapter's folder; where that is damaged, it is trained again first."""
+        policy = self.get(policy_id)
+        if policy.state is PolicyState.READY:
+            try:
+                return self.ready(policy_id), self.adapter_folder(policy)
+            except PreceptorError as error:
+                if error.reason not in DAMAGED:
+                    raise
+            self._patiently(policy_id, lambda: self._start_again(policy_id))
+        if self.get(policy_id).is_restored:
+            self._train_one(policy_id)
+            if self.stopping:
+                raise PreceptorError("SHUTTING_DOWN", "the service is going down")
+        policy = self.ready(policy_id)
+        return policy, self.adapter_folder(policy)
+
+    def _patiently(self, policy_id: str, action: Callable[[], Result]) -> Result:
+        """Does it, and again while there is no room on the disk; watchers are told. Raises SHUTTING_DOWN."""
+
+        def waits(hindrance: PreceptorError) -> None:
+            self._hindrance[policy_id] = hindrance
+            self._tell()
+
+        try:
+            return when_there_is_room(action, self._pause, waits)
+        finally:
+            if self._hindrance.pop(policy_id, None) is not None:
+                self._tell()
+
+    def _pause(self, seconds: float) -> None:
+        if self._stopping.wait(seconds):
+            raise PreceptorError("SHUTTING_DOWN", "the service is going down")
 
     def _example(self, example: Rewarded) -> Example:
         prompt = prompt_format(example.prompt_format).render(example.title, example.text)

@@ -110,6 +110,11 @@ class Policy:
     failure_message: str = ""
     active: bool = False
 
+    @property
+    def is_restored(self) -> bool:
+        """Whether it was READY and is trained again, since its files were damaged."""
+        return self.state is PolicyState.TRAINING and bool(self.adapter_sha256)
+
 
 class PolicyStore:
     """The teacher's durable state. Raises PreceptorError as named at each method."""
@@ -193,6 +198,17 @@ class PolicyStore:
             self._set_active(db, policy.id)
             self._remember(db, request_id, body, policy.id)
             return replace(policy, active=True)
+
+    def start_again(self, policy_id: str, update: bytes) -> bool:
+        """A READY policy is to be trained again, since its files are damaged; whether it is this call that says so.
+
+        Raises POLICY_NOT_FOUND.
+        """
+        with self._begin() as db:
+            if self._policy(db, policy_id).state is not PolicyState.READY:
+                return False
+            self._change(db, policy_id, state="training", request=update)
+            return True
 
     def unfinished(self) -> list[str]:
         """Ids of the policies left in TRAINING, oldest first."""

@@ -28,7 +28,9 @@ class Teacher:
     def __init__(self, base: TeacherBase, settings: TeacherSettings) -> None:
         device = threading.Lock()
         self.store = PolicyStore(settings.database("teacher"))
-        self.policies = Policies(base, self.store, ArtifactStore(settings.artifacts / "policies"), device)
+        artifacts = ArtifactStore(settings.artifacts / "policies")
+        artifacts.remove_leftovers()
+        self.policies = Policies(base, self.store, artifacts, device)
         self.writer = Writer(
             base,
             self.policies,

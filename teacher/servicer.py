@@ -238,7 +238,7 @@ def _policy(policy: Policy) -> pb.Policy:
     if policy.adapter_uri:
         message.adapter.uri = policy.adapter_uri
         message.adapter.sha256 = policy.adapter_sha256
-    if policy.state is PolicyState.FAILED:
+    if policy.failure_reason:  # of one that FAILED; or what keeps one waiting that is in TRAINING
         message.failure.reason = policy.failure_reason
         message.failure.message = policy.failure_message
         message.failure.attempts = 1

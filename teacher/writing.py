@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -20,10 +20,11 @@ import torch
 from preceptor.completions import Limits, MalformedSelfEdit, parse
 from preceptor.errors import PreceptorError
 from preceptor.names import canonical_json, content_id
+from preceptor.storage import when_there_is_room
 from teacher.decoding import Decoder
 from teacher.model import PolicyModels, TeacherBase
-from teacher.policies import Policies
-from teacher.policy_store import PolicyStore
+from teacher.policies import DAMAGED, Policies
+from teacher.policy_store import Policy, PolicyStore
 from teacher.prompts import PromptFormat, prompt_format
 from teacher.sampling import Completion, SamplingSettings, sample, uniforms
 
@@ -102,7 +103,7 @@ class Writer:
         Raises PreceptorError: POLICY_NOT_FOUND, POLICY_NOT_READY, UNKNOWN_PROMPT_FORMAT, PASSAGE_TOO_LONG, and
         CANCELLED when ``stopped`` says so.
         """
-        policy = self._policies.ready(request.policy_id)
+        policy = self._policies.restored(request.policy_id, stopped)
         form = prompt_format(request.prompt_format)
         prompts = [self._prompt(form, task, request.sampling.max_new_tokens) for task in request.tasks]
         for batch in batches(len(prompts), request.samples, self._rows):
@@ -111,16 +112,47 @@ class Writer:
             keys = [_key(request, policy.id, form, task) for task in tasks]
             known = self._store.written(keys)
             if len(known) < len(set(keys)):
-                with _hold(self._device, stopped):
-                    model = self._models.get(policy.adapter_sha256, lambda: self._policies.adapter_folder(policy))
-                    decoder = self._base.decoder(model)
-                    groups = self._batch(decoder, request, tasks, prompts[batch], stopped)
+                groups = self._groups(policy, request, tasks, prompts[batch], stopped)
                 made = {key: _to_bytes(group) for key, group in zip(keys, groups, strict=True)}
-                self._store.keep_written(made)
+                self._keep(made, stopped)
                 known = made | known
             seconds = (time.monotonic() - began) / len(tasks)
             for key, task in zip(keys, tasks, strict=True):
                 yield WrittenGroup(task.id, policy.id, _from_bytes(known[key]), seconds)
+
+    def _keep(self, made: Mapping[str, bytes], stopped: Callable[[], bool]) -> None:
+        """Stores groups before anybody sees them; waits for room on the disk rather than writing them twice."""
+        when_there_is_room(lambda: self._store.keep_written(made), lambda seconds: _pause(seconds, stopped))
+
+    def _groups(
+        self,
+        policy: Policy,
+        request: WritingRequest,
+        tasks: Sequence[TaskText],
+        prompts: Sequence[list[int]],
+        stopped: Callable[[], bool],
+    ) -> list[tuple[Written, ...]]:
+        """The completions of a batch; a policy whose files turn out to be damaged is restored first."""
+        try:
+            return self._groups_of(policy, request, tasks, prompts, stopped)
+        except PreceptorError as error:
+            if error.reason not in DAMAGED:
+                raise
+        self._policies.restore(policy.id)
+        policy = self._policies.restored(policy.id, stopped)
+        return self._groups_of(policy, request, tasks, prompts, stopped)
+
+    def _groups_of(
+        self,
+        policy: Policy,
+        request: WritingRequest,
+        tasks: Sequence[TaskText],
+        prompts: Sequence[list[int]],
+        stopped: Callable[[], bool],
+    ) -> list[tuple[Written, ...]]:
+        with _hold(self._device, stopped):
+            model = self._models.get(policy.adapter_sha256, lambda: self._policies.adapter_folder(policy))
+            return self._batch(self._base.decoder(model), request, tasks, prompts, stopped)
 
     def _prompt(self, form: PromptFormat, task: TaskText, max_new_tokens: int) -> list[int]:
         ids = self._base.prompt_ids(form.render(task.title, task.text))
@@ -229,3 +261,12 @@ def _hold(lock: threading.Lock, stopped: Callable[[], bool]) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _pause(seconds: float, stopped: Callable[[], bool]) -> None:
+    """Waits so long, while somebody wants the result."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if stopped():
+            raise PreceptorError("CANCELLED", "the client went away while the teacher waited for the disk")
+        time.sleep(0.1)

@@ -4,6 +4,7 @@ import pytest
 
 from preceptor.artifacts import ArtifactStore, folder_sha256
 from preceptor.errors import PreceptorError
+from tests.small_disk import small_disk
 
 
 def _write(folder: Path) -> None:
@@ -51,3 +52,38 @@ def test_a_folder_hash_depends_on_names_and_contents_but_not_on_place_or_hidden_
     assert folder_sha256(one) == folder_sha256(two)
     (two / "a.txt").rename(two / "c.txt")
     assert folder_sha256(one) != folder_sha256(two)
+
+
+def test_a_damaged_folder_gives_way_to_a_whole_one_and_a_whole_one_is_kept(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    artifact = store.write_folder("x", _write)
+    kept = (tmp_path / "x").stat().st_ino
+    assert store.write_folder("x", _write) == artifact
+    assert (tmp_path / "x").stat().st_ino == kept
+    (tmp_path / "x" / "a.txt").write_text("")  # as a power cut may leave it
+    assert store.write_folder("x", _write) == artifact
+    assert store.local_path(artifact).is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    store.write_folder("x", _write)
+    for name in (".draft-y-1", ".damaged-x-1"):
+        (tmp_path / name).mkdir()
+        _write(tmp_path / name)
+    store.remove_leftovers()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_without_room_nothing_is_published_and_with_room_it_is(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1) as disk:
+        store = ArtifactStore(disk.path / "store")
+        disk.fill()
+        with pytest.raises(PreceptorError) as full:
+            store.write_folder("x", _write)
+        assert full.value.reason == "DISK_FULL"
+        disk.free()
+        artifact = store.write_folder("x", _write)
+        assert store.local_path(artifact).is_dir()
+        assert [path.name for path in (disk.path / "store").iterdir()] == ["x"]

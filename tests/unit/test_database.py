@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from preceptor.database import DatabaseError, open_database, own_database
 from preceptor.errors import PreceptorError
-from preceptor.storage import free_bytes, mount_of, storage_error, when_there_is_room
+from preceptor.storage import ROOM_SECONDS, free_bytes, mount_of, storage_error, when_there_is_room
 from tests.small_disk import small_disk
 
 TABLES = MetaData()
@@ -104,9 +104,8 @@ def test_a_library_that_only_says_the_number_is_understood(tmp_path: Path) -> No
         assert free_bytes(disk.path / "not" / "there") == (0, 2**20)
 
 
-def test_who_waits_for_room_goes_on_when_there_is_some_and_ends_when_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("preceptor.storage.ROOM_SECONDS", 0.01)
-    tries, heard = [], []
+def test_who_waits_for_room_goes_on_when_there_is_some_and_ends_when_asked_to() -> None:
+    tries, heard, waited = [], [], []
 
     def third_time() -> str:
         tries.append(1)
@@ -114,16 +113,18 @@ def test_who_waits_for_room_goes_on_when_there_is_some_and_ends_when_asked_to(mo
             raise OSError(errno.ENOSPC, "full", "/data/x")
         return "done"
 
-    assert when_there_is_room(third_time, threading.Event(), heard.append) == "done"
+    assert when_there_is_room(third_time, waited.append, heard.append) == "done"
     assert [error.reason for error in heard] == ["DISK_FULL", "DISK_FULL"]
-    stopping = threading.Event()
-    stopping.set()
+    assert waited == [ROOM_SECONDS, ROOM_SECONDS]
+
+    def end(_seconds: float) -> None:
+        raise KeyboardInterrupt
+
     tries.clear()
-    with pytest.raises(PreceptorError, match="while waiting for the disk") as ended:
-        when_there_is_room(third_time, stopping)
-    assert ended.value.reason == "SHUTTING_DOWN"
+    with pytest.raises(KeyboardInterrupt):
+        when_there_is_room(third_time, end)
     with pytest.raises(ZeroDivisionError):
-        when_there_is_room(lambda: 1 // 0, stopping)
+        when_there_is_room(lambda: 1 // 0, end)
 
 
 HOLD = """
