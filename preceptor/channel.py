@@ -4,35 +4,47 @@
     policy = call(teacher.GetPolicy, GetPolicyRequest()).policy
     for response in stream(teacher.GenerateSelfEdits, request, deadline=600): ...
 
-Every call has a deadline. A unary call is sent again while the service is unreachable and time is left: reads are
-harmless and every mutating request carries a ``request_id``. Streams are not resent here; who opens one knows what
-to ask for next.
+Every call has a deadline and carries the house's token and this side's version. A unary call is sent again while the
+service cannot take it and time is left: reads are harmless and every mutating request carries a ``request_id``. Streams
+are not resent here; who opens one knows what to ask for next.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
+from preceptor import versions
 from preceptor.errors import CATALOGUE, DOMAIN, PreceptorError
-from preceptor.server import MAX_MESSAGE_BYTES
+from preceptor.security import Security, house_security
+from preceptor.server import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, MAX_MESSAGE_BYTES, MAX_METADATA_BYTES
 
 # A unary call answers from memory or SQL; what takes longer is a resource with a state.
 DEFAULT_DEADLINE_SECONDS = 60.0
+# What passes by itself, and says that nothing was done or that doing it again is harmless (``request_id``). Not
+# DISK_FULL: somebody has to make room, and one more try may copy a model onto the full disk. Least of all what only
+# other settings can mend.
+RETRIED = frozenset({"SERVICE_UNREACHABLE", "SHUTTING_DOWN", "SERVICE_BUSY", "QUEUE_FULL"})
+RETRY_SECONDS, MAX_RETRY_SECONDS = 0.2, 2.0
 
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
@@ -54,9 +66,75 @@ def connect(address: str, stub: type[Stub]) -> Stub:
     return stub(open_channel(address))  # type: ignore[call-arg]
 
 
-def open_channel(address: str) -> grpc.Channel:
-    """A channel with the house's options."""
-    return grpc.insecure_channel(address, options=_OPTIONS)
+def open_channel(address: str, security: Security | None = None) -> grpc.Channel:
+    """A channel with the house's options. ``security``: what the environment of this process says unless given.
+
+    Raises PreceptorError (UNAUTHENTICATED, TLS_FAILED) where the token or the certificates cannot be read.
+    """
+    return _Channel(address, house_security() if security is None else security)
+
+
+class _Channel(grpc.Channel):
+    """A channel whose calls carry the token and the version, and which can say why it does not connect.
+
+    gRPC's own call credentials refuse to travel in plaintext, and its interceptors double the cost of a call.
+    """
+
+    def __init__(self, address: str, security: Security) -> None:
+        self.address = address
+        self.security = security
+        self._plain: Any = (
+            grpc.secure_channel(address, security.tls.channel_credentials(), options=_OPTIONS)
+            if security.tls
+            else grpc.insecure_channel(address, options=_OPTIONS)
+        )
+        self.metadata: tuple[tuple[str, str], ...] = versions.METADATA
+        if security.token:
+            self.metadata += (("authorization", security.authorization),)
+
+    def unary_unary(self, *arguments: Any, **options: Any) -> Any:
+        return _Method(self, self._plain.unary_unary(*arguments, **options))
+
+    def unary_stream(self, *arguments: Any, **options: Any) -> Any:
+        return _Method(self, self._plain.unary_stream(*arguments, **options))
+
+    def stream_unary(self, *arguments: Any, **options: Any) -> Any:
+        return _Method(self, self._plain.stream_unary(*arguments, **options))
+
+    def stream_stream(self, *arguments: Any, **options: Any) -> Any:
+        return _Method(self, self._plain.stream_stream(*arguments, **options))
+
+    def subscribe(self, callback: Callable[[grpc.ChannelConnectivity], None], try_to_connect: bool = False) -> None:
+        self._plain.subscribe(callback, try_to_connect)
+
+    def unsubscribe(self, callback: Callable[[grpc.ChannelConnectivity], None]) -> None:
+        self._plain.unsubscribe(callback)
+
+    def close(self) -> None:
+        self._plain.close()
+
+    def __enter__(self) -> _Channel:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+class _Method:
+    """A method of any kind, called with the channel's metadata beside those of the caller."""
+
+    def __init__(self, channel: _Channel, plain: Any) -> None:
+        self.channel = channel
+        self._plain = plain
+
+    def __call__(self, request: Any, timeout: float | None = None, metadata: Any = (), **options: Any) -> Any:
+        return self._plain(request, timeout, (*self.channel.metadata, *(metadata or ())), **options)
+
+    def with_call(self, request: Any, timeout: float | None = None, metadata: Any = (), **options: Any) -> Any:
+        return self._plain.with_call(request, timeout, (*self.channel.metadata, *(metadata or ())), **options)
+
+    def future(self, request: Any, timeout: float | None = None, metadata: Any = (), **options: Any) -> Any:
+        return self._plain.future(request, timeout, (*self.channel.metadata, *(metadata or ())), **options)
 
 
 def new_request_id() -> str:
@@ -70,18 +148,20 @@ def call(
     *,
     deadline: float = DEFAULT_DEADLINE_SECONDS,
 ) -> Response:
-    """Calls a unary method; ``deadline`` in seconds covers all tries. Raises the server's PreceptorError, or
-    SERVICE_UNREACHABLE, DEADLINE_EXCEEDED."""
+    """Calls a unary method; ``deadline`` in seconds covers all tries, which go on while the error is one of
+    ``RETRIED``. Raises the server's PreceptorError, or SERVICE_UNREACHABLE, TLS_FAILED, DEADLINE_EXCEEDED."""
     end = time.monotonic() + deadline
+    pause = RETRY_SECONDS
     while True:
-        left = end - time.monotonic()
         try:
-            return method(request, timeout=max(left, 0.001), wait_for_ready=left > 1)
+            # Not wait_for_ready: it would wait in silence for a connection that TLS will never let happen.
+            return method(request, timeout=max(end - time.monotonic(), 0.001))
         except grpc.RpcError as error:
-            translated = from_rpc_error(error)
-            if translated.reason not in ("SERVICE_UNREACHABLE", "SHUTTING_DOWN") or time.monotonic() + 0.2 > end:
+            translated = _translated(error, method)
+            if translated.reason not in RETRIED or time.monotonic() + pause > end:
                 raise translated from None
-            time.sleep(0.2)
+        time.sleep(pause * random.uniform(0.5, 1))  # so that those who were refused together do not come together
+        pause = min(pause * 1.5, MAX_RETRY_SECONDS)
 
 
 def stream(
@@ -97,35 +177,94 @@ def stream(
     ``wait_for_ready`` False: a service that is away is an error at once, not after the deadline. ``opened`` is given
     the call, whose ``cancel()`` ends the iteration from another thread (with CANCELLED).
     """
-    responses: Any = method(request, timeout=deadline, wait_for_ready=wait_for_ready)
+    end = time.monotonic() + deadline
+    if wait_for_ready and isinstance(method, _Method):
+        _wait_until_there(method.channel, end)
+    responses: Any = method(request, timeout=max(end - time.monotonic(), 0.001), wait_for_ready=wait_for_ready)
     opened(responses)
     try:
         yield from responses
     except grpc.RpcError as error:
-        raise from_rpc_error(error) from None
+        raise _translated(error, method) from None
     finally:
         responses.cancel()
 
 
-def is_serving(address: str, *, deadline: float = 1.0) -> bool:
-    """Whether the service at ``address`` says that it serves."""
-    with open_channel(address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+def _wait_until_there(channel: _Channel, end: float) -> None:
+    """Returns when the service can be reached; it is asked something harmless until then. Raises as ``call`` does."""
+    try:
+        call(
+            health_pb2_grpc.HealthStub(channel).Check, health_pb2.HealthCheckRequest(), deadline=end - time.monotonic()
+        )
+    except PreceptorError as error:
+        if error.reason in ("SERVICE_UNREACHABLE", "TLS_FAILED", "DEADLINE_EXCEEDED"):
+            raise
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a service says of itself; ``version`` and ``contract`` are empty where it tells none."""
+
+    serving: bool
+    version: str
+    contract: str
+
+
+def health_of(address: str, *, deadline: float = 1.0, security: Security | None = None) -> Health:
+    """Asks a service for its health, which needs no token. Raises PreceptorError: SERVICE_UNREACHABLE, TLS_FAILED,
+    DEADLINE_EXCEEDED."""
+    with open_channel(address, security) as channel:
+        method = health_pb2_grpc.HealthStub(channel).Check
         try:
-            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=deadline)
-        except grpc.RpcError:
-            return False
-    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+            answer, done = method.with_call(health_pb2.HealthCheckRequest(), timeout=deadline)
+        except grpc.RpcError as error:
+            raise _translated(error, method) from None
+    told: dict[str, Any] = dict(done.trailing_metadata() or ())
+    return Health(
+        answer.status == health_pb2.HealthCheckResponse.SERVING,
+        str(told.get(versions.VERSION_KEY, "")),
+        str(told.get(versions.CONTRACT_KEY, "")),
+    )
+
+
+def is_serving(address: str, *, deadline: float = 1.0) -> bool:
+    """Whether the service at ``address`` says that it serves. Raises PreceptorError(TLS_FAILED) where it is there, but
+    its TLS and ours do not fit: asking again will not help."""
+    try:
+        return health_of(address, deadline=deadline).serving
+    except PreceptorError as error:
+        if error.reason == "TLS_FAILED":
+            raise
+        return False
+
+
+def _translated(error: grpc.RpcError, method: object) -> PreceptorError:
+    """As ``from_rpc_error``; a service that cannot be reached is asked whether that is because of TLS."""
+    translated = from_rpc_error(error)
+    if translated.reason == "SERVICE_UNREACHABLE" and isinstance(method, _Method):
+        channel = method.channel
+        if cause := channel.security.cause(channel.address):
+            return PreceptorError("TLS_FAILED", cause, address=channel.address)
+    return translated
 
 
 def from_rpc_error(error: grpc.RpcError) -> PreceptorError:
     """The exception that the server raised, or the one that says why it could not be asked."""
     failed: Any = error
-    status = rpc_status.from_call(failed)
+    try:
+        status = rpc_status.from_call(failed)
+    except (DecodeError, ValueError):  # details that are none, or not of this status: what the code says must do
+        status = None
+    unknown = ""
     for detail in status.details if status else ():
         info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info) and info.domain == DOMAIN and info.reason in CATALOGUE:
+        try:
+            ours = detail.Unpack(info) and info.domain == DOMAIN
+        except DecodeError:
+            continue
+        if ours and info.reason in CATALOGUE:
             return PreceptorError(info.reason, status.message, **dict(info.metadata))
+        unknown = info.reason if ours else ""
     code, details = failed.code(), failed.details() or ""
     if code is grpc.StatusCode.UNAVAILABLE:
         return PreceptorError("SERVICE_UNREACHABLE", f"the service does not answer: {details}")
@@ -133,4 +272,15 @@ def from_rpc_error(error: grpc.RpcError) -> PreceptorError:
         return PreceptorError("DEADLINE_EXCEEDED", "no answer within the deadline")
     if code is grpc.StatusCode.CANCELLED:
         return PreceptorError("CANCELLED", "the call was cancelled")
-    return PreceptorError("INTERNAL", f"{code.name}: {details}")
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return PreceptorError("UNAUTHENTICATED", details or "the service refuses the token")
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return PreceptorError("VERSION_SKEW", f"the service does not know this call, it may be older: {details}")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
+        return PreceptorError("INVALID_REQUEST", f"a message is larger than {MAX_MESSAGE_BYTES >> 20} MiB: {details}")
+    said = f"{code.name if code else 'no status'}: {details}"
+    if unknown:
+        return PreceptorError(
+            "VERSION_SKEW", f"the service gives a reason that this version does not know: {unknown} ({said})"
+        )
+    return PreceptorError("INTERNAL", said)

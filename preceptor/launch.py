@@ -1,4 +1,7 @@
-"""How every process begins: read the settings, then import what is heavy, then run; a wrong setting is one message."""
+"""How every process begins: read the settings, the token and the certificates, then import what is heavy, then run.
+
+A wrong setting is one message.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from preceptor.errors import PreceptorError
+from preceptor.security import load_security
 from preceptor.settings import HouseSettings
 from preceptor.telemetry import set_up_logging
 
@@ -29,6 +33,7 @@ def launch(process: str, settings_type: type[Settings], run: Callable[[Settings]
         return 2
     set_up_logging(process, settings)
     try:
+        load_security(settings)
         run(settings)
     except PreceptorError as error:
         print(f"{process}: {error}\n  next: {error.next_step} ({error.reason})", file=sys.stderr)
