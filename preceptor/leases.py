@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from preceptor.names import split_task_id
 
@@ -36,6 +38,7 @@ _LEASE = "preceptor:lease:"
 _FENCE = "preceptor:fence:"
 _CANCELLED = "preceptor:cancelled:"
 _WORKER = "preceptor:worker:"
+_WORKERS = "preceptor:workers"  # the names of all that were alive a moment ago; a SCAN would go through every result
 
 # Claim and renewal are the same question. KEYS: lease, fence. ARGV: worker, attempt, steps, seconds of each key.
 _CLAIM = """
@@ -90,17 +93,20 @@ class WorkerStatus:
 
 
 class LeaseBoard:
-    """The keys of one Redis. Every method is one round trip and raises redis.RedisError where Redis does not answer."""
+    """The keys of one Redis. Every method is one round trip (``workers`` two) and raises redis.RedisError where Redis
+    does not answer within seconds. Safe to use from several threads."""
 
     def __init__(self, broker_url: str) -> None:
+        # Once more for a connection that went with the last Redis; redis-py's default is ten times, a minute in all.
         self._redis = redis.Redis.from_url(
-            broker_url, socket_timeout=5, socket_connect_timeout=5, decode_responses=True
+            broker_url, socket_timeout=5, socket_connect_timeout=5, decode_responses=True, retry=Retry(NoBackoff(), 1)
         )
 
     def beat(self, status: WorkerStatus) -> Answer:
         """Renews the worker's presence, and claims or renews the lease on its task."""
         pipe = self._redis.pipeline(transaction=False)
         pipe.set(_WORKER + status.name, json.dumps(asdict(status)), ex=LEASE_SECONDS)
+        pipe.sadd(_WORKERS, status.name)
         if not status.task_id:
             pipe.execute()
             return Answer()
@@ -111,7 +117,7 @@ class LeaseBoard:
             str(REMEMBERED_SECONDS),
         )  # fmt: skip
         pipe.smembers(_CANCELLED + status.task_id)
-        _, claim, cancelled = pipe.execute()
+        *_, claim, cancelled = pipe.execute()
         return Answer(Claim(claim), frozenset(cancelled))
 
     def cancel(self, task_id: str, trial_ids: Sequence[str]) -> None:
@@ -130,20 +136,29 @@ class LeaseBoard:
         if not task_ids:
             return {}
         values = self._redis.mget([_LEASE + task_id for task_id in task_ids])
-        return {task: _lease(str(value)) for task, value in zip(task_ids, values, strict=True) if value is not None}
+        return {task: lease for task, value in zip(task_ids, values, strict=True) if (lease := _lease(value))}
 
     def workers(self) -> list[WorkerStatus]:
         """All workers alive, by name."""
-        keys = sorted(self._redis.scan_iter(match=_WORKER + "*", count=1000))
-        return [_status(str(value)) for value in (self._redis.mget(keys) if keys else []) if value is not None]
+        names = sorted(map(str, self._redis.smembers(_WORKERS)))
+        values = self._redis.mget([_WORKER + name for name in names]) if names else []
+        if gone := [name for name, value in zip(names, values, strict=True) if value is None]:
+            self._redis.srem(_WORKERS, *gone)  # one that is there after all is back with its next beat
+        return [status for value in values if (status := _status(value))]
 
 
-def _lease(value: str) -> Lease:
-    worker, _, steps = value.partition(" ")
-    return Lease(worker, int(steps or 0))
+# What stands in Redis may be anybody's: a value that is no lease or status of ours is passed over.
 
 
-def _status(value: str) -> WorkerStatus:
+def _lease(value: object) -> Lease | None:
+    worker, _, steps = str(value or "").partition(" ")
+    return Lease(worker, int(steps or 0)) if worker and (steps or "0").isdecimal() else None
+
+
+def _status(value: object) -> WorkerStatus | None:
     known = {field.name for field in fields(WorkerStatus)}  # a newer worker may say more
-    said = {name: what for name, what in json.loads(value).items() if name in known}
-    return WorkerStatus(**{**said, "students": tuple(said["students"])})
+    try:
+        said = {name: what for name, what in json.loads(str(value or "")).items() if name in known}
+        return WorkerStatus(**{**said, "students": tuple(said["students"])})
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return None

@@ -7,11 +7,16 @@ worker) is another, so a late result of an old attempt is still found by its id 
 
 from __future__ import annotations
 
+import time
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
+import redis
 from celery import Celery
-from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
+from google.protobuf.json_format import MessageToDict, ParseDict
 
+from preceptor import __version__
+from preceptor.errors import PreceptorError
 from preceptor.names import celery_task_id, split_task_id
 from preceptor.v1 import trial_pb2 as trial
 
@@ -20,10 +25,17 @@ TRIAL_QUEUE = "trials"
 # Part of every evaluation's identity: raise it when the same payload comes to mean another computation.
 PROTOCOL_VERSION = 1
 
+# A Redis that accepts and says nothing is one that is away: this long is waited for a single answer.
+ANSWER_SECONDS = 10.0
+CONNECT_SECONDS = 5.0
+# The longest pause between two tries to store a result.
+RESULT_RETRY_SECONDS = 5.0
+
 
 def make_app(broker_url: str) -> Celery:
     """The app for both sides of the queue. Connects lazily."""
-    app = Celery("preceptor", broker=broker_url, backend=broker_url, set_as_current=False)
+    url = celery_url(broker_url)
+    app = Celery("preceptor", broker=url, backend=url, set_as_current=False)
     app.conf.update(
         task_serializer="json",
         result_serializer="json",
@@ -35,41 +47,122 @@ def make_app(broker_url: str) -> Celery:
         # One job at a time and none hoarded: a batch takes seconds to minutes.
         worker_prefetch_multiplier=1,
         worker_concurrency=1,
-        # Redis redelivers what is not acknowledged in this time. Far above any batch, so that a long batch never
-        # runs twice; lost workers are noticed by their lease (preceptor.leases), not by this.
-        broker_transport_options={"visibility_timeout": 6 * 3600, "socket_keepalive": True},
-        result_backend_transport_options={"socket_keepalive": True},
+        broker_transport_options={
+            # Redis redelivers what is not acknowledged in this time. Far above any batch, so that a long batch never
+            # runs twice; lost workers are noticed by their lease (preceptor.leases), not by this.
+            "visibility_timeout": 6 * 3600,
+            "socket_keepalive": True,
+            # kombu's default is to wait for ever: a cable that is pulled would hold an acknowledgement until TCP gives
+            # up, which takes a quarter of an hour.
+            "socket_timeout": ANSWER_SECONDS,
+            "socket_connect_timeout": CONNECT_SECONDS,
+            # The one wait that no socket timeout covers is the event loop's for the next job. kombu looks at it this
+            # often, and drops a connection that is so long overdue: 21 s at most, where its default makes 51.
+            "health_check_interval": 10,
+        },
+        # The worker's connection is for ever: Celery's default gives up after 100 tries, three quarters of an hour.
+        broker_connection_max_retries=None,
+        broker_connection_retry_on_startup=True,
+        # A Redis that refuses (its disk or memory is full) is waited for like one that is away; by default the worker
+        # would end with a traceback.
+        broker_channel_error_retry=True,
         # Results outlive a long stop of the evaluator.
         result_expires=24 * 3600,
-        # A result that ends while Redis is away is sent when it is back.
+        # A result that ends while Redis is away, or refuses, is stored when it is back. Without a limit: nothing
+        # counts as lost meanwhile, so a worker with a result has nothing better to do than to keep it.
         result_backend_always_retry=True,
-        broker_connection_retry_on_startup=True,
-        # Importing torch in the pool's child takes longer than the default 4 s.
-        worker_proc_alive_timeout=120,
+        result_backend_max_sleep_between_retries_ms=int(RESULT_RETRY_SECONDS * 1000),
+        result_backend_transport_options={
+            "additional_connection_errors": [redis.ResponseError],
+            # The loop within that loop: Celery's default tries 20 times, 19 s, and says each of them.
+            "retry_policy": {"max_retries": 0},
+        },
+        # Celery's default is 120 s.
+        redis_socket_timeout=ANSWER_SECONDS,
+        redis_socket_connect_timeout=CONNECT_SECONDS,
+        redis_socket_keepalive=True,
+        redis_backend_health_check_interval=25,
         worker_hijack_root_logger=False,
-        # Nobody listens to these; they are traffic per job.
+        # Nobody listens to these; they are traffic per job. Remote control would be a second connection to lose.
         worker_send_task_events=False,
+        worker_enable_remote_control=False,
         task_ignore_result=False,
     )
     return app
 
 
+def celery_url(broker_url: str) -> str:
+    """The URL as Celery wants it: it has its own name for sockets, and takes any certificate unless told not to."""
+    parts = urlsplit(broker_url)
+    if parts.scheme == "unix":
+        return f"redis+socket://{parts.netloc}{parts.path}?{parts.query.replace('db=', 'virtual_host=')}"
+    if parts.scheme == "rediss" and "ssl_cert_reqs=" not in parts.query:
+        query = "&".join(filter(None, (parts.query, "ssl_cert_reqs=required")))
+        return urlunsplit((parts.scheme, parts.netloc, parts.path, query, ""))
+    return broker_url
+
+
+def check_broker(broker_url: str) -> float:
+    """Asks Redis once. Returns by how many seconds this machine's clock is ahead of the one of Redis.
+
+    Raises PreceptorError(BROKER_REFUSED) where trying again cannot help (URL, user, password, database number), else
+    BROKER_UNREACHABLE. No message holds the password.
+    """
+    place = _without_password(broker_url)
+    try:
+        number = urlsplit(broker_url).path.strip("/")
+        if not broker_url.startswith("unix:") and number and not number.isdecimal():
+            raise ValueError(f"the database is a number, not {number!r}")
+        client = redis.Redis.from_url(
+            broker_url, socket_timeout=CONNECT_SECONDS, socket_connect_timeout=CONNECT_SECONDS, retry=None
+        )
+    except ValueError as error:
+        raise PreceptorError("BROKER_REFUSED", f"PRECEPTOR_BROKER_URL={place} is no URL of a Redis: {error}") from None
+    try:
+        with client:
+            asked = time.time()
+            seconds, microseconds = client.time()
+            answered = time.time()
+    except (redis.AuthenticationError, redis.ResponseError) as error:
+        raise PreceptorError("BROKER_REFUSED", f"Redis at {place} refuses: {error}") from None
+    except (redis.RedisError, OSError) as error:
+        raise PreceptorError("BROKER_UNREACHABLE", f"Redis at {place} does not answer: {error}") from None
+    return (asked + answered) / 2 - (seconds + microseconds / 1e6)
+
+
+def _without_password(url: str) -> str:
+    before, at, place = url.rpartition("@")
+    scheme, _, secret = before.partition("://")
+    user = secret.partition(":")[0]
+    return f"{scheme}://{user}{':***' if ':' in secret else ''}@{place}" if at else url
+
+
 def submit(app: Celery, batch: trial.TrialBatch, attempt: int) -> str:
-    """Puts one attempt at a batch on the queue; returns the Celery task id."""
+    """Puts one attempt at a batch on the queue; returns the Celery task id.
+
+    Raises kombu.exceptions.OperationalError within seconds where Redis does not answer, redis.RedisError where it
+    refuses.
+    """
     task_id = celery_task_id(batch.id, attempt)
-    app.send_task(TRIAL_BATCH_TASK, args=[to_payload(batch)], task_id=task_id, queue=TRIAL_QUEUE)
+    # Not app.send_task: that subscribes to the result, a connection that nobody reads and 19 s where Redis is away.
+    # The descriptions would be documents in a log.
+    message = app.amqp.create_task_message(
+        task_id, TRIAL_BATCH_TASK, (to_payload(batch),), {}, argsrepr="", kwargsrepr=""
+    )
+    with app.producer_or_acquire() as producer:
+        app.amqp.send_task_message(producer, TRIAL_BATCH_TASK, message, queue=TRIAL_QUEUE, retry=False)
     return task_id
 
 
 def fetch_result(app: Celery, task_id: str) -> trial.TrialBatchResult | None:
-    """The stored result of a task, or None where there is none (yet)."""
-    return _result(task_id, app.backend.get_task_meta(task_id))
+    """The stored result of a task, or None where there is none (yet). Raises as ``fetch_results``."""
+    return fetch_results(app, [task_id]).get(task_id)
 
 
 def fetch_results(app: Celery, task_ids: list[str]) -> dict[str, trial.TrialBatchResult]:
     """The stored results of those tasks that have one, in one round trip and without Celery's endless retries.
 
-    Raises redis.RedisError where Redis does not answer.
+    What is stored and cannot be read is a failure of that task. Raises redis.RedisError where Redis does not answer.
     """
     if not task_ids:
         return {}
@@ -77,21 +170,23 @@ def fetch_results(app: Celery, task_ids: list[str]) -> dict[str, trial.TrialBatc
     found = {}
     stored = backend.mget([backend.get_key_for_task(task_id) for task_id in task_ids])
     for task_id, value in zip(task_ids, stored, strict=True):
-        if value and (result := _result(task_id, backend.decode_result(value))) is not None:
+        if value and (result := _result(task_id, value, backend)) is not None:
             found[task_id] = result
     return found
 
 
-def _result(task_id: str, meta: dict[str, Any]) -> trial.TrialBatchResult | None:
-    if meta["status"] == "SUCCESS":
-        try:
-            return ParseDict(meta["result"], trial.TrialBatchResult(), ignore_unknown_fields=True)
-        except ParseError as error:
-            meta = {"status": "FAILURE", "result": f"the worker's result cannot be read: {error}"}
-    if meta["status"] == "FAILURE":  # the task's own code reports failures as results; this is Celery's word
+def _result(task_id: str, value: bytes, backend: Any) -> trial.TrialBatchResult | None:
+    try:
+        meta = backend.decode_result(value)
+        status, stored = meta["status"], meta["result"]
+        if status == "SUCCESS":
+            return ParseDict(stored, trial.TrialBatchResult(), ignore_unknown_fields=True)
+    except Exception as error:  # whatever stands there, no reader of results may end by it
+        status, stored = "FAILURE", f"the worker's result cannot be read: {error}"
+    if status == "FAILURE":  # the task's own code reports failures as results; this is Celery's word
         result = trial.TrialBatchResult(batch_id=split_task_id(task_id)[0])
         result.failure.reason = "TRIAL_FAILED"
-        result.failure.message = str(meta["result"])[:500]
+        result.failure.message = str(stored)[:500]
         return result
     return None
 
@@ -101,9 +196,26 @@ def to_payload(message: trial.TrialBatch | trial.TrialBatchResult) -> dict[str, 
     return MessageToDict(message, preserving_proto_field_name=True)
 
 
-def batch_from_payload(payload: dict[str, Any]) -> trial.TrialBatch:
-    """The batch in a payload. Unknown fields are refused: they would be work that this worker does not understand.
+def batch_from_payload(payload: Any) -> trial.TrialBatch:
+    """The batch in a payload.
 
-    Raises google.protobuf.json_format.ParseError.
+    Raises PreceptorError: VERSION_SKEW for another version of the protocol and for unknown fields (they would be work
+    that this worker does not understand), INVALID_REQUEST for what no version ever sent.
     """
-    return ParseDict(payload, trial.TrialBatch())
+    if not isinstance(payload, dict):
+        raise PreceptorError("INVALID_REQUEST", f"a trial batch is a JSON object, not {type(payload).__name__}")
+    unknown = ""
+    try:
+        batch = ParseDict(payload, trial.TrialBatch())
+    except Exception as error:  # ParseError for most; JSON of another shape raises whatever it comes to
+        problem = str(error).partition("\n")[0][:300]
+        try:
+            batch = ParseDict(payload, trial.TrialBatch(), ignore_unknown_fields=True)
+        except Exception:
+            raise PreceptorError("INVALID_REQUEST", f"this is no trial batch: {problem}") from None
+        unknown = f", but has fields unknown here: {problem}"
+    version = batch.protocol_version or 1  # as the contract says of none
+    if unknown or version != PROTOCOL_VERSION:
+        ours = f"this worker is Preceptor {__version__} and speaks version {PROTOCOL_VERSION} of the queue's protocol"
+        raise PreceptorError("VERSION_SKEW", f"{ours}; batch {batch.id} is of version {version}{unknown}")
+    return batch

@@ -24,3 +24,14 @@ class WorkerSettings(HouseSettings):
         None, description="keep only each block's input and compute the rest twice; unset: where memory needs it"
     )
     batch_seconds: float = Field(3600.0, gt=0, description="time limit of a trial batch; beyond it, it has failed")
+    # Half of a batch: a trial that timed out with others and is tried alone has at least as long as it had among them.
+    trial_seconds: float = Field(
+        1800.0, gt=0, description="time limit of a trial: a batch may take as long as its trials together"
+    )
+    # The longest that one training step or chunk of answers may take: some seconds on a GPU, a minute or two where a
+    # processor trains 32 adapters of a model that hardly fits it.
+    stall_seconds: float = Field(
+        300.0, gt=0, description="without a step or an answer for so long, the worker ends itself and is started again"
+    )
+    # 14 GB at 10 MB/s from the hub.
+    load_seconds: float = Field(1800.0, gt=0, description="the same while a base model is fetched and loaded")

@@ -127,7 +127,7 @@ class _Batch:
             self._run_together(members, limits)
             return
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(members) == 1:
                 reason = PreceptorError("TRIAL_OUT_OF_MEMORY", f"not even one adapter fits: {error}"[:500])
@@ -207,6 +207,10 @@ def _trained(trial: Trial, result: TrainingResult, seconds: float) -> TrialOutco
     )
 
 
-def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    # On the CPU torch raises a bare RuntimeError, known by its text only.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether less work at a time would have fitted."""
+    # On the CPU torch raises a bare RuntimeError, known by its text only; so do the libraries below it on a GPU.
+    texts = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )

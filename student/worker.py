@@ -1,16 +1,21 @@
 """``python -m student.worker``: takes trial batches from the queue, fine-tunes and asks the pinned student.
 
 One process, one batch at a time (Celery's solo pool: no fork, so a GPU may be used and no second interpreter holds
-torch). Threads: Celery's consumer runs the batches; one beats, so that the others know that this worker lives and
-what it holds; one loads the active student while nothing else is to do.
+torch). Threads: Celery's consumer runs the batches; one beats, so that the others know that this worker lives, what
+it holds and how far it is; one loads the active student while nothing else is to do; one watches all of them.
 
 Promises
+- Nothing is trained without a claim (``preceptor.leases``): a message that is delivered twice is trained once, and a
+  batch that was given on to another worker meanwhile is left at the first step after the next beat. Both are
+  acknowledged without a result; whoever holds the batch brings it.
 - A batch is acknowledged only when its result is stored. One that was done already, by whichever attempt, is not done
   again.
 - SIGTERM ends the worker within a training step; its batch goes back to the queue. SIGKILL is noticed by the evaluator
   when the lease is not renewed.
 - Trials that were cancelled are left at the first step after the next beat; a batch of which nothing is left ends.
-- A batch that fails is a result that says so; the worker lives on.
+- A batch that fails is a result that says so; the worker lives on. After DEVICE_FAILED it ends itself, with the result
+  stored, and so does one that stands still (``student.watchdog``): both with the exit code 70, to be started again.
+- Without Redis a worker waits: for a claim before it begins, with its result when it is through. What it is at goes on.
 """
 
 from __future__ import annotations
@@ -22,29 +27,55 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import redis
 from celery import Celery, signals
-from celery.exceptions import Reject
-from google.protobuf.json_format import ParseError
+from celery.exceptions import Ignore, Reject
 
 from preceptor.errors import PreceptorError
 from preceptor.launch import launch
-from preceptor.leases import BEAT_SECONDS, LeaseBoard, WorkerStatus
+from preceptor.leases import BEAT_SECONDS, Answer, Claim, LeaseBoard, WorkerStatus
 from preceptor.names import celery_task_id, split_task_id
-from preceptor.queue import TRIAL_BATCH_TASK, TRIAL_QUEUE, batch_from_payload, fetch_result, make_app, to_payload
+from preceptor.queue import (
+    TRIAL_BATCH_TASK,
+    TRIAL_QUEUE,
+    batch_from_payload,
+    check_broker,
+    fetch_results,
+    make_app,
+    to_payload,
+)
 from preceptor.v1 import trial_pb2 as wire
 from student import payload as edge
 from student.deployment import FAILURE_SECONDS, DeploymentBoard
 from student.settings import WorkerSettings
+from student.watchdog import ENDED_ITSELF, Watchdog, end_process
 
 if TYPE_CHECKING:  # torch comes after the settings are known to be right
     from student.base_cache import BaseCache
     from student.worker_job import TrialJob
 
 log = logging.getLogger(__name__)
+Found = TypeVar("Found")
+
+# One beat with all its timeouts takes 20 s at most; a thread that says nothing for three times that is stuck.
+BEAT_LIMIT_SECONDS = 60.0
+# From SIGTERM on: longer than supervisors wait, so it only ends those that nobody supervises.
+STOP_SECONDS = 60.0
+ASK_AGAIN_SECONDS = 1.0
+BROKER_RETRY_SECONDS = 5.0
+# Redis redelivers by the workers' clocks, hours after a delivery; a minute is no matter, and more is a mistake.
+CLOCK_SECONDS = 60.0
+
+# What the watchdog waits for, as its log names it.
+_HEARTBEAT = "a heartbeat"
+_STEP = "a training step or an answer (PRECEPTOR_STALL_SECONDS)"
+_LOADING = "a student that is being loaded (PRECEPTOR_LOAD_SECONDS)"
+_LOADING_AHEAD = "the active student, which is being loaded (PRECEPTOR_LOAD_SECONDS)"
+_END = "the end of this process, which was asked for"
 
 
 @dataclass(slots=True)
@@ -53,84 +84,148 @@ class _Held:
 
     task_id: str
     steps: int = 0
+    claim: Claim = Claim.GRANTED
     cancelled: frozenset[str] = frozenset()  # trials that nobody wants any more
+    leave: threading.Event = field(default_factory=threading.Event)  # at the next step, without a result
+
+    def hear(self, answer: Answer) -> None:
+        """What the last beat was answered."""
+        if answer.claim is not Claim.GRANTED:
+            self.claim = answer.claim
+            self.leave.set()
+        if answer.cancelled - self.cancelled:
+            log.info("%s: %d trials are cancelled", self.task_id, len(answer.cancelled))
+            self.cancelled |= answer.cancelled  # a Redis that forgets does not bring them back
 
 
 class TrialWorker:
-    """The queue's side of a worker: leases, repeated deliveries, giving up."""
+    """The queue's side of a worker: claims, leases, repeated deliveries, giving up."""
 
-    def __init__(self, app: Celery, job: TrialJob, cache: BaseCache, broker_url: str, name: str) -> None:
+    def __init__(
+        self, app: Celery, job: TrialJob, cache: BaseCache, name: str, watchdog: Watchdog, settings: WorkerSettings
+    ) -> None:
         self._app = app
         self._job = job
         self._cache = cache
-        self._leases = LeaseBoard(broker_url)
-        self._deployments = DeploymentBoard(broker_url)
+        self._leases = LeaseBoard(settings.broker_url)
+        self._deployments = DeploymentBoard(settings.broker_url)
         self._name = name
+        self._watchdog = watchdog
+        self._settings = settings
         self._held: _Held | None = None
         self._trials = 0
+        self._beating = threading.Lock()  # no beat may bring back a lease that is being released
         self._beat_now = threading.Event()
-        self.giving_up = threading.Event()
+        self._redis_away = False
+        self._giving_up = threading.Event()
+        self.device_failed = False
 
     def start_threads(self) -> None:
-        """Starts beating and loading ahead; both end with the process."""
+        """Starts beating and loading ahead; both end with the process, and the process with the first."""
         for target in (self._beat_for_ever, self._load_ahead_for_ever):
             threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True).start()
+
+    def give_up(self, **_: Any) -> None:
+        """The process is to end: at the next step the batch goes back to the queue."""
+        self._watchdog.expect(_END, STOP_SECONDS)
+        self._giving_up.set()
+        if (held := self._held) is not None:
+            held.leave.set()
 
     def execute(self, task_id: str, payload: dict[str, Any]) -> dict[str, Any]:
         """The Celery task: a batch's payload in, its result's payload out.
 
-        Raises Reject, with the batch going back to the queue, if the worker is to end.
+        Raises Ignore where another worker has the batch, and Reject, with the batch going back to the queue, if the
+        worker is to end.
         """
         batch_id, attempt = split_task_id(task_id)
-        if (known := self._known_result(batch_id, attempt)) is not None:
+        held = _Held(task_id)
+        self._when_redis_answers(lambda: held.hear(self._leases.beat(self._status(held))))
+        if held.claim is not Claim.GRANTED:
+            log.info("%s is not begun: %s", task_id, _why(held.claim))
+            raise Ignore
+        self._held = held
+        # Only now: whoever had the lease before stored the result before letting go of it.
+        known = self._when_redis_answers(lambda: self._known_result(batch_id, attempt))
+        if known is not None:
             log.info("batch %s was done already", batch_id)
             return to_payload(known)
-        held = self._held = _Held(task_id)
-        self._beat()
         try:
             batch = batch_from_payload(payload)
-        except ParseError as error:
-            unreadable = PreceptorError("INVALID_REQUEST", f"this worker cannot read the batch: {error}")
-            return to_payload(edge.failed(batch_id, unreadable, self._name, attempt))
+        except PreceptorError as error:
+            log.warning("%s: %s", task_id, error)
+            return to_payload(edge.failed(batch_id, error, self._name, attempt))
+        result = self._run(batch, attempt, held)
+        self.device_failed |= result.failure.reason == "DEVICE_FAILED"
+        return to_payload(result)
+
+    def _run(self, batch: wire.TrialBatch, attempt: int, held: _Held) -> wire.TrialBatchResult:
         from student.worker_job import GivenUp
 
         def on_step(step: int) -> None:
             held.steps = step
+            self._watchdog.done(_LOADING)
+            self._watchdog.expect(_STEP, self._settings.stall_seconds)
 
+        if self._giving_up.is_set():  # heard before there was anything to leave
+            held.leave.set()
         started = time.monotonic()
+        self._watchdog.expect(_LOADING, self._settings.load_seconds)
         try:
-            result = self._job.run(batch, attempt, on_step, self.giving_up, lambda: held.cancelled)
+            result = self._job.run(batch, attempt, on_step, held.leave, lambda: held.cancelled)
         except GivenUp:
-            log.info("batch %s goes back to the queue: the worker is to end", batch_id)
+            if held.claim is not Claim.GRANTED:
+                log.warning("%s is left after %d steps: %s", held.task_id, held.steps, _why(held.claim))
+                raise Ignore from None
+            log.info("batch %s goes back to the queue: the worker is to end", batch.id)
             raise Reject("the worker is to end", requeue=True) from None
+        finally:
+            self._watchdog.done(_LOADING)
+            self._watchdog.done(_STEP)
         self._trials += len(result.results)
-        log.info("batch %s: %d trials in %.2f s", batch_id, len(result.results), time.monotonic() - started)
-        return to_payload(result)
+        log.info("batch %s: %d trials in %.2f s", batch.id, len(result.results), time.monotonic() - started)
+        return result
 
     def finished(self, **_: Any) -> None:
-        """The result is stored (or the batch is back on the queue): only now the lease may go."""
-        held, self._held = self._held, None
-        if held is not None:
-            try:
-                self._leases.release(held.task_id, self._name)
-            except redis.RedisError as error:
-                log.warning("lease of %s runs out by itself: %s", held.task_id, error)
+        """The result is stored (or the batch is somebody else's): only now the lease may go."""
+        with self._beating:
+            held, self._held = self._held, None
+            if held is not None:
+                try:
+                    self._leases.release(held.task_id, self._name)
+                except redis.RedisError as error:
+                    log.warning("lease of %s runs out by itself: %s", held.task_id, error)
         self._beat_now.set()
+        if self.device_failed:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _when_redis_answers(self, ask: Callable[[], Found]) -> Found:
+        """The answer, however long it takes: what it would be good for has to go through Redis, too. Who begins without
+        asking may do what another is at, and can tell nobody.
+
+        Raises Reject if the worker is to end meanwhile.
+        """
+        while True:
+            try:
+                return ask()
+            except redis.RedisError as error:
+                log.warning("waiting for Redis before beginning: %s", error)
+            time.sleep(
+                ASK_AGAIN_SECONDS
+            )  # not Event.wait: SIGTERM's handler sets the event from within this very thread
+            if self._giving_up.is_set():
+                raise Reject("the worker is to end", requeue=True)
 
     def _known_result(self, batch_id: str, attempt: int) -> wire.TrialBatchResult | None:
-        try:
-            for one in range(1, attempt + 1):
-                result = fetch_result(self._app, celery_task_id(batch_id, one))
-                # An earlier attempt's failure is why there is a later one.
-                if result is not None and (one == attempt or not _has_failure(result)):
-                    return result
-        except redis.RedisError as error:  # doing it twice is a waste, not a mistake
-            log.warning("cannot ask whether %s was done: %s", batch_id, error)
+        attempts = [celery_task_id(batch_id, one) for one in range(1, attempt + 1)]
+        for task_id, result in fetch_results(self._app, attempts).items():
+            # An earlier attempt's failure is why there is a later one.
+            if task_id == attempts[-1] or not _has_failure(result):
+                return result
         return None
 
-    def _beat(self) -> None:
-        held = self._held
-        status = WorkerStatus(
+    def _status(self, held: _Held | None) -> WorkerStatus:
+        return WorkerStatus(
             name=self._name,
             students=self._cache.commits(),
             task_id=held.task_id if held else "",
@@ -138,20 +233,32 @@ class TrialWorker:
             trials_done=self._trials,
             peak_memory_bytes=_peak_memory_bytes(),
         )
-        try:
-            cancelled = self._leases.beat(status).cancelled
-        except redis.RedisError as error:  # Celery reconnects by itself; so does the next beat
-            log.warning("no heartbeat: %s", error)
-            return
-        if held is not None and cancelled - held.cancelled:
-            log.info("%s: %d trials are cancelled", held.task_id, len(cancelled))
-            held.cancelled |= cancelled  # a Redis that forgets does not bring them back
+
+    def _beat(self) -> None:
+        with self._beating:
+            held = self._held
+            try:
+                answer = self._leases.beat(self._status(held))
+            except redis.RedisError as error:  # Celery reconnects by itself; so does the next beat
+                if not self._redis_away:
+                    log.warning("no heartbeat until Redis answers again: %s", error)
+                self._redis_away = True
+                return
+        if self._redis_away:
+            log.info("heartbeats are back")
+            self._redis_away = False
+        if held is not None:
+            held.hear(answer)
 
     def _beat_for_ever(self) -> None:
-        while True:
-            self._beat()
-            self._beat_now.wait(BEAT_SECONDS)
-            self._beat_now.clear()
+        try:
+            while True:
+                self._watchdog.expect(_HEARTBEAT, BEAT_LIMIT_SECONDS)
+                self._beat()
+                self._beat_now.wait(BEAT_SECONDS)
+                self._beat_now.clear()
+        except BaseException as error:  # a worker that does not beat is taken for dead: it had better be
+            end_process(f"it cannot beat any more: {type(error).__name__}: {error}")
 
     def _load_ahead_for_ever(self) -> None:
         failed: dict[str, float] = {}
@@ -166,20 +273,42 @@ class TrialWorker:
                         self._deployments.report_failure(student.commit, error)
                     self._beat_now.set()
             except PreceptorError as error:
-                log.warning("cannot see which student is active: %s", error)
+                log.debug("cannot see which student is active: %s", error)  # the heartbeat says it aloud
+            except Exception:  # no job depends on this thread, and the next look may find something else
+                log.exception("cannot see which student is active")
+                time.sleep(FAILURE_SECONDS)
             time.sleep(1)
 
     def _load(self, student: Any) -> PreceptorError | None:
-        try:
-            with self._job.exclusive:
+        from student.worker_job import reason_of
+
+        with self._job.exclusive:
+            self._watchdog.expect(_LOADING_AHEAD, self._settings.load_seconds)
+            try:
                 self._cache.get(student)
-        except PreceptorError as error:
-            log.warning("cannot load %s: %s", student.name, error)
-            return error
-        except Exception as error:  # a broken model must not end this thread; the deployment reports it
-            log.exception("cannot load %s", student.name)
-            return PreceptorError("BAD_STUDENT_SOURCE", f"{type(error).__name__}: {error}"[:500])
+            except PreceptorError as error:
+                log.warning("cannot load %s: %s", student.name, error)
+                return error
+            except Exception as error:  # a broken model must not end this thread; the deployment reports it
+                log.exception("cannot load %s", student.name)
+                reason = reason_of(error)
+                if reason.reason == "DEVICE_FAILED":
+                    self.device_failed = True
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return PreceptorError("BAD_STUDENT_SOURCE", str(error)[:500]) if _unforeseen(reason) else reason
+            finally:
+                self._watchdog.done(_LOADING_AHEAD)
         return None
+
+
+def _unforeseen(reason: PreceptorError) -> bool:
+    return reason.reason == "TRIAL_FAILED"
+
+
+def _why(claim: Claim) -> str:
+    if claim is Claim.HELD:
+        return "another worker is at it, and lives"
+    return "a later attempt at its batch has begun"
 
 
 def _has_failure(result: wire.TrialBatchResult) -> bool:
@@ -193,7 +322,9 @@ def _peak_memory_bytes() -> int:
 
 
 def run(settings: WorkerSettings) -> None:
-    """Works until SIGTERM. Raises PreceptorError(DEVICE_UNUSABLE)."""
+    """Works until SIGTERM. Raises PreceptorError(BROKER_REFUSED, DEVICE_UNUSABLE)."""
+    _end_with_parent(settings.parent_pid)
+    _wait_for_broker(settings.broker_url)
     # before torch is imported: its thread pools are sized once
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = str(settings.torch_threads)
@@ -219,8 +350,9 @@ def run(settings: WorkerSettings) -> None:
     cache = BaseCache(settings.loaded_bases, device)
     app = make_app(settings.broker_url)
     caps = Caps(settings.max_adapters, settings.gradient_checkpointing)
-    job = TrialJob(cache, name, settings.batch_seconds, caps)
-    worker = TrialWorker(app, job, cache, settings.broker_url, name)
+    job = TrialJob(cache, name, settings.batch_seconds, caps, settings.trial_seconds)
+    watchdog = Watchdog()
+    worker = TrialWorker(app, job, cache, name, watchdog, settings)
 
     @app.task(name=TRIAL_BATCH_TASK, bind=True)  # type: ignore[untyped-decorator]
     def run_trial_batch(task: Any, payload: dict[str, Any]) -> dict[str, Any]:
@@ -229,14 +361,12 @@ def run(settings: WorkerSettings) -> None:
     def keep_our_logging(**_: Any) -> None:
         """Celery configures logging unless somebody listens to this."""
 
-    def give_up(**_: Any) -> None:
-        worker.giving_up.set()
-
     signals.setup_logging.connect(keep_our_logging)
-    signals.worker_shutting_down.connect(give_up)
+    signals.worker_shutting_down.connect(worker.give_up, weak=False)
     signals.task_postrun.connect(worker.finished, weak=False)
+    logging.getLogger("celery.backends.base").addFilter(_without_traceback)
+    watchdog.start()
     worker.start_threads()
-    _end_with_parent(settings.parent_pid)
     log.info("worker %s takes batches on %s, %d thread(s)", name, device, settings.torch_threads)
     consumer = app.Worker(
         hostname=f"worker@{name}",
@@ -252,8 +382,39 @@ def run(settings: WorkerSettings) -> None:
         quiet=True,
     )
     consumer.start()
+    if worker.device_failed:
+        log.critical("this process ends itself: its device is broken, and only a new process gets a fresh one")
+        os._exit(ENDED_ITSELF)  # no farewell: tidying up asks the device, which may never answer
     if consumer.exitcode:
         sys.exit(consumer.exitcode)
+
+
+def _wait_for_broker(broker_url: str) -> None:
+    while True:
+        try:
+            ahead = check_broker(broker_url)
+            break
+        except PreceptorError as error:
+            if error.reason != "BROKER_UNREACHABLE":
+                raise
+            log.warning(
+                "%s; trying again every %.0f s. Next: %s (%s)",
+                error, BROKER_RETRY_SECONDS, error.next_step, error.reason,
+            )  # fmt: skip
+        time.sleep(BROKER_RETRY_SECONDS)
+    if abs(ahead) > CLOCK_SECONDS:
+        log.warning(
+            "this machine's clock is %.0f s %s that of Redis: jobs may be delivered twice or late. Set both, by NTP.",
+            abs(ahead), "ahead of" if ahead > 0 else "behind",
+        )  # fmt: skip
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Celery shows the whole stack each time that a result cannot be stored yet."""
+    if record.exc_info and isinstance(record.exc_info[1], redis.RedisError | OSError):
+        record.msg, record.args = f"{record.getMessage()} {record.exc_info[1]}", ()
+        record.exc_info = None
+    return True
 
 
 def _end_with_parent(parent_pid: int) -> None:

@@ -3,39 +3,57 @@
 Promises: a result is always returned. What goes wrong for one trial is in that trial's result, what goes wrong for all
 is the batch's failure under a reason of the catalogue; neither is ever an answer. A cancelled trial is left at the next
 step, and a batch of cancelled trials ends there; both say CANCELLED. The exception is ``GivenUp``, which means that the
-batch is to be done by somebody else.
+batch is somebody else's.
+
+A batch may take as long as its trials may together, and no longer than a batch may; loading its student does not count.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import sys
 import threading
 import time
 from collections.abc import Callable
 
+import torch
+
 from preceptor.errors import PreceptorError
+from preceptor.storage import storage_error
 from preceptor.v1 import trial_pb2 as wire
 from student import payload
 from student.base_cache import BaseCache
 from student.memory import DEFAULT_CAPS, Caps
-from student.trial_runner import run_trials
+from student.trial_runner import is_out_of_memory, run_trials
 
 log = logging.getLogger(__name__)
 
 
+# How torch's libraries begin what they say of a broken device, where torch has no class for it.
+_DEVICE_ERRORS = ("CUDA error", "HIP error", "cuDNN error", "cuDNN Frontend error")
+
+
 class GivenUp(Exception):
-    """The worker is to end; the batch goes back to the queue."""
+    """The batch is left without a result: somebody else does it."""
 
 
 class TrialJob:
     """Runs batches, one at a time."""
 
-    def __init__(self, cache: BaseCache, worker: str, batch_seconds: float, caps: Caps = DEFAULT_CAPS) -> None:
+    def __init__(
+        self,
+        cache: BaseCache,
+        worker: str,
+        batch_seconds: float,
+        caps: Caps = DEFAULT_CAPS,
+        trial_seconds: float = math.inf,
+    ) -> None:
         self._cache = cache
         self._worker = worker
         self._batch_seconds = batch_seconds
+        self._trial_seconds = trial_seconds
         self._caps = caps
         # Loading a model changes torch's default dtype for a moment, so nothing may run meanwhile.
         self.exclusive = threading.Lock()
@@ -50,10 +68,13 @@ class TrialJob:
     ) -> wire.TrialBatchResult:
         """The result of the batch. Raises GivenUp soon after ``giving_up`` is set.
 
-        ``cancelled`` is asked at every step for the ids of trials that nobody wants any more; it must not wait.
+        ``on_step`` is called with 0 when the student is in memory, then after each training step and each chunk of
+        answers with the number of steps so far. ``cancelled`` is asked as often for the ids of trials that nobody wants
+        any more; it must not wait.
         """
         started = time.monotonic()
-        end = started + self._batch_seconds
+        seconds = min(self._batch_seconds, self._trial_seconds * max(1, len(batch.trials)))
+        end = math.inf
         trial_ids = frozenset(trial.id for trial in batch.trials)
 
         def check(number: int) -> None:
@@ -62,7 +83,7 @@ class TrialJob:
             if trial_ids and trial_ids <= cancelled():
                 raise _Stopped("CANCELLED", f"nobody waits for the batch any more (step {number})")
             if time.monotonic() > end:
-                message = f"the batch was stopped after {self._batch_seconds:.0f} s, in step {number}"
+                message = f"{len(trial_ids)} trials were stopped after {seconds:.0f} s, in step {number}"
                 raise _Stopped("TRIAL_TIMEOUT", message)
 
         def step(number: int) -> None:
@@ -74,6 +95,8 @@ class TrialJob:
                 check(0)
                 base = self._cache.get(batch.student)
                 loaded = time.monotonic()
+                end = loaded + seconds
+                step(0)
                 trials, questions = payload.trials_of(batch)
                 outcomes = run_trials(
                     base,
@@ -91,13 +114,13 @@ class TrialJob:
             except _Stopped as stop:
                 log.info("batch %s ends: %s", batch.id, stop)
                 return payload.failed(batch.id, PreceptorError(*stop.args), self._worker, attempt)
-            except PreceptorError as error:
-                log.warning("batch %s failed: %s", batch.id, error)
-                return payload.failed(batch.id, error, self._worker, attempt)
-            except Exception as error:  # whatever it is: it is reported as this batch's failure and the worker lives on
-                log.exception("batch %s failed", batch.id)
-                unexpected = PreceptorError("TRIAL_FAILED", f"{type(error).__name__}: {error}"[:500])
-                return payload.failed(batch.id, unexpected, self._worker, attempt)
+            except Exception as error:  # whatever it is: it is reported as this batch's failure
+                reason = reason_of(error)
+                if reason.reason in _WITH_TRACEBACK:
+                    log.exception("batch %s failed", batch.id)
+                else:
+                    log.warning("batch %s failed: %s", batch.id, reason)
+                return payload.failed(batch.id, reason, self._worker, attempt)
         result = payload.result_of(batch.id, outcomes, self._worker, attempt)
         result.load_seconds = loaded - started
         result.peak_memory_bytes = peak_memory_bytes()
@@ -106,6 +129,29 @@ class TrialJob:
 
 class _Stopped(Exception):
     """The batch ends here, with (reason, message) as its result; no PreceptorError, which would fail single trials."""
+
+
+# What nobody has foreseen, and what only its origin explains.
+_WITH_TRACEBACK = frozenset({"TRIAL_FAILED", "DEVICE_FAILED"})
+
+
+def reason_of(error: Exception) -> PreceptorError:
+    """What went wrong with a whole batch, or with the loading of a student, as a reason of the catalogue.
+
+    After DEVICE_FAILED this process can compute nothing any more: a broken context of CUDA never recovers.
+    """
+    if isinstance(error, PreceptorError):
+        return error
+    text = f"{type(error).__name__}: {error}"[:500]
+    if is_out_of_memory(error):
+        return PreceptorError("TRIAL_OUT_OF_MEMORY", text)
+    if (of_disk := storage_error(error)) is not None and of_disk.reason == "DISK_FULL":
+        return of_disk
+    if isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and str(error).startswith(_DEVICE_ERRORS)
+    ):
+        return PreceptorError("DEVICE_FAILED", text)
+    return PreceptorError("TRIAL_FAILED", text)
 
 
 def peak_memory_bytes() -> int:

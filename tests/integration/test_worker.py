@@ -2,81 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 import redis
 import torch
 
+from preceptor import __version__
 from preceptor.artifacts import folder_sha256
-from preceptor.leases import LEASE_SECONDS, LeaseBoard, WorkerStatus
+from preceptor.leases import LEASE_SECONDS
 from preceptor.names import celery_task_id
-from preceptor.queue import TRIAL_BATCH_TASK, TRIAL_QUEUE, fetch_result, make_app, submit
-from preceptor.redis_server import EmbeddedRedis
+from preceptor.queue import TRIAL_BATCH_TASK, TRIAL_QUEUE, fetch_result, submit
 from preceptor.v1 import trial_pb2 as wire
 from preceptor.v1 import types_pb2 as types
 from student.base_cache import BaseCache
 from student.deployment import DeploymentBoard
 from student.worker_job import TrialJob
+from tests.integration.worker_house import ENDLESS, START_SECONDS, Queue, redis_server, wait_for, worker_process
 from tests.unit.tiny_students import save_student
-
-# A machine that is busy with other things imports torch slowly.
-START_SECONDS = 120.0
-Found = TypeVar("Found")
-
-FACTS = ("Ada is in Rome.", "Tom is a smith.", "Question: Where is Ada?\nAnswer: Rome")
-
-
-def wait_for(what: Callable[[], Found | None], seconds: float) -> Found:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := what():
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"not within {seconds} s")
-
-
-class Queue:
-    """The other side of the queue."""
-
-    def __init__(self, url: str, student: Path) -> None:
-        self.url = url
-        self.app = make_app(url)
-        self.leases = LeaseBoard(url)
-        self.student = types.PinnedStudent(name="tiny", source=str(student), commit=folder_sha256(student))
-
-    def batch(self, name: str, epochs: int = 4) -> wire.TrialBatch:
-        settings = wire.TrainingSettings(epochs=epochs, learning_rate=1e-2, batch_size=2)
-        questions = wire.QuestionSet(questions=[types.Question(text="Where is Ada?", answer="Rome")])
-        return wire.TrialBatch(
-            id=name,
-            student=self.student,
-            trials=[
-                wire.Trial(id="baseline"),
-                wire.Trial(id="edit", documents=FACTS, settings=settings, seed=7),
-                wire.Trial(id="too long", documents=["word " * 100], settings=settings),
-            ],
-            question_sets=[questions],
-            probes=[types.Question(text="Who is Tom?", answer="a smith")],
-            protocol_version=1,
-        )
-
-    def run(self, batch: wire.TrialBatch, attempt: int = 1) -> wire.TrialBatchResult:
-        task_id = submit(self.app, batch, attempt)
-        return wait_for(lambda: fetch_result(self.app, task_id), 60)
-
-    def worker(self) -> WorkerStatus | None:
-        return next(iter(self.leases.workers()), None)
 
 
 @pytest.fixture(scope="module")
@@ -84,53 +32,12 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_student(tmp_path_factory.mktemp("student"))
 
 
-@contextmanager
-def redis_server(folder: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = EmbeddedRedis(folder, port)
-    process = subprocess.Popen(server.command)
-    try:
-        client = redis.Redis.from_url(server.url)
-
-        def answers() -> bool:
-            try:
-                return bool(client.ping())
-            except redis.ConnectionError:
-                return False
-
-        wait_for(answers, 20)
-        client.close()
-        yield server.url
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-@contextmanager
-def worker_process(url: str, log: Path, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
-    environment = {**os.environ, "PRECEPTOR_BROKER_URL": url, **settings}
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "student.worker"], env=environment, stdout=output, stderr=output
-        )
-    try:
-        yield process
-    except BaseException:
-        print(log.read_text()[-5000:])
-        raise
-    finally:
-        process.kill()
-        process.wait(10)
-
-
 @pytest.fixture(scope="module")
 def queue(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Queue]:
     """A queue with one worker."""
     folder = tmp_path_factory.mktemp("queue")
-    with redis_server(folder / "redis") as url, worker_process(url, folder / "worker.log"):
-        made = Queue(url, student)
+    with redis_server(folder / "redis") as server, worker_process(server.url, folder / "worker.log"):
+        made = Queue(server.url, student)
         wait_for(made.worker, START_SECONDS)
         yield made
 
@@ -165,16 +72,10 @@ def test_the_queue_changes_no_bit(queue: Queue) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the worker
     try:
-        here = TrialJob(BaseCache(1, "cpu"), "here", 60).run(batch, 1, lambda _step: None, _never())
+        here = TrialJob(BaseCache(1, "cpu"), "here", 60).run(batch, 1, lambda _step: None, threading.Event())
     finally:
         torch.set_num_threads(threads)
     assert without_times(queue.run(batch)) == without_times(here)
-
-
-def _never() -> object:
-    import threading
-
-    return threading.Event()
 
 
 def test_work_that_was_done_is_not_done_again(queue: Queue) -> None:
@@ -222,14 +123,21 @@ def test_a_changed_student_is_refused_and_the_worker_lives_on(queue: Queue, stud
 
 def test_a_batch_that_this_worker_cannot_read_or_do_is_a_failure(queue: Queue) -> None:
     task_id = celery_task_id("unreadable", 1)
-    payload = {"id": "unreadable", "quantum_trials": 3}
-    queue.app.send_task(TRIAL_BATCH_TASK, args=[payload], task_id=task_id, queue=TRIAL_QUEUE)
-    unreadable = wait_for(lambda: fetch_result(queue.app, task_id), 30)
-    assert unreadable.failure.reason == "INVALID_REQUEST"
-    assert "quantum_trials" in unreadable.failure.message
+    for payload, reason in (
+        ({"id": "unreadable", "quantum_trials": 3}, "VERSION_SKEW"),
+        ({"id": "unreadable", "trials": "three"}, "INVALID_REQUEST"),
+        (["unreadable"], "INVALID_REQUEST"),
+    ):
+        queue.app.send_task(TRIAL_BATCH_TASK, args=[payload], task_id=task_id, queue=TRIAL_QUEUE)
+        assert queue.result(task_id).failure.reason == reason
+        queue.app.backend.delete(queue.app.backend.get_key_for_task(task_id))
     later = queue.batch("of a later version")
     later.protocol_version = 99
-    assert queue.run(later).failure.reason == "INVALID_REQUEST"
+    skew = queue.run(later).failure
+    assert skew.reason == "VERSION_SKEW"
+    assert "speaks version 1 " in skew.message
+    assert "is of version 99" in skew.message
+    assert __version__ in skew.message
 
 
 def test_the_active_student_is_loaded_before_any_job(queue: Queue, tmp_path: Path) -> None:
@@ -251,9 +159,10 @@ def test_a_student_that_cannot_be_loaded_is_reported(queue: Queue, tmp_path: Pat
 
 def test_a_batch_survives_its_worker(student: Path, tmp_path: Path) -> None:
     """SIGKILL: the lease ends, the next attempt succeeds. SIGTERM: the batch itself goes back to the queue."""
-    with redis_server(tmp_path / "redis") as url:
+    with redis_server(tmp_path / "redis") as server:
+        url = server.url
         queue = Queue(url, student)
-        endless = queue.batch("endless", epochs=1024)
+        endless = queue.batch("endless", epochs=ENDLESS)
         task_id = celery_task_id(endless.id, 1)
         log = tmp_path / "worker.log"
 
