@@ -39,7 +39,10 @@ class EmbeddedRedis:
     """The configuration and address of one embedded server; ``command`` starts it."""
 
     def __init__(self, folder: Path, port: int) -> None:
-        """Takes the password of an earlier server in ``folder``, or makes one. Raises REDIS_NOT_FOUND."""
+        """Takes the password of an earlier server in ``folder``, or makes one, and prepares the folder.
+
+        Raises REDIS_NOT_FOUND.
+        """
         binary = find_redis()
         self._folder = folder
         self._port = port
@@ -48,9 +51,11 @@ class EmbeddedRedis:
         self._password = self._password or secrets.token_urlsafe(24)
         self.command = [str(binary), str(folder / "redis.conf")]
         self.url = f"redis://:{self._password}@127.0.0.1:{port}/0"
+        self.prepare()
 
     def prepare(self) -> None:
-        """Writes what the server needs to start; the data of an earlier server is kept."""
+        """Writes what the server needs to start, and is to be called before each start; the data of an earlier server
+        is kept."""
         self._folder.mkdir(parents=True, exist_ok=True)
         _write_private(self._folder / "password", self._password)
         _write_private(
