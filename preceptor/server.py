@@ -40,7 +40,8 @@ MAX_MESSAGE_BYTES = 64 * 2**20
 MAX_METADATA_BYTES = 64 * 2**10
 MAX_ERROR_BYTES, MAX_PLACE_BYTES = 6_000, 500
 # Both sides ping an open connection, so that a peer that is stopped or whose machine is gone is noticed within 20 s
-# instead of hours. The thread that answers pings is gRPC's own: it is not held up by Python.
+# instead of hours. The thread that answers pings is gRPC's own: it is not held up by Python. (gRPC pings on its own
+# account too, to measure the line, and while such a ping is out no other is sent: ping_timeout_ms, else a minute.)
 KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS = 10, 10
 # A server that allowed fewer pings than its clients send would answer GOAWAY.
 MIN_PING_SECONDS = KEEPALIVE_SECONDS // 2
@@ -60,6 +61,7 @@ _OPTIONS = [
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_SECONDS * 1000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_SECONDS * 1000),

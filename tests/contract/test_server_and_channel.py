@@ -8,17 +8,34 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from preceptor.channel import call, connect, is_serving, open_channel, stream
+from preceptor import __version__
+from preceptor.channel import (
+    RETRIED,
+    Health,
+    call,
+    connect,
+    from_rpc_error,
+    health_of,
+    is_serving,
+    open_channel,
+    stream,
+)
 from preceptor.errors import PreceptorError
-from preceptor.server import Server
+from preceptor.server import MAX_MESSAGE_BYTES, WAITING_PER_THREAD, Server
 from preceptor.settings import ServiceSettings
 from preceptor.v1 import student_pb2, student_pb2_grpc
+from preceptor.versions import CONTRACT_VERSION
 
 SERVICE = "preceptor.v1.StudentService"
 
@@ -163,6 +180,9 @@ class Servicer(student_pb2_grpc.StudentServiceServicer):
     def GetStudent(self, request, context):
         time.sleep(1.5)
         return student_pb2.GetStudentResponse(student=student_pb2.Student(name=request.name))
+    def WatchDeployment(self, request, context):
+        yield student_pb2.WatchDeploymentResponse(deployment=student_pb2.Deployment(name=request.name))
+        time.sleep(100)
 serve(["preceptor.v1.StudentService"],
       lambda server: student_pb2_grpc.add_StudentServiceServicer_to_server(Servicer(), server), ServiceSettings())
 """
@@ -201,3 +221,320 @@ def test_a_service_ends_when_its_parent_is_gone() -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_stopped_service_is_noticed_by_an_open_watch() -> None:
+    process, address = _serve_in_a_process()
+    try:
+        stub = connect(address, student_pb2_grpc.StudentServiceStub)
+        watch = stream(stub.WatchDeployment, student_pb2.WatchDeploymentRequest(name="x"), deadline=120)
+        assert next(watch).deployment.name == "x"
+        begin = time.monotonic()
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(PreceptorError) as raised:
+            next(watch)
+        assert raised.value.reason == "SERVICE_UNREACHABLE"
+        assert time.monotonic() - begin < 30  # 10 s until the ping, 10 s for its answer
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Busy(student_pb2_grpc.StudentServiceServicer):
+    """Holds every call until it is let go."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def GetStudent(self, request: student_pb2.GetStudentRequest, context: Any) -> student_pb2.GetStudentResponse:
+        assert self.go.wait(30)
+        return student_pb2.GetStudentResponse(student=student_pb2.Student(name=request.name))
+
+    def WatchDeployment(
+        self, request: student_pb2.WatchDeploymentRequest, context: Any
+    ) -> Iterator[student_pb2.WatchDeploymentResponse]:
+        yield student_pb2.WatchDeploymentResponse(deployment=student_pb2.Deployment(name=request.name))
+        assert self.go.wait(30)
+
+
+@pytest.fixture
+def busy() -> Iterator[tuple[Server, Busy]]:
+    servicer = Busy()
+    made = Server([SERVICE], _add(servicer), ServiceSettings(max_threads=2, max_streams=2, grace_seconds=5))
+    yield made, servicer
+    servicer.go.set()
+    made.stop()
+
+
+def test_health_answers_while_every_thread_is_taken(busy: tuple[Server, Busy]) -> None:
+    server, _ = busy
+    stub = _stub(server)
+    calls = [stub.GetStudent.future(student_pb2.GetStudentRequest(name="x"), timeout=20) for _ in range(8)]
+    watches = [stub.WatchDeployment(student_pb2.WatchDeploymentRequest(), timeout=20) for _ in range(2)]
+    for watch in watches:
+        next(watch)
+    for _ in range(20):
+        assert is_serving(f"127.0.0.1:{server.port}")
+    for open_call in [*calls, *watches]:
+        open_call.cancel()
+
+
+def test_open_watches_take_no_thread_from_calls(server: Server) -> None:
+    servicer = Busy()
+    with_watches = Server([SERVICE], _add(servicer), ServiceSettings(max_threads=1, max_streams=40, grace_seconds=5))
+    stub = _stub(with_watches)
+    watches = [stub.WatchDeployment(student_pb2.WatchDeploymentRequest(), timeout=20) for _ in range(40)]
+    for watch in watches:
+        next(watch)
+    answer = stub.GetStudent.future(student_pb2.GetStudentRequest(name="x"), timeout=20)
+    servicer.go.set()
+    assert answer.result().student.name == "x"
+    with_watches.stop()
+
+
+def test_one_watch_too_many_is_told_so_at_once(busy: tuple[Server, Busy]) -> None:
+    server, servicer = busy
+    stub = _stub(server)
+    request = student_pb2.WatchDeploymentRequest()
+    watches = [stub.WatchDeployment(request, timeout=20) for _ in range(2)]
+    for watch in watches:
+        next(watch)
+    begin = time.monotonic()
+    with pytest.raises(PreceptorError) as raised:
+        list(stream(stub.WatchDeployment, request, deadline=20))
+    assert raised.value.reason == "SERVICE_BUSY"
+    assert "open streams" in raised.value.message
+    assert time.monotonic() - begin < 2
+    servicer.go.set()
+    for watch in watches:
+        list(watch)
+    assert len(list(stream(stub.WatchDeployment, request, deadline=20))) == 1  # there is room again
+
+
+def test_a_call_behind_too_many_others_is_refused_and_gets_through_later(busy: tuple[Server, Busy]) -> None:
+    server, servicer = busy
+    stub = _stub(server)
+    request = student_pb2.GetStudentRequest(name="x")
+    room = 2 * (1 + WAITING_PER_THREAD)
+    sent = [stub.GetStudent.future(request, timeout=20) for _ in range(room + 4)]
+    end = time.monotonic() + 10
+    while sum(one.done() for one in sent) < 4 and time.monotonic() < end:
+        time.sleep(0.01)
+    refused = [one.exception() for one in sent if one.done()]
+    assert [from_rpc_error(error).reason for error in refused if isinstance(error, grpc.RpcError)] == [
+        "SERVICE_BUSY"
+    ] * 4
+    threading.Timer(0.5, servicer.go.set).start()
+    assert call(stub.GetStudent, request, deadline=20).student.name == "x"
+    assert sum(one.exception() is None for one in sent) == room
+
+
+class Failing(student_pb2_grpc.StudentServiceServicer):
+    """Raises each of its errors once, then answers."""
+
+    def __init__(self, *errors: PreceptorError) -> None:
+        self.errors = list(errors)
+
+    def GetStudent(self, request: student_pb2.GetStudentRequest, context: Any) -> student_pb2.GetStudentResponse:
+        if self.errors:
+            raise self.errors.pop(0)
+        return student_pb2.GetStudentResponse(student=student_pb2.Student(name="there"))
+
+
+def _serving(servicer: Any) -> Server:
+    return Server([SERVICE], _add(servicer), ServiceSettings(grace_seconds=0))
+
+
+@pytest.mark.parametrize("reason", sorted(RETRIED))
+def test_what_passes_by_itself_is_asked_again(reason: str) -> None:
+    server = _serving(Failing(PreceptorError(reason, "later"), PreceptorError(reason, "later")))
+    assert call(_stub(server).GetStudent, student_pb2.GetStudentRequest(), deadline=10).student.name == "there"
+    server.stop()
+
+
+@pytest.mark.parametrize("reason", ["DISK_FULL", "INTERNAL", "BROKER_UNREACHABLE", "UNAUTHENTICATED", "VERSION_SKEW"])
+def test_what_does_not_pass_by_itself_is_asked_once(reason: str) -> None:
+    servicer = Failing(*[PreceptorError(reason, "no")] * 2)
+    server = _serving(servicer)
+    with pytest.raises(PreceptorError) as raised:
+        call(_stub(server).GetStudent, student_pb2.GetStudentRequest(), deadline=10)
+    assert raised.value.reason == reason
+    assert len(servicer.errors) == 1
+    server.stop()
+
+
+def test_a_refusal_that_lasts_is_raised_at_the_deadline_under_its_own_reason() -> None:
+    server = _serving(Failing(*[PreceptorError("QUEUE_FULL", "no room")] * 100))
+    begin = time.monotonic()
+    with pytest.raises(PreceptorError) as raised:
+        call(_stub(server).GetStudent, student_pb2.GetStudentRequest(), deadline=1)
+    assert raised.value.reason == "QUEUE_FULL"
+    assert time.monotonic() - begin < 1.5
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    ("message", "arrives"),
+    [
+        ("a lone surrogate \ud800", "a lone surrogate ?"),
+        ("€" * 100_000, "€" * 2_000 + " ..."),
+        ("nul \0, line\nbreak, 100 % \x7f", "nul \0, line\nbreak, 100 % \x7f"),
+    ],
+)
+def test_every_message_of_an_error_arrives(message: str, arrives: str) -> None:
+    server = _serving(Failing(PreceptorError("BAD_CONFIG", message, field="\udcff" * 100_000)))
+    with pytest.raises(PreceptorError) as raised:
+        call(_stub(server).GetStudent, student_pb2.GetStudentRequest())
+    assert raised.value.reason == "BAD_CONFIG"
+    assert raised.value.message == arrives
+    assert raised.value.metadata["field"].startswith("???")
+    server.stop()
+
+
+def test_too_large_a_message_says_how_large_it_may_be(server: Server) -> None:
+    with pytest.raises(PreceptorError) as raised:
+        call(_stub(server).GetStudent, student_pb2.GetStudentRequest(name="x" * (MAX_MESSAGE_BYTES + 1)))
+    assert raised.value.reason == "INVALID_REQUEST"
+    assert "64 MiB" in raised.value.message
+
+
+def test_a_client_without_a_limit_of_its_own_is_stopped_by_the_server(server: Server) -> None:
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}", [("grpc.max_send_message_length", -1)]) as channel:
+        with pytest.raises(grpc.RpcError) as raised:
+            channel.unary_unary(f"/{SERVICE}/GetStudent")(b"x" * (MAX_MESSAGE_BYTES + 1), timeout=30)
+        assert from_rpc_error(raised.value).reason == "INVALID_REQUEST"
+    assert is_serving(f"127.0.0.1:{server.port}")
+
+
+@pytest.mark.parametrize("method", ["GetStudent", "WatchDeployment"])
+@pytest.mark.parametrize("garbage", [b"\xff\xff\xff\xff", b"\x0a\x02\xc3\x28", b"\x0a\xff\xff\xff\xff\x0f"])
+def test_bytes_that_are_no_message_are_an_invalid_request(
+    server: Server, method: str, garbage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_channel(f"127.0.0.1:{server.port}") as channel, pytest.raises(grpc.RpcError) as raised:
+        list(channel.unary_stream(f"/{SERVICE}/{method}")(garbage, timeout=5))
+    assert from_rpc_error(raised.value).reason == "INVALID_REQUEST"
+    assert "Traceback" not in caplog.text
+
+
+def test_a_method_that_the_service_does_not_know_is_a_version_skew(server: Server) -> None:
+    with open_channel(f"127.0.0.1:{server.port}") as channel, pytest.raises(PreceptorError) as raised:
+        call(channel.unary_unary(f"/{SERVICE}/Newer"), b"")
+    assert raised.value.reason == "VERSION_SKEW"
+
+
+def _foreign(code: grpc.StatusCode, details: str, trailing: tuple[tuple[str, bytes], ...]) -> PreceptorError:
+    """What our client makes of an answer that is not our server's."""
+
+    def answer(_request: bytes, context: Any) -> bytes:
+        context.set_trailing_metadata(trailing)
+        context.abort(code, details)
+        return b""
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("x", {"y": grpc.unary_unary_rpc_method_handler(answer)}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with open_channel(f"127.0.0.1:{port}") as channel, pytest.raises(PreceptorError) as raised:
+            call(channel.unary_unary("/x/y"), b"", deadline=0.3)
+        return raised.value
+    finally:
+        server.stop(0)
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\xff", b"\x08\x05", b"\x1a\x04\x0a\x02\xc3\x28"])
+def test_status_details_that_nobody_can_read_leave_the_code(garbage: bytes) -> None:
+    error = _foreign(grpc.StatusCode.PERMISSION_DENIED, "not you", (("grpc-status-details-bin", garbage),))
+    assert error.reason == "INTERNAL"
+    assert error.message == "PERMISSION_DENIED: not you"
+
+
+def test_a_reason_of_a_later_version_is_named() -> None:
+    detail = any_pb2.Any()
+    detail.Pack(error_details_pb2.ErrorInfo(reason="NOT_YET_KNOWN", domain="preceptor"))
+    status = status_pb2.Status(code=9, message="what it is", details=[detail]).SerializeToString()
+    error = _foreign(grpc.StatusCode.FAILED_PRECONDITION, "what it is", (("grpc-status-details-bin", status),))
+    assert error.reason == "VERSION_SKEW"
+    assert "NOT_YET_KNOWN" in error.message
+    assert "what it is" in error.message
+
+
+def _ask(server: Server, *metadata: tuple[str, str]) -> PreceptorError | None:
+    """Calls as a client of another make does, with these metadata alone."""
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = student_pb2_grpc.StudentServiceStub(channel)
+        try:
+            stub.GetStudent(student_pb2.GetStudentRequest(name="x"), timeout=5, metadata=metadata)
+        except grpc.RpcError as error:
+            return from_rpc_error(error)
+    return None
+
+
+@pytest.mark.parametrize(("contract", "older"), [(CONTRACT_VERSION + 1, "this service"), (0, "the client")])
+def test_another_contract_is_refused_with_both_versions_and_the_side_to_update(
+    server: Server, contract: int, older: str
+) -> None:
+    error = _ask(server, ("preceptor-contract", str(contract)), ("preceptor-version", "7.8.9"))
+    assert error
+    assert error.reason == "VERSION_SKEW"
+    assert f"7.8.9 (contract {contract})" in error.message
+    assert f"{__version__} (contract {CONTRACT_VERSION})" in error.message
+    assert error.message.endswith(f"update {older}")
+
+
+def test_a_client_that_tells_no_version_is_served(server: Server) -> None:
+    assert _ask(server) is None
+    assert _ask(server, ("preceptor-contract", str(CONTRACT_VERSION))) is None
+
+
+@pytest.mark.parametrize("contract", ["", "one", "9" * 5000, "1.0"])
+def test_a_version_that_is_no_number_is_an_invalid_request(server: Server, contract: str) -> None:
+    error = _ask(server, ("preceptor-contract", contract))
+    assert error
+    assert (error.reason, error.metadata) == ("INVALID_REQUEST", {"field": "preceptor-contract"})
+
+
+def test_health_tells_the_version_even_to_a_client_of_another(server: Server) -> None:
+    assert health_of(f"127.0.0.1:{server.port}") == Health(True, __version__, str(CONTRACT_VERSION))
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        method = health_pb2_grpc.HealthStub(channel).Check
+        method(health_pb2.HealthCheckRequest(), timeout=5, metadata=(("preceptor-contract", "99"),))
+
+
+def _frame(kind: int, flags: int, stream_id: int, payload: bytes) -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream_id.to_bytes(4, "big") + payload
+
+
+def _header(name: bytes, value: bytes) -> bytes:
+    return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
+
+
+@pytest.mark.parametrize("value", [b"\xff\xfe\xc3\x28", b"\0\0\0", b"\r\n x: y", b"Bearer \xed\xa0\x80"])
+@pytest.mark.parametrize("name", [b"authorization", b"preceptor-contract", b"preceptor-version", b"x-bin"])
+def test_headers_that_are_no_text_harm_nobody(server: Server, name: bytes, value: bytes) -> None:
+    headers = b"".join(
+        _header(*pair)
+        for pair in (
+            (b":method", b"POST"),
+            (b":scheme", b"http"),
+            (b":path", f"/{SERVICE}/GetStudent".encode()),
+            (b":authority", b"x"),
+            (b"te", b"trailers"),
+            (b"content-type", b"application/grpc"),
+            (name, value),
+        )
+    )
+    request = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0, b"") + _frame(1, 4, 1, headers)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+        connection.sendall(request + _frame(0, 1, 1, b"\0\0\0\0\0"))
+        connection.settimeout(0.3)
+        answer = b""
+        with suppress(TimeoutError, ConnectionError):
+            while (part := connection.recv(65536)) and b"grpc-status" not in answer:
+                answer += part
+    assert answer
+    assert b"Traceback" not in answer
+    assert call(_stub(server).GetStudent, student_pb2.GetStudentRequest(name="x"), deadline=5).student.name == "x"
