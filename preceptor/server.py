@@ -213,7 +213,7 @@ class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
                 _abort(error, method, context)
 
         def check(raw: bytes, context: grpc.ServicerContext) -> Any:
-            context.set_trailing_metadata(versions.METADATA)
+            context.set_trailing_metadata((*versions.METADATA, (versions.TIME_KEY, f"{time.time():.3f}")))
             return unary(raw, context)
 
         chosen = check if method == HEALTH_CHECK else unary

@@ -498,7 +498,9 @@ def test_a_version_that_is_no_number_is_an_invalid_request(server: Server, contr
 
 
 def test_health_tells_the_version_even_to_a_client_of_another(server: Server) -> None:
-    assert health_of(f"127.0.0.1:{server.port}") == Health(True, __version__, str(CONTRACT_VERSION))
+    told = health_of(f"127.0.0.1:{server.port}")
+    assert told == Health(True, __version__, str(CONTRACT_VERSION), told.seconds_ahead)
+    assert abs(told.seconds_ahead) < 1  # one machine, one clock
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         method = health_pb2_grpc.HealthStub(channel).Check
         method(health_pb2.HealthCheckRequest(), timeout=5, metadata=(("preceptor-contract", "99"),))
