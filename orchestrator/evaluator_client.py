@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from orchestrator.entries import EditKey, Kind
-from orchestrator.remote import Remote
+from orchestrator.remote import Hindered, Remote
 from orchestrator.stop import Stop, Stopped
 from preceptor.errors import PreceptorError
 from preceptor.v1 import evaluator_pb2 as evaluator
@@ -68,19 +68,23 @@ class EvaluatorClient:
         patience_seconds: float,
         stop: Stop,
         opened: Opened = lambda _openings: None,
+        hindered: Hindered = lambda _name, _words: None,
     ) -> None:
         """``opened`` is told how often sealed questions were used, by the thread that asked for them."""
         self._stub = stub
         self._patience = patience_seconds
         self._stop = stop
         self._opened = opened
+        self._hindered = hindered
 
     @contextmanager
     def flow(self) -> Iterator[Flow]:
         """A flow for as long as the context is open."""
-        flow = Flow(
-            self._stub, lambda: Remote("evaluator service", self._patience, self._stop), self._stop, self._opened
-        )
+
+        def remote() -> Remote:
+            return Remote("evaluator service", self._patience, self._stop, self._hindered)
+
+        flow = Flow(self._stub, remote, self._stop, self._opened)
         threading.Thread(target=flow.watch, name="watch", daemon=True).start()
         try:
             yield flow

@@ -55,8 +55,11 @@ class Execution:
         if record.first_reward_seconds is not None:
             self.progress.first_reward(record.first_reward_seconds)
         self._ledger = Ledger(engine, record.id, record.created, self._changed)
-        self._teacher = TeacherClient(services.teacher, patience_seconds, self.stop)
-        self._evaluator = EvaluatorClient(services.evaluator, patience_seconds, self.stop, self._ledger.opened)
+        hindered = self.progress.hindered
+        self._teacher = TeacherClient(services.teacher, patience_seconds, self.stop, hindered)
+        self._evaluator = EvaluatorClient(
+            services.evaluator, patience_seconds, self.stop, self._ledger.opened, hindered
+        )
 
     def run(self) -> None:
         """Does what is left of the run. Raises PreceptorError, Stopped."""

@@ -2,7 +2,8 @@
 
 Promises: a run that was RUNNING or PENDING when the process ended, however it ended, goes on when it starts again. A
 run is executed by one thread at a time. A cancelled run ends within seconds and its evaluations are cancelled. A drain
-stops the threads without changing any run's state.
+stops the threads without changing any run's state. A run whose ledger cannot be written, for want of room on the disk,
+waits and goes on by itself.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from orchestrator.ledger import Ledger
 from orchestrator.plan import RunPlan
 from orchestrator.progress import Progress
 from orchestrator.report import ReportRenderer
-from orchestrator.run_store import CANCELLED, FAILED, PENDING, RUNNING, SUCCEEDED, RunRecord, RunStore
+from orchestrator.run_store import CANCELLED, FAILED, FINAL, PENDING, RUNNING, SUCCEEDED, RunRecord, RunStore
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.stop import Stopped
 from orchestrator.timing import stored_seconds
 from preceptor.channel import call
+from preceptor.database import DatabaseError
 from preceptor.errors import PreceptorError
+from preceptor.storage import ROOM_SECONDS
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import types_pb2 as types
 
@@ -50,6 +53,8 @@ class RunExecutor:
         self._lock = threading.Lock()
         self._one_at_a_time: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._active: dict[str, Execution] = {}
+        self._waiting: dict[str, str] = {}  # runs that wait for the disk, and the words for it
+        self._to_cancel: set[str] = set()  # runs whose cancelling could not be written down yet
         self._draining = threading.Event()
 
     @property
@@ -71,25 +76,33 @@ class RunExecutor:
                 self._pool.submit(self._execute, run_id)
 
     def cancel(self, run_id: str) -> None:
-        """Ends the run, whatever it does. Raises RUN_ALREADY_FINISHED."""
-        if not self._store.move(run_id, CANCELLED, only_from=(PENDING, RUNNING)):
-            record = self._store.get(run_id)
-            if record.state != CANCELLED:
-                raise PreceptorError("RUN_ALREADY_FINISHED", f"run {run_id!r} is finished")
-            return
-        with self._lock:
-            execution = self._active.get(run_id)
-        if execution is not None:
-            execution.stop.set()  # its thread cancels the evaluations when it has ended
-            execution.progress.wake()
-        else:
-            self._cancel_evaluations(run_id)
+        """Ends the run, whatever it does. Raises RUN_ALREADY_FINISHED.
+
+        Where it cannot be written down, the run ends all the same, and it is written when there is room: raises
+        DatabaseError, which says so.
+        """
+        try:
+            moved = self._store.move(run_id, CANCELLED, only_from=(PENDING, RUNNING))
+        except DatabaseError as error:
+            if self._store.get(run_id).state in FINAL:
+                raise
+            with self._lock:
+                self._to_cancel.add(run_id)
+            self._end(run_id)
+            message = f"run {run_id!r} is ended; that it was cancelled is written down when there is room: {error}"
+            raise DatabaseError(error.reason, message) from None
+        if moved:
+            self._end(run_id)
+        elif self._store.get(run_id).state != CANCELLED:
+            raise PreceptorError("RUN_ALREADY_FINISHED", f"run {run_id!r} is finished")
 
     def resume(self, run_id: str) -> None:
         """Goes on with a failed or cancelled run; one that is under way goes on anyway.
 
         Raises RUN_ALREADY_FINISHED.
         """
+        with self._lock:
+            self._to_cancel.discard(run_id)
         if self._store.move(run_id, PENDING, only_from=(FAILED, CANCELLED)):
             self.submit(run_id)
         elif self._store.get(run_id).state == SUCCEEDED:
@@ -99,13 +112,14 @@ class RunExecutor:
         """The run's live progress, or what its ledger says where it is not executed now."""
         with self._lock:
             execution = self._active.get(record.id)
+            waiting = self._waiting.get(record.id, "waiting for a free place" if record.state == PENDING else "")
         if execution is not None:
             return execution.progress
         plan = RunPlan.of(record)
         seconds = sum(stored_seconds(self._engine, record.id).values())
         progress = Progress(plan.config.rounds.count, plan.planned_self_edits, lambda: seconds)
         progress.show(Ledger(self._engine, record.id, record.created).entries())
-        progress.enter("waiting for a free place" if record.state == PENDING else "", plan.config.rounds.count)
+        progress.enter(waiting, plan.config.rounds.count)
         if record.first_reward_seconds is not None:
             progress.first_reward(record.first_reward_seconds)
         return progress
@@ -133,39 +147,77 @@ class RunExecutor:
         with self._lock:
             alone = self._one_at_a_time[run_id]
         with alone:  # a run that was cancelled and resumed at once: the old thread ends first
-            if self._draining.is_set() or not self._store.move(run_id, RUNNING, only_from=(PENDING, RUNNING)):
-                return
-            execution = Execution(
-                self._engine,
-                self._store.get(run_id),
-                self._services,
-                self._renderer,
-                self._settings.patience_seconds,
-            )
+            while True:
+                try:
+                    self._execute_once(run_id)
+                except DatabaseError as error:
+                    log.warning("%s waits for the disk: %s", run_id, error)
+                    with self._lock:
+                        self._waiting[run_id] = f"waiting for the disk: {error}"
+                else:
+                    if run_id not in self._to_cancel:
+                        return
+                if self._draining.wait(ROOM_SECONDS):
+                    return
+
+    def _execute_once(self, run_id: str) -> None:
+        """Executes a run that is to be executed, from where its ledger ends. Raises DatabaseError."""
+        if run_id in self._to_cancel:
+            self._store.move(run_id, CANCELLED, only_from=(PENDING, RUNNING))
+        if self._draining.is_set() or not self._store.move(run_id, RUNNING, only_from=(PENDING, RUNNING)):
             with self._lock:
-                self._active[run_id] = execution
-                if self._draining.is_set():
-                    execution.stop.set()
+                self._waiting.pop(run_id, None)
+                self._to_cancel.discard(run_id)
+            return
+        try:
+            self._run(run_id)
+            log.info("%s succeeded", run_id)
+        except Stopped:
+            log.info("%s stopped", run_id)
+        except DatabaseError:
+            raise
+        except PreceptorError as error:
+            log.warning("%s failed: %s: %s", run_id, error.reason, error)
+            self._fail(run_id, error.reason, str(error))
+        except Exception as error:  # a bug: it must end in the run's state, not only in this thread
+            log.exception("%s failed", run_id)
+            self._fail(run_id, "INTERNAL", f"{type(error).__name__}: {error}")
+
+    def _run(self, run_id: str) -> None:
+        execution = Execution(
+            self._engine, self._store.get(run_id), self._services, self._renderer, self._settings.patience_seconds
+        )
+        with self._lock:
+            self._active[run_id] = execution
+            self._waiting.pop(run_id, None)
+            if self._draining.is_set() or run_id in self._to_cancel:
+                execution.stop.set()
+        try:
             # Cancelled between the move and the registration: nobody could have told the execution.
             if self._store.get(run_id).state == CANCELLED:
                 execution.stop.set()
+            execution.run()
+        finally:
             try:
-                execution.run()
-                log.info("%s succeeded", run_id)
-            except Stopped:
-                log.info("%s stopped", run_id)
-            except PreceptorError as error:
-                log.warning("%s failed: %s: %s", run_id, error.reason, error)
-                self._fail(run_id, error.reason, str(error))
-            except Exception as error:  # a bug: it must end in the run's state, not only in this thread
-                log.exception("%s failed", run_id)
-                self._fail(run_id, "INTERNAL", f"{type(error).__name__}: {error}")
-            finally:
-                if self._store.get(run_id).state == CANCELLED:
+                if self._is_cancelled(run_id):
                     self._cancel_evaluations(run_id)
+            finally:
                 with self._lock:
                     del self._active[run_id]
                 execution.progress.wake()
+
+    def _end(self, run_id: str) -> None:
+        """Ends what is done for a run that was cancelled."""
+        with self._lock:
+            execution = self._active.get(run_id)
+        if execution is not None:
+            execution.stop.set()  # its thread cancels the evaluations when it has ended
+            execution.progress.wake()
+        else:
+            self._cancel_evaluations(run_id)
+
+    def _is_cancelled(self, run_id: str) -> bool:
+        return run_id in self._to_cancel or self._store.get(run_id).state == CANCELLED
 
     def _fail(self, run_id: str, reason: str, message: str) -> None:
         failure = types.Failure(reason=reason, message=message, attempts=1)
@@ -199,6 +251,9 @@ class RunExecutor:
             except PreceptorError as error:
                 log.debug("no queue status: %s", error)
             for run_id, execution in active.items():
-                self._store.raise_peak_memory(run_id, peak)
+                try:
+                    self._store.raise_peak_memory(run_id, peak)
+                except DatabaseError as error:  # the run itself will wait for it
+                    log.debug("no peak memory: %s", error)
                 if workers is not None:
                     execution.progress.workers(workers)

@@ -44,6 +44,7 @@ class Progress:
         self._version = 0
         self._marks: dict[EditKey, _Mark] = {}
         self._phase = ""
+        self._hindrances: dict[str, str] = {}  # by service
         self._round = 0
         self._workers = 0
         self.first_reward_seconds: float | None = None
@@ -53,6 +54,12 @@ class Progress:
         with self._change():
             self._phase = phase
             self._round = self._round if number is None else number
+
+    def hindered(self, by: str, words: str) -> None:
+        """What the run waits for because of this service; without words: not any more."""
+        if self._hindrances.get(by, "") != words:
+            with self._change():
+                self._hindrances[by] = words
 
     def show(self, entries: Iterable[Entry]) -> None:
         """These ledger lines are new or have changed."""
@@ -102,7 +109,7 @@ class Progress:
             first = self.first_reward_seconds
             message = pb.RunProgress(
                 state=state,
-                phase=self._phase,
+                phase="; ".join(words for words in (self._phase, *self._hindrances.values()) if words),
                 round=self._round,
                 rounds=self._rounds,
                 workers=self._workers,

@@ -2,7 +2,9 @@
 
 A unary call is sent again, a broken stream is opened again, until the service has been away for the patience limit.
 That is safe because of the contract: mutating requests carry a ``request_id``, and a stream opened again says the
-same things again. What the service *refuses* (any reason that waiting does not mend) is raised at once.
+same things again. A service that answers that it has no room now is not away: it is waited for as long as it says so,
+and the run's progress says for what. What the service *refuses* (any reason that waiting does not mend) is raised at
+once.
 """
 
 from __future__ import annotations
@@ -32,27 +34,53 @@ ALIVE_SECONDS = 30.0
 # An INTERNAL error is a bug or a connection cut at an odd place; the second goes away when tried again.
 INTERNAL_TRIES = 3
 
-_AWAY = {"SERVICE_UNREACHABLE", "SHUTTING_DOWN", "BROKER_UNREACHABLE", "CANCELLED", "DEADLINE_EXCEEDED"}
+# Shorter absences are a restart, and not worth a line.
+SHOWN_SECONDS = 3.0
+# A service that has no room is asked again less often: each answer costs it work.
+BUSY_PAUSE_SECONDS = 2.0
+
+_AWAY = {
+    "SERVICE_UNREACHABLE",
+    "SHUTTING_DOWN",
+    "BROKER_UNREACHABLE",
+    "DATABASE_UNREACHABLE",
+    "CANCELLED",
+    "DEADLINE_EXCEEDED",
+}
+_BUSY = {"QUEUE_FULL", "SERVICE_BUSY", "DISK_FULL"}
+
+# Told which service a run waits for and why; no words: not any more.
+Hindered = Callable[[str, str], None]
 
 
 class Remote:
     """One service, called with patience. Not to be shared by threads: each keeps its own count of time away."""
 
-    def __init__(self, name: str, patience_seconds: float, stop: Stop) -> None:
+    def __init__(
+        self,
+        name: str,
+        patience_seconds: float,
+        stop: Stop,
+        hindered: Hindered = lambda _name, _words: None,
+    ) -> None:
         self._name = name
         self._patience = patience_seconds
         self._stop = stop
+        self._hindered = hindered
 
     def call(self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request) -> Response:
         """Calls a unary method. Raises PreceptorError (SERVICE_UNREACHABLE after the patience limit), Stopped."""
-        absence = _Absence(self._name, self._patience)
-        while True:
-            self._stop.check()
-            try:
-                return channel.call(method, request, deadline=min(TRY_SECONDS, self._patience))
-            except PreceptorError as error:
-                absence.excuse(error)
-            self._stop.wait(PAUSE_SECONDS)
+        absence = _Absence(self._name, self._patience, self._hindered)
+        try:
+            while True:
+                self._stop.check()
+                try:
+                    return channel.call(method, request, deadline=min(TRY_SECONDS, self._patience))
+                except PreceptorError as error:
+                    pause = absence.excuse(error)
+                self._stop.wait(pause)
+        finally:
+            absence.over()
 
     def follow(
         self,
@@ -66,28 +94,32 @@ class Remote:
         ``next_request`` gives the request for each opening, or None when there is nothing left to ask. Ends when a
         stream ends by itself. Raises as ``call`` does.
         """
-        absence = _Absence(self._name, self._patience)
-        while (request := next_request()) is not None:
-            self._stop.check()
-            opened: list[Any] = []
-            start = time.monotonic()
-            try:
-                for response in self._open(method, request, deadline, opened):
-                    absence.over()
-                    yield response
+        absence = _Absence(self._name, self._patience, self._hindered)
+        try:
+            while (request := next_request()) is not None:
                 self._stop.check()
-                return
-            except PreceptorError as error:
-                self._stop.check()
-                if time.monotonic() - start >= min(ALIVE_SECONDS, deadline):
-                    absence.over()
-                if error.reason != "DEADLINE_EXCEEDED":
-                    log.info("%s: stream broke: %s", self._name, error)
-                absence.excuse(error)
-            finally:
-                for call in opened:
-                    self._stop.closed(call)
-            self._stop.wait(PAUSE_SECONDS)
+                opened: list[Any] = []
+                start = time.monotonic()
+                absence.unknown()
+                try:
+                    for response in self._open(method, request, deadline, opened):
+                        absence.over()
+                        yield response
+                    self._stop.check()
+                    return
+                except PreceptorError as error:
+                    self._stop.check()
+                    if time.monotonic() - start >= min(ALIVE_SECONDS, deadline):
+                        absence.over()
+                    if error.reason != "DEADLINE_EXCEEDED":
+                        log.info("%s: stream broke: %s", self._name, error)
+                    pause = absence.excuse(error)
+                finally:
+                    for call in opened:
+                        self._stop.closed(call)
+                self._stop.wait(pause)
+        finally:
+            absence.over()
 
     def _open(
         self,
@@ -104,21 +136,35 @@ class Remote:
 
 
 class _Absence:
-    """How long a service has been away."""
+    """How long a service has been away, and whether somebody was told that it is waited for."""
 
-    def __init__(self, name: str, patience: float) -> None:
+    def __init__(self, name: str, patience: float, hindered: Hindered) -> None:
         self._name = name
         self._patience = patience
+        self._hindered = hindered
         self._since: float | None = None
         self._internal = 0
+        self._told = False
 
     def over(self) -> None:
-        """The service has answered."""
+        """The service has answered, or nobody waits for it any more."""
         self._since = None
         self._internal = 0
+        self.unknown()
 
-    def excuse(self, error: PreceptorError) -> None:
-        """Returns if the error is one that waiting mends and patience is left; raises otherwise."""
+    def unknown(self) -> None:
+        """A stream is opened again: what it does not say, it may have nothing to say of."""
+        if self._told:
+            self._told = False
+            self._hindered(self._name, "")
+
+    def excuse(self, error: PreceptorError) -> float:
+        """Seconds after which to ask again, if the error is one that waiting mends and patience is left; raises it
+        otherwise."""
+        if error.reason in _BUSY:
+            self.over()
+            self._tell(f"waiting for the {self._name}: {error.message}")
+            return BUSY_PAUSE_SECONDS
         if error.reason == "INTERNAL":
             self._internal += 1
             if self._internal >= INTERNAL_TRIES:
@@ -133,3 +179,12 @@ class _Absence:
                 f"the {self._name} has not answered for {now - self._since:.0f} s: {error.message}",
                 service=self._name,
             ) from None
+        if now - self._since >= SHOWN_SECONDS:
+            self._tell(f"waiting for the {self._name}, which does not answer")
+        return PAUSE_SECONDS
+
+    def _tell(self, words: str) -> None:
+        if not self._told:
+            log.warning("%s", words)
+        self._told = True
+        self._hindered(self._name, words)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from orchestrator.remote import Remote
+from orchestrator.remote import Hindered, Remote
 from orchestrator.stop import Stop
 from preceptor.errors import CATALOGUE, PreceptorError
 from preceptor.v1 import teacher_pb2 as teacher
@@ -18,10 +18,17 @@ WATCH_SECONDS = 600.0
 class TeacherClient:
     """Calls the teacher with patience on behalf of one run."""
 
-    def __init__(self, stub: teacher_pb2_grpc.TeacherServiceStub, patience_seconds: float, stop: Stop) -> None:
+    def __init__(
+        self,
+        stub: teacher_pb2_grpc.TeacherServiceStub,
+        patience_seconds: float,
+        stop: Stop,
+        hindered: Hindered = lambda _name, _words: None,
+    ) -> None:
         self._stub = stub
         self._patience = patience_seconds
         self._stop = stop
+        self._hindered = hindered
 
     def base_policy(self) -> str:
         """The id of the untouched teacher: the root of the active policy. Every run starts from it, so that an
@@ -64,6 +71,9 @@ class TeacherClient:
             stream = self._remote().follow(self._stub.WatchPolicy, lambda: watch, deadline=WATCH_SECONDS)
             for response in stream:
                 policy = response.policy
+                if policy.state not in final:  # it may wait itself, for room on its disk
+                    self._hindered("teacher", policy.failure.message and f"the teacher waits: {policy.failure.message}")
+        self._hindered("teacher", "")
         if policy.state == teacher.POLICY_STATE_FAILED:
             reason = policy.failure.reason if policy.failure.reason in CATALOGUE else "INTERNAL"
             raise PreceptorError(reason, f"the teacher's update failed: {policy.failure.message}")
@@ -75,4 +85,4 @@ class TeacherClient:
         self._remote().call(self._stub.ActivatePolicy, request)
 
     def _remote(self) -> Remote:
-        return Remote("teacher service", self._patience, self._stop)
+        return Remote("teacher service", self._patience, self._stop, self._hindered)

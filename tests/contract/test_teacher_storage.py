@@ -1,4 +1,4 @@
-"""The teacher on a disk that is full or has lost something: what waits, what is made again, and that nothing changes."""
+"""The teacher on a disk that is full or has lost something: what waits, what is made again, what stays the same."""
 
 from __future__ import annotations
 
