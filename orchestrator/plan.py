@@ -19,6 +19,7 @@ from orchestrator.run_store import RunRecord
 from preceptor.config import FixedStrategy, RunConfig
 from preceptor.convert import for_teacher
 from preceptor.groups import advantages
+from preceptor.limits import MAX_SELF_EDITS
 from preceptor.names import content_id, derived_seed
 from preceptor.protocols import as_trained, chosen_probes, evaluation_protocol, look_protocol
 from preceptor.racing import RaceSettings
@@ -30,8 +31,6 @@ from preceptor.v1 import types_pb2 as types
 REFERENCE_ARMS = ("oracle", "shuffled_facts")
 # How the untrained teacher is asked for questions.
 QUESTION_FORMAT = "self_qa"
-# The most that the evaluator takes in one request.
-MAX_SELF_EDITS = 1024
 
 
 @dataclass(frozen=True)

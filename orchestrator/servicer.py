@@ -14,10 +14,11 @@ from orchestrator.executor import RunExecutor
 from orchestrator.ledger import Ledger
 from orchestrator.plan import QUESTION_FORMAT
 from orchestrator.run_store import FINAL, SUCCEEDED, RunRecord, RunStore
-from orchestrator.validation import require_request_id, validated
+from orchestrator.validation import validated
 from preceptor.channel import call
 from preceptor.config import RunConfig
 from preceptor.errors import PreceptorError
+from preceptor.limits import check_name, page_size, page_token
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import orchestrator_pb2 as pb
 from preceptor.v1 import orchestrator_pb2_grpc, teacher_pb2
@@ -58,7 +59,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         return pb.GetRunResponse(run=_run(record), progress=self._executor.progress(record).snapshot(record.state))
 
     def ListRuns(self, request: pb.ListRunsRequest, context: grpc.ServicerContext) -> pb.ListRunsResponse:
-        records, more = self._store.page(_page_size(request.page_size), _token(request.page_token))
+        records, more = self._store.page(page_size(request.page_size), page_token(request.page_token) or None)
         return pb.ListRunsResponse(runs=map(_run, records), next_page_token="" if more is None else str(more))
 
     def WatchRun(self, request: pb.WatchRunRequest, context: grpc.ServicerContext) -> Iterator[pb.WatchRunResponse]:
@@ -84,7 +85,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         self, request: pb.ListSelfEditsRequest, context: grpc.ServicerContext
     ) -> pb.ListSelfEditsResponse:
         record = self._store.get(request.run_id)
-        offset, size = _token(request.page_token) or 0, _page_size(request.page_size)
+        offset, size = page_token(request.page_token), page_size(request.page_size)
         entries = Ledger(self._engine, record.id, record.created).page(request.round, offset, size + 1)
         titles = {task.id: task.passage.title for task in record.request.tasks}
         return pb.ListSelfEditsResponse(
@@ -102,7 +103,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         return pb.GetRunReportResponse(summary_json=summary_json, report_html=report_html)
 
     def _change(self, request: pb.CancelRunRequest | pb.ResumeRunRequest, change: Callable[[str], None]) -> pb.Run:
-        require_request_id(request.request_id)
+        check_name("request_id", request.request_id)
         body = _body(request)
         if self._store.find_request(request.request_id, body) is None:
             run_id = self._store.get(request.run_id).id
@@ -140,18 +141,6 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
 def _body(request: pb.CreateRunRequest | pb.CancelRunRequest | pb.ResumeRunRequest) -> bytes:
     """What a request asks for, as bytes that equal requests share. Its type counts: one id is for one kind."""
     return request.DESCRIPTOR.name.encode() + b"\0" + request.SerializeToString(deterministic=True)
-
-
-def _page_size(asked: int) -> int:
-    return min(asked, 1000) if asked else 100
-
-
-def _token(token: str) -> int | None:
-    if not token:
-        return None
-    if not token.isdecimal():
-        raise PreceptorError("INVALID_REQUEST", f"{token!r} is no page token of this method", field="page_token")
-    return int(token)
 
 
 def _run(record: RunRecord) -> pb.Run:

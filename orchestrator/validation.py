@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from orchestrator.plan import labelled_places
 from preceptor.config import RunConfig, parse_config_json
-from preceptor.convert import question_from_proto
+from preceptor.convert import directive_from_proto, questions_from_proto
 from preceptor.errors import PreceptorError
+from preceptor.limits import (
+    MAX_DOCUMENTS,
+    MAX_LABELS,
+    MAX_NAME_CHARACTERS,
+    MAX_PROBES,
+    MAX_QUESTIONS,
+    MAX_REFERENCE_EDITS,
+    MAX_REPLAY_DOCUMENTS,
+    MAX_TASKS,
+    MAX_TEXT_CHARACTERS,
+    MAX_TITLE_CHARACTERS,
+    check_name,
+)
 from preceptor.names import task_id
 from preceptor.question_faults import answer_fault, question_faults
+from preceptor.self_edit_files import directive_fault
+from preceptor.tasks import Bank
 from preceptor.v1 import orchestrator_pb2 as pb
 from preceptor.v1 import types_pb2 as types
-
-MAX_ID_CHARACTERS = 256
 
 _REWARD = (types.QUESTION_BANK_REWARD, types.QUESTION_BANK_UNSPECIFIED)
 _SEALED = (*_REWARD, types.QUESTION_BANK_SEALED)
@@ -21,8 +35,9 @@ _SEALED = (*_REWARD, types.QUESTION_BANK_SEALED)
 
 def validated(request: pb.CreateRunRequest) -> RunConfig:
     """The request's config. Raises PreceptorError (BAD_CONFIG, BAD_TASK_FILE, INVALID_REQUEST)."""
-    require_request_id(request.request_id)
+    check_name("request_id", request.request_id)
     config = parse_config_json(request.config_json)
+    _check_sizes(request)
     needs_training = config.rounds.count > 0 or (request.heldout_tasks and config.heldout.fixed_strategies)
     if needs_training and not request.tasks:
         raise PreceptorError("INVALID_REQUEST", "there are no tasks to train on", field="tasks")
@@ -37,21 +52,32 @@ def validated(request: pb.CreateRunRequest) -> RunConfig:
     for position, task in enumerate(request.heldout_tasks):
         if (task.passage.title, task.passage.text) in seen:
             raise _bad("heldout_tasks", position, task, "is among the training tasks, too", "")
-    for position, probe in enumerate(request.probes):
+    for position, probe in enumerate(questions_from_proto(request.probes, "probes")):
         if not probe.text.strip() or not probe.answer.strip():
             raise PreceptorError(
                 "BAD_TASK_FILE", f"probe {position + 1} lacks its question or its answer", field=f"probes[{position}]"
             )
-        if fault := answer_fault(question_from_proto(probe), config.answers.max_new_tokens):
+        if fault := answer_fault(probe, config.answers.max_new_tokens):
             raise PreceptorError("BAD_TASK_FILE", f"probe {position + 1}: {fault}", field=f"probes[{position}]")
     return config
 
 
-def require_request_id(request_id: str) -> None:
-    """Raises INVALID_REQUEST for a mutating request without an id, or with an endless one."""
-    if not 1 <= len(request_id) <= MAX_ID_CHARACTERS:
-        problem = f"a mutating request needs a request_id of 1..{MAX_ID_CHARACTERS} characters"
-        raise PreceptorError("INVALID_REQUEST", problem, field="request_id")
+def _check_sizes(request: pb.CreateRunRequest) -> None:
+    """What the evaluator would refuse an hour later is refused now."""
+    for field, what, count, most in (
+        ("tasks", "tasks", len(request.tasks), MAX_TASKS),
+        ("heldout_tasks", "tasks", len(request.heldout_tasks), MAX_TASKS),
+        ("probes", "probes", len(request.probes), MAX_PROBES),
+        ("replay_documents", "documents", len(request.replay_documents), MAX_REPLAY_DOCUMENTS),
+        ("replay_documents", "characters", sum(map(len, request.replay_documents)), MAX_TEXT_CHARACTERS),
+        ("banks", "characters", len(request.banks), MAX_TITLE_CHARACTERS),
+    ):
+        if count > most:
+            problem = f"{field} has {count} {what}; at most {most} are allowed"
+            raise PreceptorError("INVALID_REQUEST", problem, field=field)
+    for position, document in enumerate(request.replay_documents):
+        if not document.strip():
+            raise PreceptorError("INVALID_REQUEST", "is empty", field=f"replay_documents[{position}]")
 
 
 def _check_tasks(
@@ -69,7 +95,12 @@ def _check_tasks(
             raise _bad(field, position, task, "is no passage; only passages are trained on as yet", "kind")
         if not task.passage.text.strip():
             raise _bad(field, position, task, "has an empty text", "passage.text")
-        questions = [question_from_proto(question) for question in task.passage.questions]
+        if too_much := _size_fault(task):
+            raise _bad(field, position, task, too_much, "")
+        try:
+            questions = questions_from_proto(task.passage.questions, "passage.questions")
+        except PreceptorError as error:
+            raise _bad(field, position, task, f"has a bad question: {error.message}", error.metadata["field"]) from None
         for number, question in enumerate(questions):
             where = f"passage.questions[{number}]"
             if not question.text.strip():
@@ -89,6 +120,40 @@ def _check_tasks(
         if task.id in seen:
             raise _bad(field, position, task, f"is the same as task {seen[task.id] + 1}", "")
         seen[task.id] = position
+
+
+def _size_fault(task: types.Task) -> str:
+    """What of a task is more than any service takes, or of its reference edits no self-edit; empty if nothing is."""
+    passage = task.passage
+    banks = Counter(question.bank for question in passage.questions)
+    labels = [part for label in task.labels.items() for part in label]
+    if len(passage.title) > MAX_TITLE_CHARACTERS or len(passage.text) > MAX_TEXT_CHARACTERS:
+        return f"has more than {MAX_TITLE_CHARACTERS} characters of title or {MAX_TEXT_CHARACTERS} of text"
+    if banks.total() > MAX_QUESTIONS * len(Bank) or any(count > MAX_QUESTIONS for count in banks.values()):
+        return f"has more than {MAX_QUESTIONS} questions in a bank"
+    if len(task.labels) > MAX_LABELS or any(len(part) > MAX_NAME_CHARACTERS for part in labels):
+        return f"has more than {MAX_LABELS} labels, or one of more than {MAX_NAME_CHARACTERS} characters"
+    if len(task.reference_edits) > MAX_REFERENCE_EDITS:
+        return f"has more than {MAX_REFERENCE_EDITS} reference edits"
+    for name, edit in task.reference_edits.items():
+        if fault := _edit_fault(edit):
+            return f"has a bad reference edit {name[:60]!r}: {fault}"
+    return ""
+
+
+def _edit_fault(edit: types.SelfEdit) -> str:
+    if len(edit.documents) > MAX_DOCUMENTS or sum(map(len, edit.documents)) > MAX_TEXT_CHARACTERS:
+        return f"it has more than {MAX_DOCUMENTS} documents or {MAX_TEXT_CHARACTERS} characters"
+    if not all(document.strip() for document in edit.documents):
+        return "it has an empty document"
+    if edit.directive.loss_mask not in types.LossMask.values():
+        return f"loss_mask {edit.directive.loss_mask} is not known"
+    directive = directive_from_proto(edit.directive)
+    for key in directive.__dataclass_fields__:
+        value = getattr(directive, key)
+        if value is not None and (fault := directive_fault(key, value)):
+            return f"{key} {fault}"
+    return ""
 
 
 def _bad(field: str, position: int, task: types.Task, problem: str, part: str) -> PreceptorError:

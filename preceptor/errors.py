@@ -120,6 +120,7 @@ CATALOGUE: dict[str, Entry] = {
     "SERVICE_BUSY": Entry(
         _DOWN, "try again in a few seconds, or raise PRECEPTOR_MAX_THREADS or PRECEPTOR_MAX_STREAMS of the service"
     ),
+    "NOT_SERVED": Entry(grpc.StatusCode.UNIMPLEMENTED, "use a version of Preceptor that serves it"),
     "SHUTTING_DOWN": Entry(_DOWN, "try again in a few seconds"),
     "INTERNAL": Entry(grpc.StatusCode.INTERNAL, "this is a bug; the service's log has the traceback"),
 }

@@ -169,7 +169,7 @@ class _Reader:
             return Directive()
         values: dict[str, Any] = {}
         for key, given in value.items():
-            if problem := _directive_fault(key, given):
+            if problem := directive_fault(key, given):
                 self._wrong(file, line, (*at, key), problem)
             else:
                 values[key] = LossMask(given) if key == "loss_mask" else given
@@ -179,7 +179,7 @@ class _Reader:
         self.problems.append(Problem(file, line, field_name(at), message))
 
 
-def _directive_fault(key: str, value: Any) -> str:
+def directive_fault(key: str, value: Any) -> str:
     """Why this is no setting of a directive; empty if it is one."""
     names = tuple(Directive.__dataclass_fields__)
     if key not in names:

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import cast, get_args
 
-from preceptor.convert import mask_from_proto, question_from_proto
+from preceptor.convert import mask_from_proto, questions_from_proto
 from preceptor.errors import PreceptorError
+from preceptor.limits import (
+    MAX_ALPHA,
+    MAX_BATCH_SIZE,
+    MAX_EPOCHS,
+    MAX_NEW_TOKENS,
+    MAX_RANK,
+    MAX_REPLAY_SHARE,
+    MAX_SAMPLES,
+    MAX_TARGET_MODULES,
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+)
 from preceptor.queue import PROTOCOL_VERSION
 from preceptor.tasks import Question, Schedule
 from preceptor.v1 import trial_pb2 as wire
 from preceptor.v1 import types_pb2 as types
 from student.trial import Answer, AnsweringSettings, TrainingSettings, Trial, TrialOutcome
+
+# The most that a worker takes, whoever asks: what is beyond would fill its memory before it could fail.
+_MOST: dict[str, float] = {
+    "rank": MAX_RANK,
+    "alpha": MAX_ALPHA * MAX_RANK,  # a directive's rank keeps alpha / rank
+    "learning_rate": 1.0,
+    "epochs": MAX_EPOCHS,
+    "batch_size": MAX_BATCH_SIZE,
+    "gradient_accumulation": MAX_BATCH_SIZE,
+    "warmup_share": 1.0,
+    "weight_decay": sys.float_info.max,
+    "max_grad_norm": sys.float_info.max,
+    "replay_share": MAX_REPLAY_SHARE,
+}
 
 
 def trials_of(batch: wire.TrialBatch) -> tuple[list[Trial], list[list[Question]]]:
@@ -26,7 +52,10 @@ def trials_of(batch: wire.TrialBatch) -> tuple[list[Trial], list[list[Question]]
         raise _invalid("student.adapters", "are not served yet: this worker trains on bases only")
     if len({trial.id for trial in batch.trials}) < len(batch.trials):
         raise _invalid("trials", "hold an id twice")
-    sets = [[question_from_proto(question) for question in one.questions] for one in batch.question_sets]
+    sets = [
+        questions_from_proto(one.questions, f"question_sets[{number}].questions")
+        for number, one in enumerate(batch.question_sets)
+    ]
     trials, questions = [], []
     for trial in batch.trials:
         if trial.question_set >= len(sets):
@@ -42,8 +71,14 @@ def settings_of(message: wire.TrainingSettings) -> TrainingSettings:
     schedule = message.schedule or default.schedule
     if schedule not in (known := get_args(Schedule)):
         raise _invalid("schedule", f"is {schedule!r}, known are {', '.join(known)}")
-    if not 0 <= message.replay_share < 1:
-        raise _invalid("replay_share", f"is {message.replay_share}, it must be at least 0 and below 1")
+    if message.loss_mask not in types.LossMask.values():
+        raise _invalid("loss_mask", f"is {message.loss_mask}, which this worker does not know")
+    if len(message.target_modules) > MAX_TARGET_MODULES or not all(message.target_modules):
+        raise _invalid("target_modules", f"must be at most {MAX_TARGET_MODULES} names, none empty")
+    for name, most in _MOST.items():
+        value = getattr(message, name)
+        if not 0 <= value <= most:  # nor is what is no number
+            raise _invalid(name, f"is {value}, it must be 0..{most:g}")
     return TrainingSettings(
         rank=message.rank or default.rank,
         alpha=message.alpha or default.alpha,
@@ -69,14 +104,19 @@ def settings_of(message: wire.TrainingSettings) -> TrainingSettings:
 def answering_of(message: wire.AnswerSettings) -> AnsweringSettings:
     """How questions are asked, with defaults where nothing is said. Raises PreceptorError(INVALID_REQUEST)."""
     default = AnsweringSettings()
-    if not 0 <= message.temperature < math.inf:
-        raise _invalid("answers.temperature", f"is {message.temperature}, it must be a number above 0")
+    temperature = message.temperature or default.temperature
+    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        bounds = f"{MIN_TEMPERATURE:g}..{MAX_TEMPERATURE:g}"
+        raise _invalid("answers.temperature", f"is {temperature}, it must be a number above 0, {bounds}")
+    for name, most in (("max_new_tokens", MAX_NEW_TOKENS), ("samples", MAX_SAMPLES)):
+        if (value := getattr(message, name)) > most:
+            raise _invalid(f"answers.{name}", f"is {value}, it must be at most {most}")
     return AnsweringSettings(
         prompt_template=message.prompt or default.prompt_template,
         max_new_tokens=message.max_new_tokens or default.max_new_tokens,
         generate=not message.logprobs_only,
         samples=message.samples,
-        temperature=message.temperature or default.temperature,
+        temperature=temperature,
         certainty=message.certainty,
     )
 
@@ -85,7 +125,7 @@ def probes_of(batch: wire.TrialBatch) -> list[Question]:
     """The retention probes; none are asked where only log-probabilities are measured."""
     if batch.answers.logprobs_only:
         return []
-    return [question_from_proto(question) for question in batch.probes]
+    return questions_from_proto(batch.probes, "probes")
 
 
 def result_of(batch_id: str, outcomes: Sequence[TrialOutcome], worker: str, attempt: int) -> wire.TrialBatchResult:

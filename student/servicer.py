@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from preceptor.errors import PreceptorError
+from preceptor.limits import MAX_NAME_CHARACTERS, MAX_SOURCE_CHARACTERS, page_size
 from preceptor.v1 import student_pb2 as api
 from preceptor.v1 import student_pb2_grpc
 from preceptor.v1 import types_pb2 as types
@@ -22,7 +23,6 @@ log = logging.getLogger(__name__)
 
 SERVICE = api.DESCRIPTOR.services_by_name["StudentService"].full_name
 _NAME = re.compile(r"[a-z0-9_.-]{1,64}")
-_DEFAULT_PAGE, _MAX_PAGE = 100, 1000
 
 
 class StudentServicer(student_pb2_grpc.StudentServiceServicer):
@@ -44,8 +44,15 @@ class StudentServicer(student_pb2_grpc.StudentServiceServicer):
         self, request: api.RegisterStudentRequest, context: grpc.ServicerContext
     ) -> api.RegisterStudentResponse:
         if not _NAME.fullmatch(request.name):
-            message = f"{request.name!r} is no name: lower-case letters, digits, '-', '_', '.'; at most 64 characters"
+            message = (
+                f"{request.name[:80]!r} is no name: lower-case letters, digits, '-', '_', '.'; at most 64 characters"
+            )
             raise PreceptorError("INVALID_REQUEST", message, field="name")
+        for field, most in (("source", MAX_SOURCE_CHARACTERS), ("revision", MAX_NAME_CHARACTERS)):
+            value = getattr(request, field)
+            if len(value) > most or not value.isprintable():
+                message = f"{field} must have at most {most} printable characters"
+                raise PreceptorError("INVALID_REQUEST", message, field=field)
 
         def act(session: Any) -> bytes:
             facts = inspect(request.source, request.revision)
@@ -58,7 +65,7 @@ class StudentServicer(student_pb2_grpc.StudentServiceServicer):
         return api.GetStudentResponse(student=_student(self._registry.get(request.name)))
 
     def ListStudents(self, request: api.ListStudentsRequest, context: grpc.ServicerContext) -> api.ListStudentsResponse:
-        size = min(request.page_size or _DEFAULT_PAGE, _MAX_PAGE)
+        size = page_size(request.page_size)
         found = self._registry.students(request.page_token, size + 1)
         return api.ListStudentsResponse(
             students=[_student(one) for one in found[:size]],
@@ -124,12 +131,12 @@ class StudentServicer(student_pb2_grpc.StudentServiceServicer):
     def PromoteSelfEdit(
         self, request: api.PromoteSelfEditRequest, context: grpc.ServicerContext
     ) -> api.PromoteSelfEditResponse:
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, "promotion is not served yet")
+        raise PreceptorError("NOT_SERVED", "promotion is not served yet")
 
     def RollbackStudent(
         self, request: api.RollbackStudentRequest, context: grpc.ServicerContext
     ) -> api.RollbackStudentResponse:
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, "rollback is not served yet")
+        raise PreceptorError("NOT_SERVED", "rollback is not served yet")
 
     def _publish(self, student: RegisteredStudent, *, forget_failure: bool = False) -> None:
         try:

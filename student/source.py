@@ -28,6 +28,8 @@ _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "gener
 # A header beyond this is no header: the format's own limit is 100 MB.
 _MAX_HEADER = 100_000_000
 _HUB_SECONDS = 20.0
+# A context beyond this is no number of tokens but a way to say "no limit", which no model has.
+_MAX_CONTEXT = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,12 @@ class SourceFacts:
 
 def is_folder(source: str) -> bool:
     """Whether a source is meant as a folder: it is one, or it could be no hub id."""
-    return Path(source).expanduser().is_dir() or not _HUB_ID.fullmatch(source)
+    if not _HUB_ID.fullmatch(source):
+        return True
+    try:
+        return Path(source).is_dir()
+    except OSError:  # a name too long
+        return False
 
 
 def inspect(source: str, revision: str = "") -> SourceFacts:
@@ -57,7 +64,10 @@ def inspect(source: str, revision: str = "") -> SourceFacts:
         return _inspect_hub(source, revision)
     if revision:
         raise PreceptorError("INVALID_REQUEST", "a folder has no revisions", field="revision")
-    return _inspect_folder(Path(source).expanduser().resolve())
+    try:
+        return _inspect_folder(Path(source).expanduser().resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, nobody's home, a link to itself, a NUL
+        raise PreceptorError("BAD_STUDENT_SOURCE", f"the folder cannot be read: {error}", file=source) from None
 
 
 def fetch(source: str, commit: str) -> Path:
@@ -85,10 +95,10 @@ def fetch(source: str, commit: str) -> Path:
 def _inspect_folder(folder: Path) -> SourceFacts:
     if not folder.is_dir():
         raise _bad(folder, "there is no such folder, and the name is no hub id")
+    architecture, context = _read_config(folder / "config.json")  # first: "/" has none, and is not walked through
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in _PICKLES:
             raise PreceptorError("UNSAFE_CHECKPOINT", f"{path.name} is a pickle checkpoint", file=str(path))
-    architecture, context = _read_config(folder / "config.json")
     _check_tokenizer(folder)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -100,15 +110,16 @@ def _inspect_folder(folder: Path) -> SourceFacts:
 
 def _read_config(path: Path) -> tuple[str, int]:
     config = _read_json(path)
-    architectures = config.get("architectures") or [""]
-    if not str(architectures[0]).endswith("ForCausalLM"):
+    architectures = config.get("architectures")
+    first = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    if not first.endswith("ForCausalLM"):
         raise _bad(path, f"architectures is {architectures}; a student is a causal language model (...ForCausalLM)")
     if "auto_map" in config:
         raise PreceptorError("UNSAFE_CHECKPOINT", "the model wants to run code of its own (auto_map)", file=str(path))
     context = config.get("max_position_embeddings")
-    if not isinstance(context, int) or context < 1:
+    if not isinstance(context, int) or not 1 <= context <= _MAX_CONTEXT:
         raise _bad(path, "max_position_embeddings is missing, so the context's length is not known")
-    return str(architectures[0]), context
+    return first, context
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -121,7 +132,10 @@ def _check_tokenizer(folder: Path) -> None:
 
 def _check_shards(folder: Path) -> None:
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        for shard in sorted(set(_read_json(index).get("weight_map", {}).values())):
+        shards = _read_json(index).get("weight_map", {})
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise _bad(index, "weight_map is no object that names a file for each weight")
+        for shard in sorted(set(shards.values())):
             if not (folder / shard).is_file():
                 raise _bad(folder / shard, f"the file is missing; {index.name} names it")
 
@@ -139,7 +153,10 @@ def _parameters(path: Path) -> int:
         end = max((entry["data_offsets"][1] for entry in tensors), default=0)
         if size != 8 + length + end:
             raise ValueError(f"the file has {size} bytes, its header speaks of {8 + length + end}")
-        return sum(math.prod(entry["shape"]) for entry in tensors)
+        parameters = sum(math.prod(entry["shape"]) for entry in tensors)
+        if not isinstance(parameters, int) or not 0 <= parameters <= 8 * size:
+            raise ValueError(f"its header speaks of {parameters} values in {size} bytes")
+        return parameters
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _bad(path, f"is no whole safetensors file: {error}") from None
 

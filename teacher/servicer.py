@@ -11,6 +11,28 @@ import grpc
 from preceptor import convert
 from preceptor.completions import Limits, parse
 from preceptor.errors import PreceptorError
+from preceptor.limits import (
+    MAX_ALPHA,
+    MAX_BATCH_SIZE,
+    MAX_COMPLETION_TOKENS,
+    MAX_DOCUMENTS,
+    MAX_EPOCHS,
+    MAX_EXAMPLES,
+    MAX_NAME_CHARACTERS,
+    MAX_RANK,
+    MAX_REPLAY_SHARE,
+    MAX_RESAMPLES,
+    MAX_REWARD,
+    MAX_SELF_EDITS,
+    MAX_TASKS,
+    MAX_TEMPERATURE,
+    MAX_TEXT_CHARACTERS,
+    MAX_TITLE_CHARACTERS,
+    MIN_TEMPERATURE,
+    check_name,
+    page_size,
+    page_token,
+)
 from preceptor.v1 import teacher_pb2 as pb
 from preceptor.v1 import teacher_pb2_grpc, types_pb2
 from teacher.policies import Policies
@@ -27,8 +49,25 @@ _STATES = {
     PolicyState.READY: pb.POLICY_STATE_READY,
     PolicyState.FAILED: pb.POLICY_STATE_FAILED,
 }
-_DEFAULT_PAGE, _LARGEST_PAGE = 100, 1000
-_NOT_NEGATIVE = ("min_advantage", "min_reward_z", "min_advantage_z", "alpha", "learning_rate")
+# Of an update's settings, with the most that each may be.
+_NOT_NEGATIVE = {
+    "min_advantage": MAX_REWARD,
+    "min_reward_z": MAX_REWARD,
+    "min_advantage_z": MAX_REWARD,
+    "alpha": MAX_ALPHA,
+    "learning_rate": 1.0,
+    "rank": MAX_RANK,
+    "epochs": MAX_EPOCHS,
+    "batch_size": MAX_BATCH_SIZE,
+}
+# Of what a directive may ask for. The evaluator takes no more.
+_LIMITS = {
+    "max_learning_rate": 1.0,
+    "max_epochs": MAX_EPOCHS,
+    "max_replay_share": MAX_REPLAY_SHARE,
+    "max_rank": MAX_RANK,
+    "max_documents": MAX_DOCUMENTS,
+}
 
 
 class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
@@ -52,7 +91,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             yield _group(group, wanted.limits)
 
     def UpdatePolicy(self, request: pb.UpdatePolicyRequest, context: grpc.ServicerContext) -> pb.UpdatePolicyResponse:
-        _need(bool(request.request_id), "request_id", "must not be empty")
+        check_name("request_id", request.request_id)
         policy = self._policies.update(update(request), request.request_id, _body(request))
         return pb.UpdatePolicyResponse(policy=_policy(policy))
 
@@ -60,10 +99,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         return pb.GetPolicyResponse(policy=_policy(self._policies.get(request.policy_id)))
 
     def ListPolicies(self, request: pb.ListPoliciesRequest, context: grpc.ServicerContext) -> pb.ListPoliciesResponse:
-        token = request.page_token
-        _need(not token or token.isdecimal(), "page_token", "is none that this service gave")
-        size = min(request.page_size or _DEFAULT_PAGE, _LARGEST_PAGE)
-        policies, following = self._policies.page(size, int(token or 0))
+        policies, following = self._policies.page(page_size(request.page_size), page_token(request.page_token))
         return pb.ListPoliciesResponse(
             policies=[_policy(policy) for policy in policies], next_page_token=str(following) if following else ""
         )
@@ -77,7 +113,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     def ActivatePolicy(
         self, request: pb.ActivatePolicyRequest, context: grpc.ServicerContext
     ) -> pb.ActivatePolicyResponse:
-        _need(bool(request.request_id), "request_id", "must not be empty")
+        check_name("request_id", request.request_id)
         _need(bool(request.policy_id), "policy_id", "must not be empty")
         policy = self._policies.activate(request.policy_id, request.request_id, _body(request))
         return pb.ActivatePolicyResponse(policy=_policy(policy))
@@ -95,11 +131,17 @@ def writing_request(request: pb.GenerateSelfEditsRequest) -> WritingRequest:
     temperature = sampling.temperature or 1.0
     top_p = sampling.top_p or 1.0
     samples = request.samples_per_task or 1
-    _need(0 < temperature <= 100, "sampling.temperature", f"is {temperature}, must be in (0, 100]")
+    bounds = f"{MIN_TEMPERATURE:g}..{MAX_TEMPERATURE:g}"
+    within = MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE
+    _need(within, "sampling.temperature", f"is {temperature}, must be {bounds}")
     _need(0 < top_p <= 1, "sampling.top_p", f"is {top_p}, must be in (0, 1]")
-    _need(sampling.max_new_tokens <= 1 << 17, "sampling.max_new_tokens", "is more than 131072")
-    _need(samples <= 1024, "samples_per_task", f"is {samples}, more than 1024")
-    _need(request.max_resamples <= 100, "max_resamples", f"is {request.max_resamples}, more than 100")
+    _at_most(sampling.max_new_tokens, MAX_COMPLETION_TOKENS, "sampling.max_new_tokens")
+    _at_most(samples, MAX_SELF_EDITS, "samples_per_task")
+    _at_most(request.max_resamples, MAX_RESAMPLES, "max_resamples")
+    _at_most(len(request.tasks), MAX_TASKS, "tasks")
+    for name, most in _LIMITS.items():
+        value = getattr(limits, name)
+        _need(0 <= value <= most, f"limits.{name}", f"is {value}, must be 0..{most:g}")
     return WritingRequest(
         policy_id=request.policy_id,
         tasks=tuple(task_text(task, f"tasks[{i}]") for i, task in enumerate(request.tasks)),
@@ -121,8 +163,9 @@ def writing_request(request: pb.GenerateSelfEditsRequest) -> WritingRequest:
 def task_text(task: types_pb2.Task, field: str) -> TaskText:
     """What the teacher may see of a task: title and text, nothing else. Raises PreceptorError(INVALID_REQUEST)."""
     _need(task.HasField("passage"), field, "is no passage; this teacher writes for passages only")
-    _need(bool(task.id), field, "has no id")
+    check_name(f"{field}.id", task.id)
     _need(bool(task.passage.text.strip()), field, "has no text")
+    _check_passage(task.passage, field)
     return TaskText(task.id, task.passage.title, task.passage.text)
 
 
@@ -131,10 +174,12 @@ def update(request: pb.UpdatePolicyRequest) -> Update:
     settings = request.settings
     algorithm = settings.algorithm or "rest_em"
     _need(algorithm == "rest_em", "settings.algorithm", f"is {algorithm!r}; there is: rest_em")
-    for name in ("min_reward", *_NOT_NEGATIVE):
-        _need(math.isfinite(getattr(settings, name)), f"settings.{name}", "is no finite number")
-    for name in _NOT_NEGATIVE:
-        _need(getattr(settings, name) >= 0, f"settings.{name}", "is negative")
+    _number(settings.min_reward, "settings.min_reward")
+    for name, most in _NOT_NEGATIVE.items():
+        value = getattr(settings, name)
+        _need(math.isfinite(value), f"settings.{name}", "is no finite number")
+        _need(0 <= value <= most, f"settings.{name}", f"is {value}, must be 0..{most:g}")
+    _at_most(len(request.examples), MAX_EXAMPLES, "examples")
     return Update(
         parent_id=request.parent_id,
         examples=tuple(_rewarded(example, f"examples[{i}]") for i, example in enumerate(request.examples)),
@@ -157,13 +202,16 @@ def update(request: pb.UpdatePolicyRequest) -> Update:
 
 def _rewarded(example: pb.RewardedSelfEdit, field: str) -> Rewarded:
     _need(math.isfinite(example.reward), f"{field}.reward", "is no finite number; leave failures out")
-    _need(bool(example.group_id), f"{field}.group_id", "must not be empty")
-    for name in ("reward_stderr", "advantage", "advantage_stderr"):
-        _need(math.isfinite(getattr(example, name)), f"{field}.{name}", "is no finite number")
+    check_name(f"{field}.group_id", example.group_id)
+    for name in ("reward", "reward_stderr", "advantage", "advantage_stderr"):
+        _number(getattr(example, name), f"{field}.{name}")
     for name in ("reward_stderr", "advantage_stderr"):
         _need(getattr(example, name) >= 0, f"{field}.{name}", "is negative")
     task = example.task
     _need(task.HasField("passage"), f"{field}.task", "is no passage")
+    _check_passage(task.passage, f"{field}.task")
+    _at_most(len(example.completion), MAX_TEXT_CHARACTERS, f"{field}.completion", "characters")
+    _at_most(len(example.prompt_format), MAX_NAME_CHARACTERS, f"{field}.prompt_format", "characters")
     return Rewarded(
         group=example.group_id,
         title=task.passage.title,
@@ -176,6 +224,21 @@ def _rewarded(example: pb.RewardedSelfEdit, field: str) -> Rewarded:
         advantage_stderr=example.advantage_stderr if example.HasField("advantage") else 0.0,
         only_compared=example.only_compared,
     )
+
+
+def _check_passage(passage: types_pb2.Passage, field: str) -> None:
+    _at_most(len(passage.title), MAX_TITLE_CHARACTERS, f"{field}.passage.title", "characters")
+    _at_most(len(passage.text), MAX_TEXT_CHARACTERS, f"{field}.passage.text", "characters")
+
+
+def _number(value: float, field: str) -> None:
+    _need(math.isfinite(value), field, "is no finite number")
+    _need(abs(value) <= MAX_REWARD, field, f"is {value:g}, beyond {MAX_REWARD:g}")
+
+
+def _at_most(value: int, most: int, field: str, what: str = "") -> None:
+    said = f"has {value} {what}; at most {most} are allowed" if what else f"is {value}, more than {most}"
+    _need(value <= most, field, said)
 
 
 def _need(holds: bool, field: str, message: str) -> None:

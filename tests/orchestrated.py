@@ -92,6 +92,7 @@ class Orchestrator:
     """A client of an orchestrator."""
 
     stub: orchestrator_pb2_grpc.OrchestratorServiceStub
+    address: str = ""
 
     def create(self, request: pb.CreateRunRequest) -> str:
         """Creates a run, returns its id."""
@@ -156,7 +157,8 @@ def orchestrator_here(house: ScriptedHouse, home: Path, **settings: Any) -> Iter
         where,
     )
     try:
-        yield Orchestrator(connect(f"127.0.0.1:{server.port}", orchestrator_pb2_grpc.OrchestratorServiceStub))
+        address = f"127.0.0.1:{server.port}"
+        yield Orchestrator(connect(address, orchestrator_pb2_grpc.OrchestratorServiceStub), address)
     finally:
         executor.drain()
         server.stop()

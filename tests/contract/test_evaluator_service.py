@@ -45,6 +45,8 @@ class Students(student_pb2_grpc.StudentServiceServicer):
 class Bench:
     """A served evaluator, its queue and its student service."""
 
+    address = ""
+
     def __init__(
         self, evaluator: Evaluator, broker: FakeBroker, students: Students, stub: EvaluatorServiceStub
     ) -> None:
@@ -91,7 +93,9 @@ def serving(folder: Path) -> Iterator[Bench]:
     server = Server([SERVICE], lambda one: add_EvaluatorServiceServicer_to_server(servicer, one), configured)
     evaluator.dispatcher.start()
     with open_channel(f"127.0.0.1:{server.port}") as channel:
-        yield Bench(evaluator, broker, students, EvaluatorServiceStub(channel))
+        bench = Bench(evaluator, broker, students, EvaluatorServiceStub(channel))
+        bench.address = f"127.0.0.1:{server.port}"
+        yield bench
     evaluator.drain()
     server.stop()
     student_server.stop()
