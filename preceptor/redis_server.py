@@ -13,6 +13,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from preceptor.errors import PreceptorError
@@ -94,7 +95,11 @@ class EmbeddedRedis:
 
 
 def _write_private(path: Path, text: str) -> None:
-    """Replaces a file by one that only its owner can read."""
+    """Replaces a file by one that only its owner can read. One that says this already is left alone: a full disk has
+    room for what is there."""
+    with suppress(FileNotFoundError):
+        if path.read_text() == text:
+            return
     draft = path.with_name(f".{path.name}.draft")
     draft.unlink(missing_ok=True)
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

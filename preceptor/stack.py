@@ -214,8 +214,11 @@ class Stack:
         raise PreceptorError("PROCESS_DIED", "redis does not answer", file=str(redis.log))
 
     def _set_redis_data_aside(self, redis: Child) -> bool:
-        """Whether Redis has died of its data, which then lie elsewhere. The services know what was in them."""
-        aside = self._redis.set_data_aside(redis.last_words(lines=20)) if self._redis else None
+        """Whether Redis has ended because of its data, which then lie elsewhere. The services know what was in them."""
+        ended_by_itself = redis.process is not None and (redis.process.returncode or 0) > 0
+        if self._redis is None or not ended_by_itself:
+            return False
+        aside = self._redis.set_data_aside(redis.last_words(lines=20))
         if aside:
             self._say(f"redis cannot read its data any more: they are in {aside} now, and it starts without them")
         return aside is not None
@@ -288,10 +291,11 @@ class Stack:
         assert self._pulse
         code = child.process.returncode if child.process else None
         child.kill_group()  # what it may have left behind
-        if child.name == "redis":
+        answered = self._pulse.answered(child)
+        if child.name == "redis" and not answered:
             self._set_redis_data_aside(child)
         now = time.monotonic()
-        pause = child.deaths.pause_after(now, self._pulse.answered(child))
+        pause = child.deaths.pause_after(now, answered)
         refused = code == 2 and not child.deaths.served  # it has said what is wrong with its settings
         if pause is None or refused:
             self.failed = self._death(child)

@@ -17,8 +17,9 @@ import redis
 
 from preceptor.leases import LeaseBoard, WorkerStatus
 from preceptor.names import split_task_id
+from preceptor.processes import is_alive
 from tests.chaos.arena import Arena
-from tests.chaos.schedule import KILLING, OWNER, Blow, Kind
+from tests.chaos.schedule import KILLING, OWNER, PROCESSES, Blow, Kind
 
 # Somebody must be in the middle of a batch for a calm blow; and it must not last for ever.
 BATCH_SECONDS = 90.0
@@ -53,7 +54,7 @@ class Breaker(threading.Thread):
         self.dealt: Counter[str] = Counter()  # by kind and victim
         self.calm: dict[str, float] = {}  # seconds until the trials of a worker ran elsewhere, and nothing else was hit
         self.moved: list[float] = []  # the same for all others whose worker was killed in the middle of a batch
-        self.back: dict[str, list[float]] = {}  # seconds until a killed process served again
+        self.back: dict[str, list[float]] = {}  # seconds until what was killed or stopped for ever served again
         self.problems: list[str] = []
 
     def run(self) -> None:
@@ -65,6 +66,8 @@ class Breaker(threading.Thread):
             try:
                 self._deal(blow)
             except Exception as error:  # said, counted as a problem, and the next blow comes
+                if self.over.is_set():
+                    return
                 self.problems.append(f"{blow} could not be dealt: {type(error).__name__}: {error}")
                 self._say(self.problems[-1])
             last = time.monotonic()
@@ -82,7 +85,7 @@ class Breaker(threading.Thread):
     def _deal(self, blow: Blow) -> None:
         status = self._worker_in_a_batch(blow) if blow.calm else None
         victim = self._name_of(status) if status else blow.victim
-        pid = self._arena.owner_pid if victim == OWNER else int(self._arena.children().get(victim, {}).get("pid", 0))
+        pid = self._pid_of(victim)
         done = f"{self.share:4.0%}"
         self._say(
             f"[{time.monotonic() - self._began:6.1f} s {done}] {Blow(blow.kind, victim, blow.seconds)}"
@@ -101,6 +104,19 @@ class Breaker(threading.Thread):
         if blow.calm and watcher is not None:
             watcher.join(RECOVERY_SECONDS)
 
+    def _pid_of(self, victim: str) -> int:
+        """The victim's process, once there is one: it may have been killed a moment ago. 0: it is no process."""
+        if victim == OWNER:
+            return self._arena.owner_pid
+        if victim not in (*PROCESSES, *self._arena.worker_names):
+            return 0
+        end = time.monotonic() + RECOVERY_SECONDS
+        while not self.over.wait(0.05) and time.monotonic() < end:
+            child = self._arena.children().get(victim)
+            if child is not None and is_alive(child):
+                return int(child["pid"])
+        raise AssertionError("it was not started again")
+
     def _strike(self, blow: Blow, victim: str, pid: int) -> None:
         match blow.kind:
             case Kind.KILL if victim == OWNER:
@@ -112,6 +128,8 @@ class Breaker(threading.Thread):
                 os.kill(pid, signal.SIGSTOP)
                 if blow.seconds:
                     self._later(blow.seconds, lambda: _continue(pid))
+                else:
+                    self._watch(lambda: self._until_back(victim, pid, "stopped"))
             case Kind.FLUSH:
                 client = redis.Redis.from_url(self._arena.broker_url(), socket_timeout=5)
                 with closing(client):
@@ -137,11 +155,11 @@ class Breaker(threading.Thread):
     def _kill(self, victim: str, pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
         self.kills += 1
-        self._watch(lambda: self._until_back(victim, pid))
+        self._watch(lambda: self._until_back(victim, pid, "killed"))
 
     # Who recovers, and when
 
-    def _until_back(self, victim: str, pid: int) -> None:
+    def _until_back(self, victim: str, pid: int, what: str) -> None:
         began = time.monotonic()
         while not self.over.wait(0.2) and time.monotonic() - began < RECOVERY_SECONDS:
             child = self._arena.children().get(victim)
@@ -155,7 +173,7 @@ class Breaker(threading.Thread):
                 back = self._arena.serves(victim)
             if back:
                 with self._lock:
-                    self.back.setdefault(victim, []).append(round(time.monotonic() - began, 1))
+                    self.back.setdefault(f"{what} {victim}", []).append(round(time.monotonic() - began, 1))
                 return
         if not self.over.is_set():
             self.problems.append(f"{victim} was not back within {RECOVERY_SECONDS:.0f} s")

@@ -101,3 +101,16 @@ def wait(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_it_starts_on_a_full_disk_where_all_it_needs_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = EmbeddedRedis(tmp_path, 1)
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "open", full)
+    server.prepare()
+    (tmp_path / "redis.conf").unlink()
+    with pytest.raises(OSError, match="No space"):
+        server.prepare()
