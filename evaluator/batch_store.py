@@ -1,23 +1,25 @@
-"""Batches and trials in SQL: what is to be run, what is under way, and what came out.
+"""Batches in SQL, from the dispatcher's side: what is to be submitted, what is under way, and what came out.
 
-A batch goes WAITING -> SUBMITTED -> RUNNING -> FINISHED; a lost one goes back to WAITING under its next attempt. A
-trial's answers, once recorded, never change.
-
-A trial is wanted while it has a row, and it is run by the batch that its row names. One that nobody waits for any more
-loses its row: whatever its batch still brings for it changes nothing, and who asks for it again gets a new batch. A
-batch of which nothing is wanted is CANCELLED.
+A batch goes WAITING -> SUBMITTED -> RUNNING -> FINISHED; a lost one goes back to WAITING under its next attempt. Once
+it is final nothing changes it any more, and a trial's answers, once recorded, never change. What is wanted at all, and
+how a batch comes to be, is ``evaluator.demand``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, select, update
 
+from evaluator import attempts as history
+from evaluator.attempts import Ending
 from evaluator.database import (
-    LIVE,
+    OPEN,
+    UNDER_WAY,
     BatchState,
     Database,
     State,
@@ -28,12 +30,10 @@ from evaluator.database import (
     evaluations,
     trials,
 )
-from evaluator.identity import batch_id as id_of_batch
-from preceptor.names import celery_task_id
+from evaluator.dead_letters import bury, raise_dead
+from evaluator.demand import Put, leave_word, part_of, put_batches, wanted_trials
+from preceptor.names import split_task_id
 from preceptor.v1 import trial_pb2 as trial
-
-_UNDER_WAY = (BatchState.SUBMITTED, BatchState.RUNNING)
-_OPEN = (BatchState.WAITING, *_UNDER_WAY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class BatchRecord:
     state: BatchState
     attempt: int  # the one to submit, or the last one submitted
     since: int  # results of attempts since..attempt are wanted
-    tries: int  # submissions so far
+    tries: int  # submissions so far that count
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,229 +66,216 @@ class Cancellation:
     whole: bool  # nothing of the batch is wanted any more
 
 
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a batch ends: with the results of an attempt for some of its trials, and others to run again."""
+
+    batch_id: str
+    attempt: int
+    results: Sequence[trial.TrialResult]
+    ending: Ending
+    again: Collection[str] = ()
+    halve: bool = False  # what runs again is cut in two
+    tries: int = 0  # of what runs again, so far
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What the end of a batch has changed."""
+
+    trial_ids: tuple[str, ...] = ()  # final now
+    batch_ids: tuple[str, ...] = ()  # that run what is left
+
+
 class BatchStore:
-    """The dispatcher's side of the database. Every method is one transaction."""
+    """Every method is one transaction. ``clock`` gives unix seconds."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
+        self._database, self._clock = database, clock
 
-    def waiting(self, limit: int) -> list[Waiting]:
-        """The next batches to put on the queue."""
+    def waiting(self, limit: int, resting: Collection[str] = ()) -> list[Waiting]:
+        """The next batches to put on the queue, but for those that rest."""
+        columns = (batches.c.id, batches.c.state, batches.c.attempt, batches.c.since, batches.c.tries)
+        turns = (
+            select(*columns)
+            .where(batches.c.state == BatchState.WAITING)
+            .order_by(batches.c.turn, batches.c.id)
+            .limit(limit + len(resting))
+        )
         with self._database.read() as tx:
-            found = tx.execute(
-                select(batches).where(batches.c.state == BatchState.WAITING).order_by(batches.c.turn).limit(limit)
-            ).all()
-            wanted = _wanted(tx, [row.id for row in found])
-        waiting = []
-        for row in found:
-            payload = trial.TrialBatch.FromString(row.payload)
-            unwanted = tuple(item.id for item in payload.trials if item.id not in wanted[row.id])
-            waiting.append(Waiting(_record(row), payload, unwanted))
-        return waiting
+            found = [_record(row) for row in tx.execute(turns) if row.id not in resting][:limit]
+            ids = [record.id for record in found]
+            rows = tx.execute(select(batches.c.id, batches.c.payload).where(batches.c.id.in_(ids)))
+            payloads = {row.id: trial.TrialBatch.FromString(row.payload) for row in rows}
+            wanted = wanted_trials(tx, ids)
+        return [
+            Waiting(
+                record,
+                payloads[record.id],
+                tuple(item.id for item in payloads[record.id].trials if item.id not in wanted[record.id]),
+            )
+            for record in found
+        ]
 
     def under_way(self) -> list[BatchRecord]:
         """The batches on the queue or with a worker."""
         with self._database.read() as tx:
-            found = tx.execute(select(batches).where(batches.c.state.in_(_UNDER_WAY)).order_by(batches.c.turn)).all()
+            found = tx.execute(select(batches).where(batches.c.state.in_(UNDER_WAY)).order_by(batches.c.turn)).all()
         return [_record(row) for row in found]
 
-    def wanted(self, batch_id: str) -> trial.TrialBatch | None:
-        """What somebody still waits for of a batch; None once it is final."""
+    def wanted(self, batch_ids: Sequence[str]) -> dict[str, set[str]]:
+        """The trials of each of these batches that somebody waits for; none of a batch that is final."""
         with self._database.read() as tx:
-            stored = tx.execute(select(batches.c.payload).where(batches.c.id == batch_id)).scalar()
-            wanted = _wanted(tx, [batch_id])[batch_id]
-        return part_of(trial.TrialBatch.FromString(stored), wanted) if stored else None
+            return wanted_trials(tx, batch_ids)
 
-    def cancellations(self) -> list[Cancellation]:
+    def cancellations(self, limit: int) -> list[Cancellation]:
         """What is still to be told, oldest first."""
         with self._database.read() as tx:
-            rows = tx.execute(select(cancellations).order_by(cancellations.c.seq)).all()
+            rows = tx.execute(select(cancellations).order_by(cancellations.c.seq).limit(limit)).all()
         return [Cancellation(row.seq, row.task_id, tuple(json.loads(row.trial_ids)), row.whole) for row in rows]
 
-    def told(self, last_seq: int) -> None:
-        """The cancellations up to this one have been told."""
+    def told(self, told: Sequence[Cancellation]) -> None:
+        """These cancellations, the oldest ones, have been told."""
         with self._database.write() as tx:
-            tx.execute(delete(cancellations).where(cancellations.c.seq <= last_seq))
+            tx.execute(delete(cancellations).where(cancellations.c.seq <= told[-1].seq))
+            for one in told:
+                if one.whole:
+                    history.give_up(tx, *split_task_id(one.task_id), "nobody wants it any more", self._clock())
 
-    def counts(self) -> dict[BatchState, int]:
-        """How many batches are in each of the states that are not final."""
-        with self._database.read() as tx:
-            rows = tx.execute(
-                select(batches.c.state, func.count()).where(batches.c.state.in_(_OPEN)).group_by(batches.c.state)
-            ).all()
-        return {BatchState(state): count for state, count in rows}
-
-    def mark_submitted(self, batch_id: str, attempt: int) -> bool:
-        """This attempt is on the queue. False: the batch was cancelled meanwhile."""
+    def mark_submitted(self, sent: Sequence[Waiting]) -> set[str]:
+        """These attempts are on the queue; returns the ids of the batches, but for those that were cancelled
+        meanwhile."""
+        marked = set()
         with self._database.write() as tx:
-            done = tx.execute(
-                update(batches)
-                .where(batches.c.id == batch_id, batches.c.attempt == attempt, batches.c.state == BatchState.WAITING)
-                .values(state=BatchState.SUBMITTED, tries=batches.c.tries + 1)
-            )
-            return done.rowcount == 1
+            for batch in sent:
+                record = batch.record
+                changed = tx.execute(_SUBMIT, {"of": record.id, "number": record.attempt})
+                if changed.rowcount == 1:
+                    number_of_trials = len(batch.payload.trials) - len(batch.unwanted)
+                    history.begin(tx, record.id, record.attempt, number_of_trials, self._clock())
+                    marked.add(record.id)
+        return marked
 
-    def mark_running(self, batch_id: str) -> None:
-        """A worker holds the batch: its evaluations are RUNNING."""
+    def mark_running(self, begun: Sequence[tuple[BatchRecord, str]]) -> None:
+        """A worker holds the batch, for each of these: its evaluations are RUNNING."""
         with self._database.write() as tx:
-            changed = tx.execute(
-                update(batches)
-                .where(batches.c.id == batch_id, batches.c.state == BatchState.SUBMITTED)
-                .values(state=BatchState.RUNNING)
-            )
-            if changed.rowcount == 1:
-                using = (
-                    select(evaluation_trials.c.evaluation_id)
-                    .join(trials, trials.c.id == evaluation_trials.c.trial_id)
-                    .where(trials.c.batch_id == batch_id, evaluation_trials.c.position >= 0)
-                )
-                tx.execute(
-                    update(evaluations)
-                    .where(evaluations.c.id.in_(using), evaluations.c.state == State.QUEUED)
-                    .values(state=State.RUNNING)
-                )
+            for record, worker in begun:
+                changed = tx.execute(_BEGIN, {"of": record.id, "number": record.attempt})
+                if changed.rowcount == 1:
+                    history.seen(tx, record.id, record.attempt, worker, self._clock())
+                    tx.execute(_RUN, {"batch": record.id})
 
-    def try_again(self, batch_id: str, attempt: int, *, discard: bool) -> bool:
+    def try_again(self, batch_id: str, attempt: int, ending: Ending, *, discard: bool, counts: bool = True) -> bool:
         """The batch goes back to WAITING under its next attempt. ``discard``: this attempt's result is not wanted.
+        ``counts``: the attempt was a try.
 
         False: it is not under way with this attempt any more.
         """
         with self._database.write() as tx:
             changed = tx.execute(
                 update(batches)
-                .where(batches.c.id == batch_id, batches.c.attempt == attempt, batches.c.state.in_(_UNDER_WAY))
+                .where(batches.c.id == batch_id, batches.c.attempt == attempt, batches.c.state.in_(UNDER_WAY))
                 .values(
                     state=BatchState.WAITING,
                     attempt=attempt + 1,
                     since=attempt + 1 if discard else batches.c.since,
+                    tries=batches.c.tries if counts else batches.c.tries - 1,
                 )
             )
+            if changed.rowcount == 1:
+                history.end(tx, batch_id, attempt, ending, self._clock())
             return changed.rowcount == 1
 
-    def record(
-        self,
-        batch_id: str,
-        attempt: int,
-        results: Sequence[trial.TrialResult],
-        successors: Sequence[trial.TrialBatch] = (),
-        tries: int = 0,
-    ) -> list[str]:
-        """The batch is FINISHED with these results; ``successors`` (after ``tries`` submissions) run what is left.
+    def record(self, ends: Sequence[End]) -> list[Recorded]:
+        """These batches are FINISHED, each by the results of an attempt. What is ``again`` runs in further batches, and
+        whoever may be at a later attempt is to be told to leave it.
 
-        Returns the trials that became final: of those still wanted, DONE, or FAILED where the result is a failure.
-        None, and nothing changes: the batch is final already, or the results of this attempt are not wanted.
+        Of the trials that are still wanted, those with results are DONE, or FAILED where the result is a failure.
+        Nothing changes where a batch is final already, or the results of this attempt are not wanted.
         """
         with self._database.write() as tx:
-            changed = tx.execute(
-                update(batches)
-                .where(batches.c.id == batch_id, batches.c.since <= attempt, batches.c.state.in_(_OPEN))
-                .values(state=BatchState.FINISHED, payload=b"")
-            )
-            if changed.rowcount != 1:
-                return []
-            wanted = _wanted(tx, [batch_id])[batch_id]
-            recorded = [result for result in results if result.trial_id in wanted]
-            for result in recorded:
-                tx.execute(
-                    update(trials)
-                    .where(trials.c.id == result.trial_id)
-                    .values(
-                        state=TrialState.FAILED if result.HasField("failure") else TrialState.DONE,
-                        result=result.SerializeToString(),
-                    )
-                )
-            for batch in successors:
-                if any(item.id in wanted for item in batch.trials):
-                    put_batch(tx, part_of(batch, wanted), tries)
-            return [result.trial_id for result in recorded]
+            wanted = wanted_trials(tx, [end.batch_id for end in ends])
+            return [self._record(tx, end, wanted[end.batch_id]) for end in ends]
+
+    def _record(self, tx: Connection, end: End, wanted: set[str]) -> Recorded:
+        row = tx.execute(_BATCH, {"of": end.batch_id}).one()
+        if row.state not in OPEN or end.attempt < row.since:
+            return Recorded()
+        tx.execute(_FINISH, {"of": end.batch_id})
+        results = [result for result in end.results if result.trial_id in wanted]
+        failed = {result.trial_id for result in results if result.HasField("failure")}
+        _record_results(tx, results)
+        raise_dead(tx, {result.trial_id for result in results} - failed)
+        history.end(tx, end.batch_id, end.attempt, end.ending, self._clock())
+        later = range(end.attempt + 1, row.attempt + (row.state in UNDER_WAY))
+        parts: list[trial.TrialBatch] = []
+        if failed or end.again or later:
+            payload = trial.TrialBatch.FromString(row.payload)
+            order = [item.id for item in payload.trials]
+            if failed:
+                bury(tx, end.batch_id, payload, failed)
+            left = [one for one in order if one in wanted and one in end.again]
+            middle = (len(left) + 1) // 2 if end.halve else len(left)
+            parts = [part_of(payload, half) for half in (left[:middle], left[middle:]) if half]
+            # In the old batch's turn: those who wait for it have waited longest.
+            put_batches(tx, [Put(part, row.turn, end.tries) for part in parts])
+            leave_word(tx, end.batch_id, later, order, whole=True)
+            for number in later:
+                history.give_up(tx, end.batch_id, number, "another attempt brought the results", self._clock())
+        return Recorded(tuple(result.trial_id for result in results), tuple(part.id for part in parts))
 
 
-def put_batch(tx: Connection, batch: trial.TrialBatch, tries: int = 0) -> None:
-    """A batch to run, last in turn. The same work asked for again gets an attempt of its own."""
-    turn = (tx.execute(select(func.max(batches.c.turn))).scalar() or 0) + 1
-    attempt = tx.execute(select(batches.c.attempt).where(batches.c.id == batch.id)).scalar()
-    values = {
-        "state": BatchState.WAITING,
-        "turn": turn,
-        "attempt": (attempt or 0) + 1,
-        "since": (attempt or 0) + 1,
-        "tries": tries,
-        "payload": batch.SerializeToString(),
-    }
-    if attempt is None:
-        tx.execute(insert(batches).values(id=batch.id, **values))
-    else:
-        tx.execute(update(batches).where(batches.c.id == batch.id).values(values))
-    ids = [item.id for item in batch.trials]
-    known = set(tx.execute(select(trials.c.id).where(trials.c.id.in_(ids))).scalars())
-    pending = {"state": TrialState.PENDING, "batch_id": batch.id, "result": b""}
-    if known:
-        tx.execute(update(trials).where(trials.c.id.in_(known)).values(pending))
-    if new := [{"id": trial_id, **pending} for trial_id in ids if trial_id not in known]:
-        tx.execute(insert(trials), new)
-
-
-def drop_unwanted(tx: Connection, evaluation_ids: Sequence[str]) -> None:
-    """Drops the pending trials of these evaluations that no live evaluation waits for, and the batches of which
-    nothing is wanted then; leaves word for those who may be at them."""
-    used = select(evaluation_trials.c.trial_id).where(evaluation_trials.c.evaluation_id.in_(evaluation_ids))
-    wanted = (
-        select(evaluation_trials.c.trial_id)
-        .join(evaluations, evaluations.c.id == evaluation_trials.c.evaluation_id)
-        .where(evaluations.c.state.in_(LIVE))
+_BATCH = select(batches).where(batches.c.id == bindparam("of"))
+_SUBMIT = (
+    update(batches)
+    .where(
+        batches.c.id == bindparam("of"),
+        batches.c.attempt == bindparam("number"),
+        batches.c.state == BatchState.WAITING,
     )
-    rows = tx.execute(
-        select(trials.c.id, trials.c.batch_id)
-        .where(trials.c.state == TrialState.PENDING, trials.c.id.in_(used), trials.c.id.not_in(wanted))
-        .order_by(trials.c.id)
-    ).all()
-    dropped: dict[str, list[str]] = {}
-    for row in rows:
-        dropped.setdefault(row.batch_id, []).append(row.id)
-    tx.execute(delete(trials).where(trials.c.id.in_([row.id for row in rows])))
-    left = _wanted(tx, list(dropped))
-    ended = [one for one in dropped if not left[one]]
-    attempts = tx.execute(
-        select(batches.c.id, batches.c.since, batches.c.attempt)
-        .where(batches.c.id.in_(dropped), batches.c.state.in_(_OPEN))
-        .order_by(batches.c.turn)
+    .values(state=BatchState.SUBMITTED, tries=batches.c.tries + 1)
+)
+_BEGIN = (
+    update(batches)
+    .where(
+        batches.c.id == bindparam("of"),
+        batches.c.attempt == bindparam("number"),
+        batches.c.state == BatchState.SUBMITTED,
     )
-    notes = [
-        {
-            "task_id": celery_task_id(batch.id, attempt),
-            "trial_ids": json.dumps(dropped[batch.id]),
-            "whole": batch.id in ended,
-        }
-        for batch in attempts
-        for attempt in range(batch.since, batch.attempt + 1)
-    ]
-    if notes:
-        tx.execute(insert(cancellations), notes)
-    tx.execute(update(batches).where(batches.c.id.in_(ended)).values(state=BatchState.CANCELLED, payload=b""))
+    .values(state=BatchState.RUNNING)
+)
+_RUN = (
+    update(evaluations)
+    .where(
+        evaluations.c.id.in_(
+            select(evaluation_trials.c.evaluation_id)
+            .join(trials, trials.c.id == evaluation_trials.c.trial_id)
+            .where(trials.c.batch_id == bindparam("batch"), evaluation_trials.c.position >= 0)
+        ),
+        evaluations.c.state == State.QUEUED,
+    )
+    .values(state=State.RUNNING)
+)
+_FINISH = update(batches).where(batches.c.id == bindparam("of")).values(state=BatchState.FINISHED, payload=b"")
+_RESULT = (
+    update(trials).where(trials.c.id == bindparam("of")).values(state=bindparam("becomes"), result=bindparam("brought"))
+)
 
 
-def part_of(payload: trial.TrialBatch, trial_ids: Collection[str]) -> trial.TrialBatch:
-    """The batch of some of a batch's trials, in its order."""
-    part = trial.TrialBatch()
-    part.CopyFrom(payload)
-    del part.trials[:]
-    part.trials.extend(item for item in payload.trials if item.id in trial_ids)
-    part.id = id_of_batch(item.id for item in part.trials)
-    return part
-
-
-def _wanted(tx: Connection, batch_ids: Sequence[str]) -> dict[str, set[str]]:
-    """The trials of each of these batches that it is still to run."""
-    wanted: dict[str, set[str]] = {one: set() for one in batch_ids}
-    rows = tx.execute(
-        select(trials.c.id, trials.c.batch_id).where(
-            trials.c.batch_id.in_(wanted), trials.c.state == TrialState.PENDING
+def _record_results(tx: Connection, results: Sequence[trial.TrialResult]) -> None:
+    if results:
+        tx.execute(
+            _RESULT,
+            [
+                {
+                    "of": result.trial_id,
+                    "becomes": TrialState.FAILED if result.HasField("failure") else TrialState.DONE,
+                    "brought": result.SerializeToString(),
+                }
+                for result in results
+            ],
         )
-    )
-    for row in rows:
-        wanted[row.batch_id].add(row.id)
-    return wanted
 
 
-def _record(row: Row[tuple[object, ...]]) -> BatchRecord:
+def _record(row: Any) -> BatchRecord:
     return BatchRecord(row.id, BatchState(row.state), row.attempt, row.since, row.tries)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     Column,
     Connection,
@@ -59,6 +60,9 @@ class BatchState(StrEnum):
     CANCELLED = "CANCELLED"
 
 
+UNDER_WAY = (BatchState.SUBMITTED, BatchState.RUNNING)
+OPEN = (BatchState.WAITING, *UNDER_WAY)
+
 metadata = MetaData()
 
 evaluations = Table(
@@ -105,7 +109,7 @@ batches = Table(
     metadata,
     Column("id", String(64), primary_key=True),
     Column("state", String(16), nullable=False),
-    Column("turn", Integer, nullable=False),  # the order of submission
+    Column("turn", Integer, nullable=False),  # the order of submission, fair between owners (evaluator.demand)
     Column("attempt", Integer, nullable=False),  # only ever grows: part of the Celery task's id
     Column("since", Integer, nullable=False),  # results of attempts before this one are not wanted
     Column("tries", Integer, nullable=False),  # submissions spent on this work under the present request
@@ -121,6 +125,52 @@ cancellations = Table(
     Column("task_id", String(96), nullable=False),  # one attempt at a batch
     Column("trial_ids", Text, nullable=False),  # JSON
     Column("whole", Boolean, nullable=False),  # nothing of the batch is wanted any more
+)
+
+# Every submission of a batch and what became of it; forgotten after a while (evaluator.attempts).
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("batch_id", String(64), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("trials", Integer, nullable=False),
+    Column("worker", String(256), nullable=False),  # host:pid; empty where none was seen
+    Column("submitted", Float, nullable=False),  # unix seconds
+    Column("begun", Float),  # when a worker was first seen at it
+    Column("ended", Float, index=True),
+    Column("steps", Integer, nullable=False),
+    Column("reason", String(64), nullable=False),  # of the error catalogue; empty where it ended well
+    Column("message", Text, nullable=False),
+)
+
+# Which batch a trial was in before it came into this one: halves, tries of what failed.
+origins = Table(
+    "origins",
+    metadata,
+    Column("batch_id", String(64), primary_key=True),
+    Column("earlier", String(64), primary_key=True),
+)
+
+# What it takes to run a FAILED trial again. A batch stays as long as one of its trials is here.
+dead_letters = Table(
+    "dead_letters",
+    metadata,
+    Column("trial_id", String(64), primary_key=True),
+    Column("batch_id", String(64), nullable=False, index=True),
+)
+dead_batches = Table(
+    "dead_batches",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("payload", LargeBinary, nullable=False),  # preceptor.v1.TrialBatch of the trials that failed
+)
+
+# Up to where the turns of an owner's batches reach (evaluator.demand).
+owner_turns = Table(
+    "owner_turns",
+    metadata,
+    Column("owner", String(256), primary_key=True),
+    Column("turn", BigInteger, nullable=False),
 )
 
 owners = Table(

@@ -5,14 +5,22 @@ What is promised:
 
 * A batch is WAITING in SQL before anything is sent, and sent before it is SUBMITTED: a crash between the two sends it
   again under the same Celery id, which is the same work.
+* The queue holds two batches for each worker alive (``BATCHES_PER_WORKER``), in turns between owners; the rest waits in
+  SQL and costs no memory.
 * A batch whose lease was seen and is gone for ``lease_grace`` without a result is lost: it is submitted again under the
-  next attempt. So is one that no worker ever took while the queue has been empty for ``orphan_seconds`` (Redis lost its
-  data). A result that an earlier attempt brings late is the same work and is taken.
-* A batch that was lost ``max_attempts`` times is cut in halves, which get one more attempt each, and so on: a trial
-  that kills its workers does not take its neighbours along, and costs log2 of the batch's size attempts more.
-* After ``max_attempts`` submissions a trial FAILS with TRIAL_LOST, or with its own reason where that may pass by itself
-  (``TRANSIENT``). Any other reason is final at once. Running out of memory together is tried again in halves.
-* While Redis is away nothing counts as lost, and nothing is.
+  next attempt. So is one whose worker holds it and makes no step for ``stall_seconds``; as soon as somebody has begun
+  the next attempt, the fence (``preceptor.leases``) has that worker leave. A result that an earlier attempt brings late
+  is the same work and is taken; whoever is at a later one then is told to leave it.
+* A batch that no worker ever took while the queue has been empty for ``orphan_seconds`` (Redis lost its data) is
+  submitted again, too. That is not a try.
+* A batch that was lost in ``max_attempts`` tries is cut in halves, which get one more try each, and so on: a trial that
+  kills its workers does not take its neighbours along, and costs log2 of the batch's size tries more. Machines that die
+  by themselves look the same, and a cut changes who trains together (the last bits of results, ADR 2), so it must be
+  rarer than they: a batch of ten minutes on machines that die twice a day is lost five times in a row once in 10^9.
+* After ``max_attempts`` tries a trial FAILS with TRIAL_LOST, or with its own reason where that may pass by itself. What
+  follows from a result is ``evaluator.outcomes``.
+* While Redis is away nothing counts as lost, and nothing is. Whatever a turn dies of (a full disk, a bug), the thread
+  lives, reads SQL again and goes on.
 * Trials that nobody waits for any more are named to whoever holds their batch, or will: within a beat (2 s) they are
   left. What an attempt was told to leave it leaves for good, so a trial that is asked for again meanwhile is run by
   another attempt or another batch, and a result of the old one changes nothing.
@@ -26,40 +34,50 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from evaluator.batch_store import BatchRecord, BatchStore, part_of
+from evaluator.attempts import Ending, History
+from evaluator.batch_store import BatchRecord, BatchStore, End, Waiting
 from evaluator.broker import Broker
 from evaluator.database import BatchState
 from evaluator.marking import Marking
-from evaluator.store import EvaluationStore
+from evaluator.outcomes import lost, verdict
 from preceptor.errors import PreceptorError
+from preceptor.leases import Lease
 from preceptor.names import celery_task_id, split_task_id
 from preceptor.v1 import trial_pb2 as trial
-from preceptor.v1 import types_pb2 as types
 
 log = logging.getLogger(__name__)
 
-# Reasons that may be gone at the next try. The others are properties of the work: they would come back.
-TRANSIENT = frozenset(
-    # CANCELLED: the trial is wanted, so it was another attempt that was told to leave it.
-    {"MODEL_UNREACHABLE", "TRIAL_OUT_OF_MEMORY", "TRIAL_TIMEOUT", "TRIAL_FAILED", "ARTIFACT_NOT_FOUND", "CANCELLED"}
-)
 # Leases are renewed every 2 s; looking more often than once a second shows nothing new.
-LEASE_LOOK_SECONDS = 1.0
+LOOK_SECONDS = 1.0
+# One that it works on and one that it finds when it is done; the thread looks many times in between.
+BATCHES_PER_WORKER = 2
+# With few workers, or none yet: somebody who starts finds work at once.
+FEWEST_BATCHES = 4
+# Payloads (up to some MB each) in memory at once.
+SUBMITTED_AT_ONCE = 16
+# Results in one transaction: some ten milliseconds, in which no request is written.
+TAKEN_AT_ONCE = 64
+CANCELLED_AT_ONCE = 200
 FIRST_BACKOFF_SECONDS = 0.25
 MAX_BACKOFF_SECONDS = 5.0
 # Nothing is under way: a look at SQL now and then, though every change wakes the thread.
 IDLE_SECONDS = 5.0
+FORGET_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class DispatchLimits:
     """Numbers of the dispatcher; times in seconds."""
 
-    max_attempts: int = 3  # submissions of the same work
-    in_flight: int = 256  # batches on the queue at once; the rest waits in SQL and costs no memory
+    max_attempts: int = 5  # tries of the same work; the reason for the number stands above
+    in_flight: int = 256  # batches on the queue at once, however many workers there are
     poll_seconds: float = 0.05  # 20 looks a second, each one round trip
     lease_grace: float = 3.0  # after a lease has expired: one beat and a half; with it a kill is noticed in about 11 s
     orphan_seconds: float = 60.0  # longer than a worker needs from taking a job to its first beat
+    # A stuck worker ends itself after 300 s (student.settings); this is for one whose watchdog is stuck, too. The rest
+    # is for loading a model, in which no steps are made.
+    stall_seconds: float = 900.0
+    history_seconds: float = 30 * 86400.0  # ended attempts are remembered so long
 
 
 @dataclass(slots=True)
@@ -68,12 +86,24 @@ class _Flight:
 
     record: BatchRecord
     last_sign: float  # when its lease was last seen, or when it was last known to be in the queue
+    lease: Lease | None = None  # as last seen
+    moved: float = 0.0  # when its steps last changed
+
+    @property
+    def task_id(self) -> str:
+        """The present attempt. Only its lease is a sign of life: who wakes up at an earlier one is soon fenced off."""
+        return celery_task_id(self.record.id, self.record.attempt)
 
     @property
     def task_ids(self) -> list[str]:
         """All attempts whose result would be taken."""
         record = self.record
         return [celery_task_id(record.id, attempt) for attempt in range(record.since, record.attempt + 1)]
+
+    def ending(self, why: str) -> Ending:
+        """How the attempt ends if it is given up."""
+        lease = self.lease or Lease("")
+        return Ending("TRIAL_LOST", why, lease.worker, lease.steps_done)
 
 
 class Dispatcher:
@@ -82,19 +112,24 @@ class Dispatcher:
     def __init__(
         self,
         batches: BatchStore,
-        evaluations: EvaluationStore,
+        history: History,
         broker: Broker,
         marking: Marking,
         limits: DispatchLimits,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._batches, self._evaluations, self._broker, self._marking = batches, evaluations, broker, marking
-        self._limits, self._clock = limits, clock
-        self._flights: dict[str, _Flight] | None = None  # None: not yet read from SQL
+        self._batches, self._history, self._broker, self._marking = batches, history, broker, marking
+        self._limits, self._clock, self._wall_clock = limits, clock, wall_clock
+        self._flights: dict[str, _Flight] | None = None  # None: to be read from SQL
+        self._most = FEWEST_BATCHES  # on the queue at once
+        self._resting: dict[str, float] = {}  # batches that wait in SQL for a time to come
+        self._sent: set[str] = set()  # attempts that are on the queue while SQL could not be told
         self._work_may_wait = True  # spares SQL a look in every turn; only ever set by others, cleared before a look
-        self._next_look = 0.0
-        self._backoff = 0.0
         self._cancelled_may_wait = True  # likewise
+        self._next_look = self._next_forgetting = 0.0
+        self._backoff = 0.0
+        self._trouble = ""
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="dispatch", daemon=True)
         self.trials_done = 0
@@ -121,20 +156,28 @@ class Dispatcher:
         self._cancelled_may_wait = True
         self._wake.set()
 
-    def settle(self, evaluation_ids: Sequence[str]) -> None:
-        """Scores those of these evaluations whose trials are all known."""
-        self._marking.settle(self._evaluations.ready(evaluation_ids=evaluation_ids))
-
     def _run(self) -> None:
         while not self._stopping.is_set():
-            try:
-                pause = self.step()
-            except Exception:  # the thread must live: each turn starts from SQL again, so the next one can succeed
-                log.exception("a turn of the dispatcher failed; trying again in %.0f s", MAX_BACKOFF_SECONDS)
-                self._flights, self._work_may_wait, self._cancelled_may_wait = None, True, True
-                pause = MAX_BACKOFF_SECONDS
-            self._wake.wait(pause)
+            self._wake.wait(self.turn())
             self._wake.clear()
+
+    def turn(self) -> float:
+        """A step, whatever happens in it. Returns how long to pause."""
+        try:
+            pause = self.step()
+        except Exception as error:
+            # Each turn can start from SQL again, so the next one can succeed; what was half done is done again.
+            self._flights, self._work_may_wait, self._cancelled_may_wait = None, True, True
+            if not isinstance(error, PreceptorError):
+                log.exception("a turn of the dispatcher failed; trying again every %.0f s", MAX_BACKOFF_SECONDS)
+            elif error.message != self._trouble:
+                log.error("%s (%s); trying again every %.0f s", error, error.reason, MAX_BACKOFF_SECONDS)
+                self._trouble = error.message
+            return MAX_BACKOFF_SECONDS
+        if self._trouble:
+            log.info("the dispatcher goes on")
+            self._trouble = ""
+        return pause
 
     def step(self) -> float:
         """One turn: results, leases, submissions. Returns how long to pause."""
@@ -143,8 +186,8 @@ class Dispatcher:
             self._tell_cancelled(flights)
             self._take_results(flights)
             if self._clock() >= self._next_look:
-                self._look_at_leases(flights)
-                self._next_look = self._clock() + LEASE_LOOK_SECONDS
+                self._look_at_workers(flights)
+                self._next_look = self._clock() + LOOK_SECONDS
             self._submit_waiting(flights)
         except PreceptorError as error:
             if error.reason != "BROKER_UNREACHABLE":
@@ -153,14 +196,18 @@ class Dispatcher:
         if self._backoff:
             log.info("the broker answers again")
             self._backoff = 0.0
-        return self._limits.poll_seconds if flights else IDLE_SECONDS
+        self._marking.settle_left_out()
+        self._forget()
+        busy = flights or self._work_may_wait or self._cancelled_may_wait
+        return self._limits.poll_seconds if busy else IDLE_SECONDS
 
     def _recover(self) -> dict[str, _Flight]:
         """Reads what is under way from SQL, and finishes what was answered but not scored."""
         now = self._clock()
-        self._flights = {record.id: _Flight(record, now) for record in self._batches.under_way()}
-        self._marking.settle(self._evaluations.all_ready())
-        return self._flights
+        flights = {record.id: _Flight(record, now) for record in self._batches.under_way()}
+        self._marking.settle_all()
+        self._flights = flights
+        return flights
 
     def _broker_away(self, error: PreceptorError, flights: dict[str, _Flight]) -> float:
         self._work_may_wait = self._cancelled_may_wait = True  # what was to be sent may not have been
@@ -168,14 +215,14 @@ class Dispatcher:
             log.warning("%s; waiting for it (%d batches under way)", error, len(flights))
         self._backoff = min(max(self._backoff * 2, FIRST_BACKOFF_SECONDS), MAX_BACKOFF_SECONDS)
         for flight in flights.values():  # nobody can beat: no time passes for leases
-            flight.last_sign = self._clock() + self._backoff
+            flight.last_sign = flight.moved = self._clock() + self._backoff
         return self._backoff
 
     def _tell_cancelled(self, flights: dict[str, _Flight]) -> None:
         if not self._cancelled_may_wait:
             return
         self._cancelled_may_wait = False
-        told = self._batches.cancellations()
+        told = self._batches.cancellations(CANCELLED_AT_ONCE)
         for cancellation in told:
             self._broker.cancel(cancellation.task_id, cancellation.trial_ids)
             batch, attempt = split_task_id(cancellation.task_id)
@@ -183,138 +230,151 @@ class Dispatcher:
             if cancellation.whole and batch in flights and flights[batch].record.attempt == attempt:
                 del flights[batch]
         if told:
-            self._batches.told(told[-1].seq)
+            self._batches.told(told)
+            self._cancelled_may_wait = True  # until there is nothing more
 
     def _take_results(self, flights: dict[str, _Flight]) -> None:
         task_ids = [task_id for flight in flights.values() for task_id in flight.task_ids]
-        for task_id, result in self._broker.results(task_ids).items():
+        found = list(self._broker.results(task_ids).items())
+        for start in range(0, len(found), TAKEN_AT_ONCE):
+            self._take(flights, dict(found[start : start + TAKEN_AT_ONCE]))
+
+    def _take(self, flights: dict[str, _Flight], results: dict[str, trial.TrialBatchResult]) -> None:
+        """Takes results that came together together: a transaction costs more than what is done in it."""
+        wanted = self._batches.wanted(list({split_task_id(task_id)[0] for task_id in results}))
+        ends: list[tuple[End, float]] = []
+        for task_id, result in results.items():
             batch, attempt = split_task_id(task_id)
-            if (flight := flights.get(batch)) is not None and attempt >= flight.record.since:
-                self._take(flights, flight, attempt, result)
+            flight = flights.get(batch)
+            if flight is None or attempt < flight.record.since:
+                continue
+            self.peak_memory_bytes = max(self.peak_memory_bytes, result.peak_memory_bytes)
+            record = flight.record
+            found = verdict(wanted[batch], result, record.tries, self._limits.max_attempts)
+            if found.passing and attempt < record.attempt:
+                flight.record = replace(record, since=attempt + 1)  # a later attempt is under way already
+                continue
+            del flights[batch]
+            if not wanted[batch]:  # cancelled meanwhile
+                continue
+            if found.again:
+                text = "batch %s: %d of %d trials are tried again: %s"
+                log.warning(text, batch, len(found.again), len(wanted[batch]), found.ending.message)
+                self._work_may_wait = True
+            if found.whole:
+                self._rest([batch], found.rest)
+                self._batches.try_again(batch, attempt, found.ending, discard=True, counts=found.counts)
+                continue
+            end = End(batch, attempt, found.final, found.ending, found.again, found.halve, record.tries)
+            ends.append((end, found.rest))
+            self._cancelled_may_wait = self._cancelled_may_wait or attempt < record.attempt
+        self._end(ends)
 
-    def _take(self, flights: dict[str, _Flight], flight: _Flight, attempt: int, result: trial.TrialBatchResult) -> None:
-        record = flight.record
-        self.peak_memory_bytes = max(self.peak_memory_bytes, result.peak_memory_bytes)
-        payload = self._batches.wanted(record.id)
-        if payload is None:  # cancelled meanwhile
-            del flights[record.id]
+    def _end(self, ends: Sequence[tuple[End, float]]) -> None:
+        """Ends batches; what of each runs again rests first, so many seconds."""
+        if not ends:
             return
-        outcomes = outcomes_of(payload, result, record.tries)
-        passing = [item.trial_id for item in outcomes if item.failure.reason in TRANSIENT]
-        if passing and attempt < record.attempt:
-            flight.record = replace(record, since=attempt + 1)  # a later attempt is under way already
-            return
-        again = passing if record.tries < self._limits.max_attempts else []
-        del flights[record.id]
-        if again:
-            log.warning(
-                "batch %s: %d of %d trials are tried again: %s",
-                record.id,
-                len(again),
-                len(outcomes),
-                next(item.failure.message for item in outcomes if item.trial_id in again),
-            )
-        memory = any(item.failure.reason == "TRIAL_OUT_OF_MEMORY" for item in outcomes)
-        halves = 2 if memory and len(again) > 1 else 1
-        if again and len(again) == len(outcomes) and halves == 1:
-            self._batches.try_again(record.id, record.attempt, discard=True)
-            self._work_may_wait = True
-            return
-        final = [item for item in outcomes if item.trial_id not in again]
-        successors = [part_of(payload, part) for part in _split(again, halves)]
-        self._work_may_wait = self._work_may_wait or bool(successors)
-        recorded = self._batches.record(record.id, attempt, final, successors, record.tries)
-        self.trials_done += len(recorded)
-        self._marking.settle(self._evaluations.ready(trial_ids=recorded))
+        final: list[str] = []
+        for recorded, (_, rest) in zip(self._batches.record([end for end, _ in ends]), ends, strict=True):
+            self._rest(recorded.batch_ids, rest)
+            final += recorded.trial_ids
+        self.trials_done += len(final)
+        self._marking.settle_trials(final)
 
-    def _look_at_leases(self, flights: dict[str, _Flight]) -> None:
+    def _rest(self, batch_ids: Sequence[str], seconds: float) -> None:
+        if seconds:
+            self._resting |= dict.fromkeys(batch_ids, self._clock() + seconds)
+
+    def _look_at_workers(self, flights: dict[str, _Flight]) -> None:
+        workers = len(self._broker.workers())
+        self._most = min(max(BATCHES_PER_WORKER * workers, FEWEST_BATCHES), self._limits.in_flight)
         if not flights:
             return
-        held = {
-            split_task_id(task_id)[0]
-            for task_id in self._broker.holders([t for f in flights.values() for t in f.task_ids])
-        }
+        leases = self._broker.holders([flight.task_id for flight in flights.values()])
         queue_empty = self._broker.depth() == 0
         now = self._clock()
+        begun = []
         for flight in list(flights.values()):
-            record = flight.record
-            if record.id in held:
-                flight.last_sign = now
-                if record.state is BatchState.SUBMITTED:
-                    self._batches.mark_running(record.id)
-                    flight.record = replace(record, state=BatchState.RUNNING)
-            elif record.state is BatchState.RUNNING:
+            if (lease := leases.get(flight.task_id)) is not None:
+                if flight.record.state is BatchState.SUBMITTED:
+                    begun.append((flight.record, lease.worker))
+                    flight.record = replace(flight.record, state=BatchState.RUNNING)
+                self._held(flights, flight, lease, now)
+            elif flight.record.state is BatchState.RUNNING:
                 if now - flight.last_sign > self._limits.lease_grace:
                     self._lost(flights, flight, "its worker's lease is gone")
             elif not queue_empty:
                 flight.last_sign = now
             elif now - flight.last_sign > self._limits.orphan_seconds:
-                self._lost(flights, flight, "no worker has it and the queue is empty")
+                self._orphaned(flights, flight)
+        if begun:
+            self._batches.mark_running(begun)
+
+    def _held(self, flights: dict[str, _Flight], flight: _Flight, lease: Lease, now: float) -> None:
+        flight.last_sign = now
+        if lease != flight.lease:
+            flight.lease, flight.moved = lease, now
+        elif now - flight.moved > self._limits.stall_seconds:
+            why = f"{lease.worker} holds it and made no step for {self._limits.stall_seconds:.0f} s"
+            self._lost(flights, flight, why)
+
+    def _orphaned(self, flights: dict[str, _Flight], flight: _Flight) -> None:
+        record, why = flight.record, "no worker has it and the queue is empty"
+        del flights[record.id]
+        log.warning("batch %s, attempt %d: %s; submitting it again", record.id, record.attempt, why)
+        self._batches.try_again(record.id, record.attempt, flight.ending(why), discard=False, counts=False)
+        self._work_may_wait = True
 
     def _lost(self, flights: dict[str, _Flight], flight: _Flight, why: str) -> None:
         record = flight.record
         del flights[record.id]
         if record.tries < self._limits.max_attempts:
             log.warning("batch %s, attempt %d: %s; submitting it again", record.id, record.attempt, why)
-            self._batches.try_again(record.id, record.attempt, discard=False)
+            self._batches.try_again(record.id, record.attempt, flight.ending(why), discard=False)
             self._work_may_wait = True
             return
-        payload = self._batches.wanted(record.id)
-        if payload is None:  # cancelled meanwhile
-            return
-        ids = [item.id for item in payload.trials]
-        if len(ids) > 1:  # perhaps one of them kills the workers, and the others are innocent
-            log.warning("batch %s: %s; its halves get one more attempt each", record.id, why)
-            halves = [part_of(payload, part) for part in _split(ids, 2)]
-            self._batches.record(record.id, record.attempt, [], halves, record.tries)
+        wanted = self._batches.wanted([record.id])[record.id]
+        if len(wanted) > 1:  # perhaps one of them kills the workers, and the others are innocent
+            log.warning("batch %s: %s; its halves get one more try each", record.id, why)
+            end = End(record.id, record.attempt, (), flight.ending(why), wanted, halve=True, tries=record.tries)
             self._work_may_wait = True
-            return
-        log.error("batch %s: %s; given up after %d attempts", record.id, why, record.tries)
-        lost = types.Failure(reason="TRIAL_LOST", message=f"batch {record.id}: {why}", attempts=record.tries)
-        results = [trial.TrialResult(trial_id=ids[0], failure=lost)]
-        self._marking.settle(
-            self._evaluations.ready(trial_ids=self._batches.record(record.id, record.attempt, results))
-        )
+        else:
+            log.error("batch %s: %s; given up after %d tries", record.id, why, record.tries)
+            given_up = [lost(one, f"batch {record.id}: {why}", record.tries) for one in wanted]
+            end = End(record.id, record.attempt, given_up, flight.ending(why))
+        self._end([(end, 0.0)])
 
     def _submit_waiting(self, flights: dict[str, _Flight]) -> None:
-        room = self._limits.in_flight - len(flights)
-        if room <= 0 or not self._work_may_wait:
+        now = self._clock()
+        self._resting = {batch: until for batch, until in self._resting.items() if until > now}
+        if not self._work_may_wait:
             return
-        self._work_may_wait = False
-        waiting = self._batches.waiting(room)
-        if len(waiting) == room:
-            self._work_may_wait = True
+        while (room := min(self._most - len(flights), SUBMITTED_AT_ONCE)) > 0:
+            self._work_may_wait = bool(self._resting)
+            waiting = self._batches.waiting(room, self._resting)
+            self._submit(flights, waiting)
+            if len(waiting) < room:
+                return
+        self._work_may_wait = True
+
+    def _submit(self, flights: dict[str, _Flight], waiting: Sequence[Waiting]) -> None:
         for batch in waiting:
-            record = batch.record
+            task_id = celery_task_id(batch.record.id, batch.record.attempt)
+            if task_id in self._sent:
+                continue
             if batch.unwanted:  # first, so that its worker knows from the first beat
-                self._broker.cancel(celery_task_id(record.id, record.attempt), batch.unwanted)
-            self._broker.submit(batch.payload, record.attempt)
-            # Where it is not marked it was cancelled between the look and now; its worker will be told.
-            if self._batches.mark_submitted(record.id, record.attempt):
+                self._broker.cancel(task_id, batch.unwanted)
+            self._broker.submit(batch.payload, batch.record.attempt)
+            self._sent.add(task_id)
+        # One that is not marked was cancelled between the look and now; its worker will be told.
+        marked = self._batches.mark_submitted(waiting)
+        for record in (batch.record for batch in waiting):
+            self._sent.discard(celery_task_id(record.id, record.attempt))
+            if record.id in marked:
                 submitted = replace(record, state=BatchState.SUBMITTED, tries=record.tries + 1)
                 flights[record.id] = _Flight(submitted, self._clock())
 
-
-def outcomes_of(payload: trial.TrialBatch, result: trial.TrialBatchResult, tries: int) -> list[trial.TrialResult]:
-    """One result for each trial of the batch, in order; failures carry how often they were tried."""
-    by_id = {item.trial_id: item for item in result.results}
-    outcomes = []
-    for item in payload.trials:
-        outcome = trial.TrialResult(trial_id=item.id)
-        if result.HasField("failure"):
-            outcome.failure.CopyFrom(result.failure)
-        elif item.id in by_id:
-            outcome.CopyFrom(by_id[item.id])
-        else:
-            outcome.failure.reason, outcome.failure.message = "TRIAL_FAILED", "the worker's result lacks this trial"
-        if outcome.HasField("failure"):
-            outcome.failure.attempts = max(tries, 1)
-        outcomes.append(outcome)
-    return outcomes
-
-
-def _split(items: Sequence[str], parts: int) -> list[Sequence[str]]:
-    if not items:
-        return []
-    middle = (len(items) + 1) // parts
-    return [items] if parts == 1 else [items[:middle], items[middle:]]
+    def _forget(self) -> None:
+        if self._clock() >= self._next_forgetting:
+            self._history.forget(self._wall_clock() - self._limits.history_seconds)
+            self._next_forgetting = self._clock() + FORGET_SECONDS

@@ -7,49 +7,60 @@ from collections.abc import Callable, Iterator, Sequence
 
 from google.protobuf.message import Message
 
-from evaluator.batch_store import BatchStore
+from evaluator.admission import Admission
+from evaluator.attempts import History
 from evaluator.broker import Broker
-from evaluator.database import BatchState, State
+from evaluator.database import LIVE, BatchState, Database, State
+from evaluator.dead_letters import Chosen, DeadLetters, Progress
 from evaluator.dispatch import Dispatcher
 from evaluator.feed import Feed
 from evaluator.graders.grader import grader_label
 from evaluator.graders.rack import WITHOUT_A_JUDGE, Graders
 from evaluator.identity import plan
+from evaluator.marking import Marking
+from evaluator.overview import Overview
 from evaluator.request import check_student, read_answers, read_request
 from evaluator.sealed import sealed_banks
 from evaluator.store import EvaluationStore, Known, Request, is_final
 from preceptor.errors import PreceptorError
-from preceptor.limits import MAX_EVALUATIONS, MAX_NAME_CHARACTERS, check_name, page_size, page_token
+from preceptor.leases import WorkerStatus
+from preceptor.limits import MAX_EVALUATIONS, MAX_NAME_CHARACTERS, MAX_RETRIED, check_name, page_size, page_token
+from preceptor.names import celery_task_id, split_task_id
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import types_pb2 as types
 
 
 class Evaluations:
-    """Creates, shows, watches and cancels evaluations.
+    """Creates, shows, watches, cancels and retries evaluations.
 
     ``active_student`` is asked when a new group names no student. It raises PreceptorError as StudentService does.
     """
 
     def __init__(
         self,
+        database: Database,
         store: EvaluationStore,
-        batches: BatchStore,
         dispatcher: Dispatcher,
+        marking: Marking,
         broker: Broker,
         feed: Feed,
         active_student: Callable[[], types.PinnedStudent],
         batch_trials: int,
+        max_waiting: int,
         graders: Graders = WITHOUT_A_JUDGE,
     ) -> None:
-        self._store, self._batches, self._dispatcher = store, batches, dispatcher
+        self._store, self._dispatcher, self._marking = store, dispatcher, marking
         self._broker, self._feed = broker, feed
         self._active_student, self._batch_trials, self._graders = active_student, batch_trials, graders
+        self._history, self._dead, self._overview = History(database), DeadLetters(database), Overview(database)
+        self._admission = Admission(self._overview, max_waiting)
 
     def create(self, message: pb.CreateEvaluationsRequest) -> list[pb.Evaluation]:
         """Evaluates a group; in the order of its self-edits, each as it stands now.
 
         A repeated request gets the same evaluations again, whatever has become of them. Raises PreceptorError(
-        INVALID_REQUEST, GRADER_UNKNOWN, JUDGE_NOT_SET, REQUEST_ID_REUSED) and what the student service raises.
+        INVALID_REQUEST, GRADER_UNKNOWN, JUDGE_NOT_SET, REQUEST_ID_REUSED, QUEUE_FULL) and what the student service
+        raises.
         """
         group = read_request(message, self._graders)
         sealed = frozenset(sealed_banks(message).values())
@@ -58,10 +69,12 @@ class Evaluations:
         if known is None:
             student = message.student if message.HasField("student") else self._active_student()
             check_student(student)
-            known = self._store.create(plan(group, student), request, self._batch_trials)
+            planned = plan(group, student)
+            self._admission.let_in([item.id for item in planned.evaluations])
+            known = self._store.create(planned, request, self._batch_trials)
             self._dispatcher.wake()
             # Work that is known under another exam needs no trial, only a score.
-            self._dispatcher.settle([item.id for item in known])
+            self._marking.settle_known([item.id for item in known])
         return self._as_known(known)
 
     def openings(self, message: pb.CreateEvaluationsRequest) -> list[pb.SealedOpening]:
@@ -101,11 +114,17 @@ class Evaluations:
         mailbox = self._feed.open(evaluation_ids)
         try:
             on_open(mailbox.close)
-            for evaluation in self._store.get(sorted(mailbox.evaluation_ids)):
-                if is_final(evaluation):
-                    mailbox.put(evaluation)
-            while (evaluation_or_end := mailbox.get()) is not None:
-                yield evaluation_or_end
+            states = self._overview.states(mailbox.evaluation_ids)
+            for evaluation_id in sorted(mailbox.evaluation_ids):
+                if evaluation_id not in states:
+                    raise PreceptorError("EVALUATION_NOT_FOUND", f"there is no evaluation {evaluation_id!r}")
+                if states[evaluation_id] not in LIVE:
+                    mailbox.put(evaluation_id)
+            while taken := mailbox.take():
+                for evaluation in self._store.get(taken):
+                    if is_final(evaluation):
+                        mailbox.delivered(evaluation.id)
+                        yield evaluation
         finally:
             self._feed.forget(mailbox)
         if self._feed.closed:
@@ -118,7 +137,7 @@ class Evaluations:
         number, ended = self._store.cancel(Request(message.request_id, _body_sha256(message), message.owner))
         if ended:
             self._dispatcher.tell_cancelled()
-            self._feed.publish(self._store.get(ended))
+            self._feed.publish(ended)
         return number
 
     def grade(self, message: pb.GradeAnswersRequest) -> tuple[list[bool], str]:
@@ -130,17 +149,52 @@ class Evaluations:
         given = read_answers(message)
         return [verdict.right for verdict in grader.grade(given)], grader_label(grader)
 
+    def attempts(self, evaluation_id: str) -> list[pb.Attempt]:
+        """How an evaluation was worked on, oldest first. Raises PreceptorError(EVALUATION_NOT_FOUND)."""
+        attempts = self._history.attempts_at(evaluation_id)
+        under_way = {celery_task_id(one.batch_id, one.number): one for one in attempts if not one.HasField("end_time")}
+        try:
+            for task_id, lease in self._broker.holders(list(under_way)).items():
+                under_way[task_id].worker, under_way[task_id].steps_done = lease.worker, lease.steps_done
+        except PreceptorError as error:  # then what is stored must do
+            if error.reason != "BROKER_UNREACHABLE":
+                raise
+        return attempts
+
+    def retry(self, message: pb.RetryEvaluationsRequest) -> int:
+        """Puts evaluations that FAILED back to work; how many. A repeated request goes on where the first one ended.
+
+        Raises PreceptorError(INVALID_REQUEST, EVALUATION_NOT_FOUND, REQUEST_ID_REUSED).
+        """
+        check_name("request_id", message.request_id)
+        chosen = read_retry(message)
+        known = self._overview.states(chosen.ids)
+        for evaluation_id in chosen.ids:
+            if evaluation_id not in known:
+                raise PreceptorError("EVALUATION_NOT_FOUND", f"there is no evaluation {evaluation_id!r}")
+        body, progress = _body_sha256(message), Progress()
+        while not progress.done:
+            progress, retried = self._dead.retry_some(message.request_id, body, chosen)
+            self._admission.note(len(retried))
+            self._dispatcher.wake()
+            # One whose grading failed needs no trial.
+            self._marking.settle_known(retried)
+        return progress.retried
+
     def queue_status(self) -> pb.GetQueueStatusResponse:
         """Queue and workers. Raises PreceptorError(BROKER_UNREACHABLE)."""
-        counts = self._batches.counts()
+        batches, evaluations = self._overview.batches(), self._overview.counts()
         workers = self._broker.workers()
         peaks = [worker.peak_memory_bytes for worker in workers]
         return pb.GetQueueStatusResponse(
-            queued_batches=counts.get(BatchState.WAITING, 0) + counts.get(BatchState.SUBMITTED, 0),
-            running_batches=counts.get(BatchState.RUNNING, 0),
+            queued_batches=batches.get(BatchState.WAITING, 0) + batches.get(BatchState.SUBMITTED, 0),
+            running_batches=batches.get(BatchState.RUNNING, 0),
             workers_alive=len(workers),
             trials_done=self._dispatcher.trials_done,
             worker_peak_memory_bytes=max([*peaks, self._dispatcher.peak_memory_bytes]),
+            evaluations_waiting=sum(evaluations.get(state, 0) for state in LIVE),
+            evaluations_failed=evaluations.get(State.FAILED, 0),
+            workers=[_report(worker) for worker in workers],
         )
 
     def _as_known(self, known: Sequence[Known]) -> list[pb.Evaluation]:
@@ -152,6 +206,30 @@ class Evaluations:
             evaluation.cached = item.cached
             answer.append(evaluation)
         return answer
+
+
+def _report(worker: WorkerStatus) -> pb.WorkerReport:
+    batch, attempt = split_task_id(worker.task_id) if worker.task_id else ("", 0)
+    return pb.WorkerReport(
+        name=worker.name,
+        batch_id=batch,
+        attempt=attempt,
+        steps_done=worker.steps_done,
+        trials_done=worker.trials_done,
+        peak_memory_bytes=worker.peak_memory_bytes,
+    )
+
+
+def read_retry(message: pb.RetryEvaluationsRequest) -> Chosen:
+    """Which evaluations are meant. Raises PreceptorError(INVALID_REQUEST)."""
+    if len(message.evaluation_ids) > MAX_RETRIED:
+        raise PreceptorError("INVALID_REQUEST", f"must be at most {MAX_RETRIED}", field="evaluation_ids")
+    for field in ("owner", "reason"):
+        if getattr(message, field):
+            check_name(field, getattr(message, field))
+    for evaluation_id in message.evaluation_ids:
+        check_name("evaluation_ids", evaluation_id)
+    return Chosen(tuple(message.evaluation_ids), message.owner, message.reason)
 
 
 def _body_sha256(message: Message) -> str:

@@ -1,15 +1,16 @@
 """Tells waiting watchers what became final. Each watcher has a mailbox; nobody polls, and a slow one harms nobody.
 
-A mailbox takes each of its evaluations at most once, so it is never longer than what its owner asked for.
+A mailbox holds ids, never evaluations, and no more of them than its owner asked for: who reads nothing costs what his
+request cost. (How many watches there may be is the server's limit, PRECEPTOR_MAX_STREAMS.)
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Iterable
 
-from preceptor.v1 import evaluator_pb2 as pb
+# Ids handed out at once: the evaluations that a watcher reads and has in memory until they are sent.
+TAKEN_AT_ONCE = 16
 
 
 class Mailbox:
@@ -18,16 +19,15 @@ class Mailbox:
     def __init__(self, evaluation_ids: Iterable[str]) -> None:
         self.evaluation_ids = frozenset(evaluation_ids)
         self._awaited = set(self.evaluation_ids)
-        self._arrived: deque[pb.Evaluation] = deque()
+        self._arrived: dict[str, None] = {}  # in this order
         self._closed = False
         self._changed = threading.Condition()
 
-    def put(self, evaluation: pb.Evaluation) -> None:
-        """Delivers a final evaluation; a second one under the same id, or one nobody asked for, is dropped."""
+    def put(self, evaluation_id: str) -> None:
+        """An evaluation is final; one that was delivered already, or that nobody asked for, is dropped."""
         with self._changed:
-            if evaluation.id in self._awaited:
-                self._awaited.discard(evaluation.id)
-                self._arrived.append(evaluation)
+            if evaluation_id in self._awaited:
+                self._arrived[evaluation_id] = None
                 self._changed.notify_all()
 
     def close(self) -> None:
@@ -36,15 +36,27 @@ class Mailbox:
             self._closed = True
             self._changed.notify_all()
 
-    def get(self) -> pb.Evaluation | None:
-        """The next final evaluation, waiting for it; None once closed or when all have been taken.
+    def take(self) -> list[str]:
+        """Some of what has become final, waiting for it; nothing once closed or when all have been delivered.
 
-        Waits as long as the watcher's own call lives: its end closes the mailbox.
+        One that turns out not to be final any more (it was put back to work) comes again when it is. Waits as long as
+        the watcher's own call lives: its end closes the mailbox.
         """
         with self._changed:
             while not self._arrived and not self._closed and self._awaited:
                 self._changed.wait()
-            return self._arrived.popleft() if self._arrived and not self._closed else None
+            if self._closed:
+                return []
+            taken = list(self._arrived)[:TAKEN_AT_ONCE]
+            for evaluation_id in taken:
+                del self._arrived[evaluation_id]
+            return taken
+
+    def delivered(self, evaluation_id: str) -> None:
+        """The watcher has it, and does not want it again."""
+        with self._changed:
+            self._awaited.discard(evaluation_id)
+            self._arrived.pop(evaluation_id, None)
 
 
 class Feed:
@@ -66,23 +78,22 @@ class Feed:
         return mailbox
 
     def forget(self, mailbox: Mailbox) -> None:
-        """Takes a mailbox away."""
+        """Takes a mailbox away; to be called once for each that was opened."""
         mailbox.close()
         with self._lock:
             for evaluation_id in mailbox.evaluation_ids:
-                boxes = self._by_evaluation.get(evaluation_id, [])
-                if mailbox in boxes:
-                    boxes.remove(mailbox)
+                boxes = self._by_evaluation[evaluation_id]
+                boxes.remove(mailbox)
                 if not boxes:
-                    self._by_evaluation.pop(evaluation_id, None)
+                    del self._by_evaluation[evaluation_id]
 
-    def publish(self, evaluations: Iterable[pb.Evaluation]) -> None:
-        """Delivers final evaluations."""
-        for evaluation in evaluations:
+    def publish(self, evaluation_ids: Iterable[str]) -> None:
+        """These evaluations are final."""
+        for evaluation_id in evaluation_ids:
             with self._lock:
-                boxes = list(self._by_evaluation.get(evaluation.id, ()))
+                boxes = list(self._by_evaluation.get(evaluation_id, ()))
             for mailbox in boxes:
-                mailbox.put(evaluation)
+                mailbox.put(evaluation_id)
 
     def close(self) -> None:
         """Ends all waiting, now and later: the service drains."""

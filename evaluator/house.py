@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from evaluator.attempts import History
 from evaluator.batch_store import BatchStore
 from evaluator.broker import Broker
 from evaluator.database import Database
@@ -15,6 +16,7 @@ from evaluator.graders.judge import Judge
 from evaluator.graders.rack import Graders
 from evaluator.graders.verdicts import VerdictStore
 from evaluator.marking import Marking
+from evaluator.overview import Overview
 from evaluator.settings import EvaluatorSettings
 from evaluator.store import EvaluationStore
 from preceptor.channel import call, connect
@@ -31,12 +33,15 @@ class Evaluator:
     def __init__(self, settings: EvaluatorSettings, broker: Broker, clock: Callable[[], float] = time.time) -> None:
         self._database = Database(settings.database("evaluator"))
         self._feed = Feed()
-        batches, store = BatchStore(self._database), EvaluationStore(self._database, clock)
+        store = EvaluationStore(self._database, clock)
         asked = settings.judge
         self._judge = Judge(asked, VerdictStore(self._database)) if asked else None
         graders = Graders(self._judge)
-        self._marking = Marking(store, self._feed, graders, settings.judge_patience_seconds)
-        self.dispatcher = Dispatcher(batches, store, broker, self._marking, settings.dispatch_limits)
+        overview = Overview(self._database)
+        self._marking = Marking(store, overview, self._feed, graders, settings.judge_patience_seconds)
+        batches, history = BatchStore(self._database, clock), History(self._database)
+        limits = settings.dispatch_limits
+        self.dispatcher = Dispatcher(batches, history, broker, self._marking, limits, wall_clock=clock)
         students = connect(settings.student_address, StudentServiceStub)
 
         def active_student() -> types_pb2.PinnedStudent:
@@ -46,7 +51,16 @@ class Evaluator:
             return pinned
 
         self.evaluations = Evaluations(
-            store, batches, self.dispatcher, broker, self._feed, active_student, settings.batch_trials, graders
+            self._database,
+            store,
+            self.dispatcher,
+            self._marking,
+            broker,
+            self._feed,
+            active_student,
+            settings.batch_trials,
+            settings.max_waiting,
+            graders,
         )
 
     def drain(self) -> None:

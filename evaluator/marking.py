@@ -8,6 +8,7 @@ nobody from fetching results or looking at leases; until then the evaluation sta
 * A judge that is away is waited for, ``patience`` seconds of one outage; then the evaluation FAILS with
   JUDGE_UNREACHABLE. A judge that talks nonsense or refuses fails it at once. A failure is never a wrong answer.
 * An evaluation that is cancelled is not asked about any more after the questions under way.
+* However many evaluations wait for a judge, ``MOST_IN_HAND`` are in memory; the others wait in SQL until then.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from evaluator.feed import Feed
 from evaluator.graders.rack import Graders
+from evaluator.overview import Overview
 from evaluator.scoring import asks_a_judge, failed, score
 from evaluator.store import EvaluationStore
 from preceptor.errors import PreceptorError
@@ -28,7 +30,10 @@ from preceptor.v1 import types_pb2 as types
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 500
+# Evaluations whose answers are read at once.
+AT_ONCE = 100
+# Evaluations waiting for a judge in memory: far more than are asked about at once, and still nothing.
+MOST_IN_HAND = 1000
 # Evaluations that ask at the same time; how many questions are under way at once is the judge's own number.
 THREADS = 8
 # Between two tries while the judge is away; each of them pauses by itself as well.
@@ -36,22 +41,24 @@ PAUSE_SECONDS = 2.0
 
 
 class Marking:
-    """``settle`` may be called from any thread. Times in seconds; ``clock`` is monotonic."""
+    """May be called from any thread. Times in seconds; ``clock`` is monotonic."""
 
     def __init__(
         self,
         evaluations: EvaluationStore,
+        overview: Overview,
         feed: Feed,
         graders: Graders,
         patience: float = 600.0,
         pause: float = PAUSE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._evaluations, self._feed, self._graders = evaluations, feed, graders
+        self._evaluations, self._overview, self._feed, self._graders = evaluations, overview, feed, graders
         self._patience, self._pause, self._clock = patience, pause, clock
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="marking")
         self._lock = threading.Lock()
         self._under_way: dict[str, bool] = {}  # evaluations in the threads' hands; whether one is ready again meanwhile
+        self._left_out = False  # whether evaluations may be ready that are in nobody's hands
         self._away_since: float | None = None  # when the judge was first not there
         self._stopping = threading.Event()
 
@@ -73,7 +80,36 @@ class Marking:
         with self._lock:
             return len(self._under_way)
 
-    def settle(self, evaluation_ids: Sequence[str]) -> None:
+    def settle_trials(self, trial_ids: Sequence[str]) -> None:
+        """These trials became final: finishes the evaluations that waited for nothing else."""
+        if trial_ids:
+            self._settle(self._evaluations.ready(trial_ids=trial_ids))
+
+    def settle_known(self, evaluation_ids: Sequence[str]) -> None:
+        """Finishes those of these evaluations that need no trial any more. Where that fails it is tried again later."""
+        try:
+            for start in range(0, len(evaluation_ids), AT_ONCE):
+                self._settle(self._evaluations.ready(evaluation_ids=evaluation_ids[start : start + AT_ONCE]))
+        except Exception:
+            self._left_out = True
+            raise
+
+    def settle_all(self) -> None:
+        """Finishes whatever is ready, as far as hands are free; for a start after a crash between a result and its
+        reward."""
+        self._left_out, last = False, 0
+        while not self._left_out and (page := self._overview.ready_after(last, AT_ONCE)):
+            last = page[-1][0]
+            with self._lock:
+                new = [evaluation_id for _, evaluation_id in page if evaluation_id not in self._under_way]
+            self._settle(new)
+
+    def settle_left_out(self) -> None:
+        """Takes up what was left out, once half of what is in hand is done."""
+        if self._left_out and self.under_way <= MOST_IN_HAND // 2:
+            self.settle_all()
+
+    def _settle(self, evaluation_ids: Sequence[str]) -> None:
         """Finishes these evaluations, all of whose trials are known; those that ask a judge later."""
         for start in range(0, len(evaluation_ids), AT_ONCE):
             sittings = self._evaluations.sittings(evaluation_ids[start : start + AT_ONCE])
@@ -88,6 +124,9 @@ class Marking:
     def _hand_over(self, evaluation_id: str) -> None:
         with self._lock:
             known = evaluation_id in self._under_way
+            if not known and len(self._under_way) >= MOST_IN_HAND:
+                self._left_out = True
+                return
             self._under_way[evaluation_id] = known
         if not known and not self._stopping.is_set():
             self._threads.submit(self._mark, evaluation_id)
@@ -97,6 +136,10 @@ class Marking:
         while again and not self._stopping.is_set():
             try:
                 self._mark_patiently(evaluation_id)
+            except PreceptorError as error:  # a full disk: what the judge said is asked for again
+                log.error("evaluation %s is not marked yet: %s", evaluation_id, error)
+                self._stopping.wait(self._pause)
+                continue
             except Exception:  # like a turn of the dispatcher: SQL has it all, and the next start tries again
                 log.exception("evaluation %s could not be marked", evaluation_id)
             with self._lock:
@@ -131,9 +174,11 @@ class Marking:
         return now - self._away_since < self._patience
 
     def _finish(self, evaluations: Iterable[pb.Evaluation]) -> None:
-        finished = self._evaluations.finish(list(evaluations))
+        if not (evaluations := list(evaluations)):
+            return
+        finished = self._evaluations.finish(evaluations)
         for evaluation in finished:
             if evaluation.state == pb.EVALUATION_STATE_FAILED:
                 failure = evaluation.failure
                 log.warning("evaluation %s failed: %s: %s", evaluation.id, failure.reason, failure.message)
-        self._feed.publish(finished)
+        self._feed.publish(evaluation.id for evaluation in finished)

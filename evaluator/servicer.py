@@ -57,12 +57,12 @@ class EvaluatorServicer(EvaluatorServiceServicer):
         return pb.GradeAnswersResponse(correct=correct, grader=grader)
 
     def ListAttempts(self, request: pb.ListAttemptsRequest, context: grpc.ServicerContext) -> pb.ListAttemptsResponse:
-        raise PreceptorError("INTERNAL", "not there yet")
+        return pb.ListAttemptsResponse(attempts=self._evaluations.attempts(request.evaluation_id))
 
     def RetryEvaluations(
         self, request: pb.RetryEvaluationsRequest, context: grpc.ServicerContext
     ) -> pb.RetryEvaluationsResponse:
-        raise PreceptorError("INTERNAL", "not there yet")
+        return pb.RetryEvaluationsResponse(retried=self._evaluations.retry(request))
 
     def GetQueueStatus(
         self, request: pb.GetQueueStatusRequest, context: grpc.ServicerContext

@@ -15,15 +15,19 @@ from preceptor.settings import ServiceSettings
 class EvaluatorSettings(ServiceSettings):
     """Settings of the evaluator. Times in seconds; the reasons for the defaults are in ``evaluator.dispatch``."""
 
-    # Watches hold a thread each; a run opens a few.
-    max_threads: int = 64
-    trial_attempts: int = Field(3, ge=1, le=100, description="submissions of the same trials before they FAIL")
+    trial_attempts: int = Field(5, ge=1, le=100, description="tries of the same trials before they FAIL")
     lease_grace_seconds: float = Field(
         3.0, ge=0, description="after a worker's lease expired, before it counts as lost"
     )
     orphan_seconds: float = Field(60.0, gt=0, description="with an empty queue, before a batch nobody took is resent")
+    # Not PRECEPTOR_STALL_SECONDS, which is the worker's own and must be shorter.
+    lease_stall_seconds: float = Field(
+        900.0, gt=0, description="a worker that makes no step for so long has lost its batch, alive or not"
+    )
+    history_days: float = Field(30.0, ge=0, description="how long attempts that have ended are remembered")
+    max_waiting: int = Field(1_000_000, ge=1, description="evaluations that are not final; beyond them QUEUE_FULL")
     result_poll_seconds: float = Field(0.05, gt=0, le=60)
-    batches_in_flight: int = Field(256, ge=1, description="batches on the queue at once; the rest waits in SQL")
+    batches_in_flight: int = Field(256, ge=1, description="batches on the queue at once, at most")
     # Twice what fills a step (docs/log.md: 8 on a CPU, about 15 on a GPU), so that leavers are followed by others, and
     # small enough that several workers share a request.
     batch_trials: int = Field(32, ge=1, description="trials that one worker trains together, at most")
@@ -88,4 +92,6 @@ class EvaluatorSettings(ServiceSettings):
             poll_seconds=self.result_poll_seconds,
             lease_grace=self.lease_grace_seconds,
             orphan_seconds=self.orphan_seconds,
+            stall_seconds=self.lease_stall_seconds,
+            history_seconds=self.history_days * 86400,
         )

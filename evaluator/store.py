@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 
 from sqlalchemy import Connection, Row, Select, case, delete, func, insert, or_, select, update
 
-from evaluator.batch_store import drop_unwanted, put_batch
 from evaluator.database import (
     BASELINE_POSITION,
     LIVE,
@@ -27,6 +26,7 @@ from evaluator.database import (
     requests,
     trials,
 )
+from evaluator.demand import AT_ONCE, ask_for, drop_unwanted
 from evaluator.identity import Exam, Plan, PlannedEvaluation, group_trials
 from evaluator.reward import Weights
 from preceptor.errors import PreceptorError
@@ -91,7 +91,7 @@ class EvaluationStore:
             states = {row.id: State(row.state) for row in rows}
             to_start = [item for item in distinct.values() if states.get(item.id) not in (*LIVE, State.SUCCEEDED)]
             if to_start:
-                self._put_batches(tx, plan, to_start, batch_trials)
+                self._put_batches(tx, plan, to_start, batch_trials, request.owner)
                 self._put_evaluations(tx, plan, to_start, states)
                 # Who asked before has had a final state, and does not wait for what is now begun anew.
                 again = [item.id for item in to_start if item.id in states]
@@ -223,20 +223,21 @@ class EvaluationStore:
                 .where(owners.c.owner == request.owner, evaluations.c.state.in_(LIVE))
             )
             live = set(tx.execute(mine).scalars())
-            shared = set(
+            shared = select(owners.c.evaluation_id).where(
+                owners.c.evaluation_id.in_(mine.correlate(None)), owners.c.owner != request.owner
+            )
+            kept = set(tx.execute(shared).scalars())
+            ended = sorted(live - kept)
+            left = sorted(kept)
+            for start in range(0, len(left), AT_ONCE):
+                some = owners.c.evaluation_id.in_(left[start : start + AT_ONCE])
+                tx.execute(delete(owners).where(owners.c.owner == request.owner, some))
+            for start in range(0, len(ended), AT_ONCE):
                 tx.execute(
-                    select(owners.c.evaluation_id).where(
-                        owners.c.evaluation_id.in_(live), owners.c.owner != request.owner
-                    )
-                ).scalars()
-            )
-            ended = sorted(live - shared)
-            tx.execute(delete(owners).where(owners.c.owner == request.owner, owners.c.evaluation_id.in_(shared)))
-            tx.execute(
-                update(evaluations)
-                .where(evaluations.c.id.in_(ended))
-                .values(state=State.CANCELLED, finished=self._clock())
-            )
+                    update(evaluations)
+                    .where(evaluations.c.id.in_(ended[start : start + AT_ONCE]))
+                    .values(state=State.CANCELLED, finished=self._clock())
+                )
             drop_unwanted(tx, ended)
             _keep_reply(tx, request, len(ended))
             return len(ended), ended
@@ -251,14 +252,14 @@ class EvaluationStore:
             tx.execute(insert(openings).values(first=self._clock()), new)
 
     def _put_batches(
-        self, tx: Connection, plan: Plan, to_start: Sequence[PlannedEvaluation], batch_trials: int
+        self, tx: Connection, plan: Plan, to_start: Sequence[PlannedEvaluation], batch_trials: int, owner: str
     ) -> None:
         ids = {item.id for evaluation in to_start for item in (evaluation.baseline, *evaluation.trials)}
         rows = tx.execute(select(trials.c.id, trials.c.state).where(trials.c.id.in_(ids))).all()
         usable = {row.id for row in rows if row.state != TrialState.FAILED}
         needed = {trial_id: trial_id not in usable for trial_id in ids}
-        for group in group_trials(to_start, needed, batch_trials):
-            put_batch(tx, plan.batch(group))
+        groups = group_trials(to_start, needed, batch_trials)
+        ask_for(tx, owner, [plan.batch(group) for group in groups])
 
     def _put_evaluations(
         self, tx: Connection, plan: Plan, to_start: Sequence[PlannedEvaluation], states: dict[str, State]

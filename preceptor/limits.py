@@ -40,6 +40,8 @@ MAX_SEEDS = 64
 MAX_TRIALS = 8192
 # Evaluations that one call watches or names: those of a request of the largest kind.
 MAX_EVALUATIONS = MAX_TRIALS
+# Evaluations that a request to retry may name; without names it may mean any number.
+MAX_RETRIED = 1000
 # Answers that are graded while a client waits, each compared with its golds word by word.
 MAX_GRADED = 10_000
 MAX_GRADED_CHARACTERS = 2_000_000

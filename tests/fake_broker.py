@@ -21,6 +21,8 @@ class FakeBroker:
         self.waiting: dict[str, trial.TrialBatch] = {}
         self.taken: dict[str, trial.TrialBatch] = {}
         self.leased: set[str] = set()
+        self.steps: dict[str, int] = {}  # that the holder of a task tells of
+        self.alive = 1  # workers
         self.done: dict[str, trial.TrialBatchResult] = {}
         self.submitted: list[str] = []
         self.batches: list[trial.TrialBatch] = []  # of those
@@ -41,7 +43,7 @@ class FakeBroker:
 
     def holders(self, task_ids: Sequence[str]) -> dict[str, Lease]:
         self._answer()
-        return {task_id: Lease("fake:1") for task_id in task_ids if task_id in self.leased}
+        return {task_id: Lease("fake:1", self.steps.get(task_id, 0)) for task_id in task_ids if task_id in self.leased}
 
     def depth(self) -> int:
         self._answer()
@@ -53,7 +55,11 @@ class FakeBroker:
 
     def workers(self) -> list[WorkerStatus]:
         self._answer()
-        return [WorkerStatus("fake:1", peak_memory_bytes=500)]
+        at = min(self.leased, default="")
+        return [
+            WorkerStatus(f"fake:{number}", task_id=at if number == 1 else "", peak_memory_bytes=500)
+            for number in range(1, self.alive + 1)
+        ]
 
     def take(self) -> list[str]:
         """A worker takes all that waits and holds the leases."""

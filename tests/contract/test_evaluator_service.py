@@ -219,6 +219,7 @@ def test_pages_go_through_all_evaluations_once(bench: Bench) -> None:
     assert len(call(bench.stub.ListEvaluations, pb.ListEvaluationsRequest()).evaluations) == 6
     done = pb.ListEvaluationsRequest(state=SUCCEEDED)
     assert not call(bench.stub.ListEvaluations, done).evaluations
+    bench.broker.alive = 4
     bench.work(7)
     bench.wait_until(lambda: len(call(bench.stub.ListEvaluations, done).evaluations) == 6)
     with pytest.raises(PreceptorError) as raised:

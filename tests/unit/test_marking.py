@@ -14,9 +14,9 @@ from evaluator.graders.judge import JudgeSettings
 from preceptor.errors import PreceptorError
 from preceptor.v1 import evaluator_pb2 as pb
 from tests.evaluation_requests import group
+from tests.evaluator_house import CANCELLED, FAILED, RUNNING, SUCCEEDED, House
 from tests.fake_broker import FakeBroker
 from tests.judge_server import JudgeServer, honest, judge_server
-from tests.unit.test_evaluator_dispatch import CANCELLED, FAILED, RUNNING, SUCCEEDED, House
 
 EDIT = "Ada lives in Lisbon."
 LIVE = (pb.EVALUATION_STATE_QUEUED, RUNNING)

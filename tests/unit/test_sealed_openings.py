@@ -12,8 +12,8 @@ from preceptor.errors import PreceptorError
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import types_pb2 as types
 from tests.evaluation_requests import group
+from tests.evaluator_house import House
 from tests.fake_broker import FakeBroker
-from tests.unit.test_evaluator_dispatch import House
 
 SEALED = types.QUESTION_BANK_SEALED
 
