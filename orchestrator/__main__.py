@@ -14,7 +14,7 @@ def run(settings: OrchestratorSettings) -> None:
     from orchestrator.executor import RunExecutor
     from orchestrator.servicer import SERVICE, OrchestratorServicer
     from orchestrator.tables import Base
-    from preceptor.channel import connect
+    from preceptor.channel import connect, health_of
     from preceptor.database import HAND_OVER_SECONDS, open_database, own_database
     from preceptor.server import serve
     from preceptor.v1 import evaluator_pb2_grpc, orchestrator_pb2_grpc, student_pb2_grpc, teacher_pb2_grpc
@@ -26,6 +26,7 @@ def run(settings: OrchestratorSettings) -> None:
             teacher=connect(settings.teacher_address, teacher_pb2_grpc.TeacherServiceStub),
             student=connect(settings.student_address, student_pb2_grpc.StudentServiceStub),
             evaluator=connect(settings.evaluator_address, evaluator_pb2_grpc.EvaluatorServiceStub),
+            evaluator_ahead=lambda: health_of(settings.evaluator_address, deadline=5).seconds_ahead,
         )
         executor = RunExecutor(engine, services, settings)
         servicer = OrchestratorServicer(engine, services, executor)

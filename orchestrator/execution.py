@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Engine
@@ -27,11 +27,12 @@ from preceptor.v1 import evaluator_pb2_grpc, student_pb2_grpc, teacher_pb2_grpc
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The services that a run uses."""
+    """The services that a run uses; and, asked now, how many seconds the evaluator's clock is ahead of ours."""
 
     teacher: teacher_pb2_grpc.TeacherServiceStub
     student: student_pb2_grpc.StudentServiceStub
     evaluator: evaluator_pb2_grpc.EvaluatorServiceStub
+    evaluator_ahead: Callable[[], float] = lambda: 0.0
 
 
 class Execution:
@@ -54,7 +55,9 @@ class Execution:
         self.progress = Progress(self._plan.config.rounds.count, self._plan.planned_self_edits, self._clock.elapsed)
         if record.first_reward_seconds is not None:
             self.progress.first_reward(record.first_reward_seconds)
-        self._ledger = Ledger(engine, record.id, record.created, self._changed)
+        # Evaluations carry the evaluator's time, so the ledger compares them with when the run began by that clock.
+        began = record.created + (self._store.evaluator_clock(record.id) or 0.0)
+        self._ledger = Ledger(engine, record.id, began, self._changed)
         hindered = self.progress.hindered
         self._teacher = TeacherClient(services.teacher, patience_seconds, self.stop, hindered)
         self._evaluator = EvaluatorClient(

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 2.0
 # Telling the evaluator that nobody waits any more is a courtesy: its results would only be cached.
 CANCEL_DEADLINE_SECONDS = 10.0
+# Clocks that differ by more are worth a line in the log; nothing depends on it.
+CLOCK_SECONDS = 5.0
 
 
 class RunExecutor:
@@ -184,6 +186,7 @@ class RunExecutor:
             self._fail(run_id, "INTERNAL", f"{type(error).__name__}: {error}")
 
     def _run(self, run_id: str) -> None:
+        self._note_evaluator_clock(run_id)
         execution = Execution(
             self._engine, self._store.get(run_id), self._services, self._renderer, self._settings.patience_seconds
         )
@@ -205,6 +208,18 @@ class RunExecutor:
                 with self._lock:
                     del self._active[run_id]
                 execution.progress.wake()
+
+    def _note_evaluator_clock(self, run_id: str) -> None:
+        if self._store.evaluator_clock(run_id) is not None:
+            return
+        try:
+            ahead = self._services.evaluator_ahead()
+        except PreceptorError as error:  # it counts what was known before a little wrongly, if clocks differ at all
+            log.warning("%s: the evaluator's clock is not known: %s", run_id, error)
+            return
+        if abs(ahead) > CLOCK_SECONDS:
+            log.warning("the evaluator's clock is %+.0f s off ours; set both right (NTP)", ahead)
+        self._store.note_evaluator_clock(run_id, ahead)
 
     def _end(self, run_id: str) -> None:
         """Ends what is done for a run that was cancelled."""

@@ -11,7 +11,7 @@ from sqlalchemy import Engine, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from orchestrator.tables import RequestRow, RunRow
+from orchestrator.tables import EvaluatorClockRow, RequestRow, RunRow
 from preceptor.config import RunConfig, parse_config_json
 from preceptor.errors import PreceptorError
 from preceptor.v1 import orchestrator_pb2 as pb
@@ -151,6 +151,18 @@ class RunStore:
     def set_first_reward(self, run_id: str, seconds: float) -> None:
         """When the first reward came, in seconds of the run's own time."""
         self._set(run_id, first_reward_seconds=seconds)
+
+    def evaluator_clock(self, run_id: str) -> float | None:
+        """How far the evaluator's clock was ahead when the run began, in seconds; None where it was not noted."""
+        with Session(self._engine) as session:
+            row = session.get(EvaluatorClockRow, run_id)
+            return row.seconds_ahead if row else None
+
+    def note_evaluator_clock(self, run_id: str, seconds_ahead: float) -> None:
+        """Said once, before the run asks the evaluator for anything."""
+        with Session(self._engine) as session:
+            session.merge(EvaluatorClockRow(run_id=run_id, seconds_ahead=seconds_ahead))
+            session.commit()
 
     def raise_peak_memory(self, run_id: str, peak_bytes: int) -> None:
         """The largest memory seen."""

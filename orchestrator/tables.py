@@ -95,6 +95,14 @@ class OpeningRow(Base):
     owners: Mapped[int]
 
 
+class EvaluatorClockRow(Base):
+    """How far the evaluator's clock was ahead of the orchestrator's when the run began."""
+
+    __tablename__ = "evaluator_clocks"
+    run_id: Mapped[str] = mapped_column(String(96), primary_key=True)
+    seconds_ahead: Mapped[float] = mapped_column(Float)
+
+
 class SecondsRow(Base):
     """Time that a run's stage has spent in a phase, over all its processes."""
 

@@ -20,7 +20,7 @@ from orchestrator.executor import RunExecutor
 from orchestrator.servicer import SERVICE, OrchestratorServicer
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.tables import Base
-from preceptor.channel import call, connect, is_serving, new_request_id, stream
+from preceptor.channel import call, connect, health_of, is_serving, new_request_id, stream
 from preceptor.config import RunConfig
 from preceptor.convert import task_to_proto
 from preceptor.database import open_database
@@ -139,14 +139,18 @@ class Orchestrator:
 
 
 @contextmanager
-def orchestrator_here(house: ScriptedHouse, home: Path, **settings: Any) -> Iterator[Orchestrator]:
-    """An orchestrator in this process, behind a real server."""
+def orchestrator_here(
+    house: ScriptedHouse, home: Path, evaluator_ahead: float = 0.0, **settings: Any
+) -> Iterator[Orchestrator]:
+    """An orchestrator in this process, behind a real server. ``evaluator_ahead``: seconds by which the evaluator's
+    clock is wrong, as the orchestrator finds it."""
     where = OrchestratorSettings(home=home, grace_seconds=0, **{"patience_seconds": 20.0, **settings})
     engine = open_database(where.database("orchestrator"), Base.metadata)
     services = Services(
         teacher=connect(house.address("teacher"), teacher_pb2_grpc.TeacherServiceStub),
         student=connect(house.address("student"), student_pb2_grpc.StudentServiceStub),
         evaluator=connect(house.address("evaluator"), evaluator_pb2_grpc.EvaluatorServiceStub),
+        evaluator_ahead=lambda: health_of(house.address("evaluator")).seconds_ahead + evaluator_ahead,
     )
     executor = RunExecutor(engine, services, where)
     servicer = OrchestratorServicer(engine, services, executor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,6 +86,30 @@ def test_the_same_config_again_gives_the_same_result_from_known_evaluations(tmp_
     for of in second["rounds"]:
         assert of["evaluations"]["cached"] == of["evaluations"]["succeeded"]
     assert second["throughput"]["trials"] == 0
+
+
+@pytest.mark.parametrize("wrong", [3600.0, -3600.0])
+def test_what_was_known_before_is_counted_by_the_evaluators_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    monkeypatch.setattr("orchestrator.run_store.time", SimpleNamespace(time=lambda: time.time() + wrong))
+    request = create_request(run_config(rounds={"max_failed_share": 0.0}))
+    evaluator = ScriptedEvaluator(fails=lambda _task, edit: edit.directive.epochs == 8)
+    with (
+        ScriptedHouse(tmp_path, evaluator=evaluator) as house,
+        orchestrator_here(house, tmp_path, evaluator_ahead=-wrong) as o,
+    ):
+        run_id = o.create(request)
+        assert o.finish(run_id).failure.reason == "TOO_MANY_FAILURES"
+        evaluator.fails = lambda _task, _edit: False
+        o.resume(run_id)  # asks for whole groups again, of which it knows some itself
+        o.finish(run_id)
+        assert [of["evaluations"]["cached"] for of in o.summary(run_id)["rounds"]] == [0, 0]
+        request.request_id = "again"
+        second = o.create(request)
+        o.finish(second)
+        for of in o.summary(second)["rounds"]:
+            assert of["evaluations"]["cached"] == of["evaluations"]["succeeded"]
 
 
 def test_failed_evaluations_are_counted_and_left_out_and_never_score(tmp_path: Path) -> None:
