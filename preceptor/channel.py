@@ -15,7 +15,7 @@ import json
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -148,9 +148,10 @@ def call(
     request: Request,
     *,
     deadline: float = DEFAULT_DEADLINE_SECONDS,
+    retried: Collection[str] = RETRIED,
 ) -> Response:
     """Calls a unary method; ``deadline`` in seconds covers all tries, which go on while the error is one of
-    ``RETRIED``. Raises the server's PreceptorError, or SERVICE_UNREACHABLE, TLS_FAILED, DEADLINE_EXCEEDED."""
+    ``retried``. Raises the server's PreceptorError, or SERVICE_UNREACHABLE, TLS_FAILED, DEADLINE_EXCEEDED."""
     end = time.monotonic() + deadline
     pause = RETRY_SECONDS
     while True:
@@ -159,7 +160,7 @@ def call(
             return method(request, timeout=max(end - time.monotonic(), 0.001))
         except grpc.RpcError as error:
             translated = _translated(error, method)
-            if translated.reason not in RETRIED or time.monotonic() + pause > end:
+            if translated.reason not in retried or time.monotonic() + pause > end:
                 raise translated from None
         time.sleep(pause * random.uniform(0.5, 1))  # so that those who were refused together do not come together
         pause = min(pause * 1.5, MAX_RETRY_SECONDS)
