@@ -36,9 +36,10 @@ log = logging.getLogger(__name__)
 
 # Large enough for a run's tasks inline (a SQuAD file is 0.5 MB); weights never travel in messages.
 MAX_MESSAGE_BYTES = 64 * 2**20
-# An error travels as metadata: twice, once in base64 and once with everything but ASCII percent-encoded.
+# An error travels as metadata: twice, once in base64 and once with everything but ASCII percent-encoded. The limits
+# count both, so that what is said stays below the 8 KB that clients of other make take.
 MAX_METADATA_BYTES = 64 * 2**10
-MAX_ERROR_BYTES, MAX_PLACE_BYTES = 6_000, 500
+MAX_ERROR_BYTES, MAX_PLACE_BYTES = 6_000, 600
 # Both sides ping an open connection, so that a peer that is stopped or whose machine is gone is noticed within 20 s
 # instead of hours. The thread that answers pings is gRPC's own: it is not held up by Python. (gRPC pings on its own
 # account too, to measure the line, and while such a ping is out no other is sent: ping_timeout_ms, else a minute.)
@@ -81,9 +82,14 @@ def to_status(error: PreceptorError) -> status_pb2.Status:
 
 
 def _sendable(text: str, limit: int) -> str:
-    """Text that UTF-8 can carry (a lone surrogate is none), of at most about ``limit`` bytes."""
+    """Text that UTF-8 can carry (a lone surrogate is none), of at most about ``limit`` bytes as it travels."""
     raw = text.encode(errors="replace")
-    return raw.decode() if len(raw) <= limit else raw[:limit].decode(errors="ignore") + " ..."
+    left = float(limit)
+    for at, byte in enumerate(raw):
+        left -= 4 / 3 + (1 if 32 <= byte < 127 and byte != ord("%") else 3)
+        if left < 0:
+            return raw[:at].decode(errors="ignore") + " ..."
+    return raw.decode()
 
 
 class _Pool(ThreadPoolExecutor):
