@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
-# One try of a unary call. Short, so that a run that is cancelled while a service is away ends within seconds.
+# One try of a unary call. Short, so that a run that is cancelled while a service is stuck ends within seconds.
 TRY_SECONDS = 10.0
 # Between tries: a restarted service takes a few seconds to listen, and a refused connection costs nothing.
 PAUSE_SECONDS = 0.5
@@ -75,7 +75,8 @@ class Remote:
             while True:
                 self._stop.check()
                 try:
-                    return channel.call(method, request, deadline=min(TRY_SECONDS, self._patience))
+                    # One try: a run that is cancelled is not to wait for the next ones.
+                    return channel.call(method, request, deadline=min(TRY_SECONDS, self._patience), retried=())
                 except PreceptorError as error:
                     pause = absence.excuse(error)
                 self._stop.wait(pause)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from preceptor.channel import call, stream
 from preceptor.errors import CATALOGUE, PreceptorError
+from preceptor.storage import STORAGE_REASONS
 from preceptor.v1 import orchestrator_pb2 as orchestrator
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ REPORT_SECONDS = 180.0
 FINAL_STATES = frozenset(
     {orchestrator.RUN_STATE_SUCCEEDED, orchestrator.RUN_STATE_FAILED, orchestrator.RUN_STATE_CANCELLED}
 )
-_PASSING = frozenset({"SERVICE_UNREACHABLE", "SHUTTING_DOWN", "DEADLINE_EXCEEDED", "CANCELLED"})
+_PASSING = frozenset(
+    {"SERVICE_UNREACHABLE", "SHUTTING_DOWN", "SERVICE_BUSY", "DEADLINE_EXCEEDED", "CANCELLED"} | STORAGE_REASONS
+)
 
 
 def snapshots(

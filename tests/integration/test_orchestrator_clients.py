@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -192,3 +193,69 @@ def test_patience_ends(tmp_path: Path) -> None:
     assert caught.value.reason == "SERVICE_UNREACHABLE"
     assert "teacher" in caught.value.message
     assert 1 < time.monotonic() - start < 10
+
+
+class Refusing(ScriptedEvaluator):
+    """Has no room for so many seconds."""
+
+    def __init__(self, reason: str, seconds: float) -> None:
+        super().__init__()
+        self.reason, self.until = reason, time.monotonic() + seconds
+
+    def CreateEvaluations(self, request: Any, context: Any) -> Any:
+        self._refuse()
+        return super().CreateEvaluations(request, context)
+
+    def WatchEvaluations(self, request: Any, context: Any) -> Any:
+        self._refuse()
+        return super().WatchEvaluations(request, context)
+
+    def _refuse(self) -> None:
+        if time.monotonic() < self.until:
+            raise PreceptorError(self.reason, "there is no room")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reason", ["QUEUE_FULL", "SERVICE_BUSY", "DISK_FULL"])
+def test_a_service_without_room_is_waited_for_beyond_any_patience_and_this_is_said(tmp_path: Path, reason: str) -> None:
+    told: list[str] = []
+    with ScriptedHouse(tmp_path, evaluator=Refusing(reason, 5)) as house:  # type: ignore[abstract]
+        stub = connect(house.address("evaluator"), evaluator_pb2_grpc.EvaluatorServiceStub)
+        client = EvaluatorClient(stub, 1, Stop(), hindered=lambda name, words: told.append(words))
+        one = submission(0, ["good a"])
+        assert final(client.evaluate([one])) == list(one.keys)
+    assert told[0] == "waiting for the evaluator service: there is no room"
+    assert told[-1] == ""
+
+
+@pytest.mark.parametrize("reason", ["UNAUTHENTICATED", "TLS_FAILED", "VERSION_SKEW", "BROKER_REFUSED"])
+def test_what_an_operator_must_mend_is_raised_at_once(tmp_path: Path, reason: str) -> None:
+    start = time.monotonic()
+    with ScriptedHouse(tmp_path, evaluator=Refusing(reason, 60)) as house, pytest.raises(PreceptorError) as caught:  # type: ignore[abstract]
+        final(evaluator_client(house, Stop(), patience=60).evaluate([submission(0, ["good a"])]))
+    assert caught.value.reason == reason
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("reason", ["QUEUE_FULL", "SHUTTING_DOWN", ""])
+def test_a_stop_ends_the_wait_for_a_service_within_seconds(tmp_path: Path, reason: str) -> None:
+    stop = Stop()
+    with ScriptedHouse(tmp_path, evaluator=Refusing(reason or "QUEUE_FULL", 60)) as house:  # type: ignore[abstract]
+        if not reason:
+            house.stop("evaluator")
+        threading.Timer(1.0, stop.set).start()
+        start = time.monotonic()
+        with pytest.raises(Stopped):
+            final(evaluator_client(house, stop, patience=60).evaluate([submission(0, ["good a"])]))
+        assert time.monotonic() - start < 4
+
+
+def test_a_service_that_is_away_for_a_while_is_named_until_it_is_back(tmp_path: Path) -> None:
+    told: list[str] = []
+    with ScriptedHouse(tmp_path) as house:
+        house.stop("teacher")
+        stub = connect(house.address("teacher"), teacher_pb2_grpc.TeacherServiceStub)
+        client = TeacherClient(stub, 60, Stop(), lambda name, words: told.append(words))
+        threading.Timer(4.5, house.start, ["teacher"]).start()
+        assert client.base_policy() == "base-scripted"
+    assert set(told[:-1]) == {"waiting for the teacher service, which does not answer"}
+    assert told[-1] == ""
