@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,6 +119,15 @@ def is_alive(identity: dict[str, float]) -> bool:
         return abs(process.create_time() - identity["started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def with_environment(wanted: Mapping[str, str]) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
+    """The processes that were started with these variables, each with its whole environment."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # gone meanwhile, or another user's
+            environment = process.environ()
+            if wanted.items() <= environment.items() and process.status() != psutil.STATUS_ZOMBIE:
+                yield process, environment
 
 
 def memory_of(pids: list[int]) -> int:

@@ -26,9 +26,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+import psutil
+
 from preceptor.channel import call, connect, is_serving, new_request_id
 from preceptor.errors import PreceptorError
-from preceptor.processes import Child, holder_of, identity, is_alive, memory_of
+from preceptor.processes import Child, holder_of, identity, is_alive, memory_of, with_environment
 from preceptor.pulse import START_SECONDS, PulseWatch
 from preceptor.redis_server import EmbeddedRedis
 from preceptor.settings import HouseSettings
@@ -39,6 +41,8 @@ STOP_SECONDS = 15.0
 # After the system refused to start a process or to write a file (no memory, no space).
 REFUSED_SECONDS = 2.0
 DEFAULT_STUDENT = "almanac"
+# In the environment of every child: who of the stack it is.
+_CHILD = "PRECEPTOR_CHILD"
 
 
 class Stack:
@@ -182,6 +186,7 @@ class Stack:
         environment.update(
             {
                 "PRECEPTOR_PARENT_PID": str(os.getpid()),
+                _CHILD: name,
                 # One thread each: on a small machine, processes with several threads each are ten times slower.
                 "OMP_NUM_THREADS": "1",
                 "MKL_NUM_THREADS": "1",
@@ -340,15 +345,15 @@ class Stack:
         self._state_is_old = False
 
     def _end_leftovers(self) -> None:
-        """Ends children of an owner that was killed before it could."""
-        for entry in _read_state(self._home).get("children", []):
-            if is_alive(entry):
-                self._say(f"ending {entry['name']} of an earlier stack (pid {entry['pid']})")
-                with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(entry["pid"], signal.SIGKILL)
-                end = time.monotonic() + 5
-                while is_alive(entry) and time.monotonic() < end:
-                    time.sleep(0.05)
+        """Ends children of an owner that was killed before it could. They are known by their environment: an owner may
+        have died before it had written down whom it had started."""
+        for process, environment in list(with_environment({"PRECEPTOR_HOME": str(self._home)})):
+            if _CHILD not in environment:
+                continue
+            self._say(f"ending {environment[_CHILD]} of an earlier stack (pid {process.pid})")
+            with suppress(psutil.Error):
+                process.kill()
+                process.wait(5)
 
     def _stop(self) -> None:
         self._stopping.set()
