@@ -1,4 +1,4 @@
-"""The checks behind ``preceptor doctor``."""
+"""The checks behind ``preceptor doctor``: the machine and the installation. The stack's are in ``stack_checks``."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
 from preceptor import __version__
-from preceptor.channel import call, connect, is_serving
-from preceptor.cli.connection import find_stack, house_settings
+from preceptor.cli.connection import house_settings
+from preceptor.cli.stack_checks import Finding, stack_findings
 from preceptor.errors import PreceptorError
 from preceptor.settings import HouseSettings
+from preceptor.storage import free_bytes, mount_of
 
 GIB = 2**30
 # What the embedded stack is promised to need at most, and what a run of the shipped world writes, generously.
 MEMORY_BYTES, DISK_BYTES = 4 * GIB, GIB
-SERVICES = ("teacher", "student", "evaluator", "orchestrator")
+# Of a disk, less than this free is worth a word: others write there, too.
+LOW_SHARE = 0.05
 # What each extra of pyproject.toml brings (a test keeps the two alike).
 EXTRAS = {
     "queue": ("celery", "redis"),
@@ -36,16 +36,6 @@ EXTRAS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What one check found. ``next_step`` is empty where there is nothing to do."""
-
-    what: str
-    state: Literal["ok", "note", "problem"]
-    found: str
-    next_step: str = ""
-
-
 def all_findings() -> list[Finding]:
     """All checks, in the order in which one would ask."""
     findings = [_python(), *_packages()]
@@ -53,7 +43,7 @@ def all_findings() -> list[Finding]:
         settings = house_settings()
     except PreceptorError as error:
         return [*findings, Finding("settings", "problem", str(error), "correct or unset the variable")]
-    return [*findings, _redis_binary(settings), _ports(), *_home(settings.home), *_machine(), *_stack(settings)]
+    return [*findings, _redis_binary(settings), _ports(), *_home(settings.home), *_machine(), *stack_findings(settings)]
 
 
 def _python() -> Finding:
@@ -118,11 +108,14 @@ def _home(home: Path) -> Iterator[Finding]:
         )
     else:
         yield Finding("home folder", "ok", f"{where}{'' if existing == where else ' (will be made)'}")
-    free = shutil.disk_usage(existing).free
-    state: Literal["ok", "problem"] = "ok" if free >= DISK_BYTES else "problem"
-    yield Finding(
-        "disk", state, f"{free / GIB:.1f} GiB free", "" if state == "ok" else f"make room: {DISK_BYTES / GIB:.0f} GiB"
-    )
+    free, size = free_bytes(existing)
+    found = f"{free / GIB:.1f} of {size / GIB:.1f} GiB free on {mount_of(existing)}"
+    if free < DISK_BYTES:
+        yield Finding("disk", "problem", found, f"make room: {DISK_BYTES / GIB:.0f} GiB")
+    elif free < LOW_SHARE * size:
+        yield Finding("disk", "note", found, "make room before it is full: runs wait while there is none")
+    else:
+        yield Finding("disk", "ok", found)
 
 
 def _machine() -> Iterator[Finding]:
@@ -147,70 +140,3 @@ def _gpu() -> Finding:
     except (OSError, subprocess.SubprocessError) as error:
         return Finding("gpu", "note", f"nvidia-smi does not answer: {error}", "check the driver")
     return Finding("gpu", "ok", "; ".join(answer.stdout.strip().splitlines()) or "none")
-
-
-def _stack(settings: HouseSettings) -> Iterator[Finding]:
-    addresses = find_stack(settings)
-    if addresses is None:
-        yield Finding(
-            "stack", "ok", f"none is up for {settings.home.resolve()}", "`preceptor run` starts one, `preceptor up` too"
-        )
-        return
-    yield Finding("stack", "ok", f"up ({addresses.home.resolve()})")
-    up = set()
-    for name in SERVICES:
-        address = getattr(addresses, f"{name}_address")
-        if is_serving(address, deadline=3):
-            up.add(name)
-            yield Finding(name, "ok", f"serves on {address}")
-        else:
-            log = addresses.home.resolve() / "logs" / f"{name}.log"
-            yield Finding(
-                name, "problem", f"does not answer at {address}", f"look at {log}" if log.exists() else "start it"
-            )
-    yield from _broker(addresses)
-    if "student" in up:
-        yield _active_student(addresses)
-
-
-def _broker(addresses: HouseSettings) -> Iterator[Finding]:
-    try:
-        import redis
-
-        from preceptor.leases import LeaseBoard
-    except ImportError:
-        yield Finding(
-            "redis", "note", "cannot be asked: the package redis is missing", "pip install 'preceptor[queue]'"
-        )
-        return
-    where = addresses.broker_url.rpartition("@")[2].removeprefix("redis://")  # never the password
-    try:
-        workers = LeaseBoard(addresses.broker_url).workers()
-    except (redis.RedisError, ValueError) as error:
-        yield Finding(
-            "redis",
-            "problem",
-            f"does not answer at {where}: {type(error).__name__}",
-            "check that it runs and PRECEPTOR_BROKER_URL",
-        )
-        return
-    yield Finding("redis", "ok", f"answers at {where}")
-    if workers:
-        yield Finding("workers", "ok", f"{len(workers)} alive: {', '.join(worker.name for worker in workers)}")
-    else:
-        yield Finding(
-            "workers", "problem", "none is alive", "look at the worker's log, or start `python -m student.worker`"
-        )
-
-
-def _active_student(addresses: HouseSettings) -> Finding:
-    from preceptor.v1 import student_pb2, student_pb2_grpc
-
-    stub = connect(addresses.student_address, student_pb2_grpc.StudentServiceStub)
-    try:
-        student = call(stub.GetStudent, student_pb2.GetStudentRequest(), deadline=5).student
-    except PreceptorError as error:
-        return Finding("active student", "problem", error.message, error.next_step)
-    return Finding(
-        "active student", "ok", f"{student.name} ({student.architecture}, {student.parameters:,} parameters)"
-    )
