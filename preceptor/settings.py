@@ -67,9 +67,6 @@ class HouseSettings(SecuritySettings):
     def _is_redis(cls, url: str) -> str:
         if not url.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("is not a Redis URL (redis://, rediss:// or unix://)")
-        if url.startswith("rediss://") and "ssl_cert_reqs=" not in url:
-            # Celery refuses a URL that does not say it; redis-py's default is the same.
-            url += f"{'&' if '?' in url else '?'}ssl_cert_reqs=required"
         return url
 
     @property

@@ -8,33 +8,62 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
+import socket
+import socketserver
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import grpc
+import kombu
+import psutil
 import pytest
+import redis
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from kombu.exceptions import OperationalError
 
 from preceptor.channel import call, from_rpc_error, health_of, is_serving, open_channel, stream
 from preceptor.errors import PreceptorError
 from preceptor.launch import launch
+from preceptor.leases import LeaseBoard, WorkerStatus
+from preceptor.names import celery_task_id
+from preceptor.queue import PROTOCOL_VERSION, TRIAL_BATCH_TASK, TRIAL_QUEUE, fetch_result, make_app, submit
+from preceptor.redis_server import EmbeddedRedis
 from preceptor.security import Security, Tls, load_security
 from preceptor.server import Server
 from preceptor.settings import HouseSettings, SecuritySettings, ServiceSettings
+from preceptor.stack import shipped_models
 from preceptor.v1 import student_pb2, student_pb2_grpc
+from preceptor.v1 import trial_pb2 as trial
+from student.base import load_base
+from student.source import inspect
+from teacher.model import load_teacher
+from tests.unit.tiny_students import save_student
 
 ROOT = Path(__file__).parents[2]
 SERVICE = "preceptor.v1.StudentService"
 TOKEN = "6d2f1e0c5b4a39281706f5e4d3c2b1a0"
 NAMES = "DNS:localhost,IP:127.0.0.1"
 
-needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl command")
+
+def _has_openssl() -> bool:
+    try:
+        said = subprocess.run(["openssl", "version"], capture_output=True, text=True, timeout=10).stdout
+    except OSError:
+        return False
+    return re.match(r"OpenSSL [3-9]", said) is not None
+
+
+needs_openssl = pytest.mark.skipif(not _has_openssl(), reason="needs the command openssl, 3.0 or newer")
 
 
 class Servicer(student_pb2_grpc.StudentServiceServicer):
@@ -523,3 +552,261 @@ def test_a_key_that_everybody_can_read_and_a_certificate_that_ends_soon_are_warn
     from_folder(folder)
     assert f"{folder / 'key.pem'} is a secret that every user of this machine can read" in caplog.text
     assert f"{folder / 'cert.pem'} expires in 3 days" in caplog.text
+
+
+# Redis and its messages.
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[str]:
+    """The URL of a real Redis."""
+    server = EmbeddedRedis(tmp_path / "redis", free_port())
+    process = subprocess.Popen(server.command, stdout=subprocess.DEVNULL)
+    try:
+        with redis.Redis.from_url(server.url) as client:
+
+            def answers() -> bool:
+                try:
+                    return bool(client.ping())
+                except redis.RedisError:
+                    return False
+
+            wait_until(answers)
+        yield server.url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def trial_batch(document: str) -> trial.TrialBatch:
+    batch = trial.TrialBatch(id=f"batch-of-{document}", protocol_version=PROTOCOL_VERSION)
+    batch.trials.add(id=f"trial-of-{document}", documents=[document])
+    batch.question_sets.add()
+    return batch
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def test_a_worker_takes_nothing_but_json_and_lives(broker: str, tmp_path: Path) -> None:
+    mark, done = tmp_path / "unpickled", tmp_path / "done"
+    done.touch()
+    app = make_app(broker)
+    trap = pickle.dumps(([Trap(mark)], {}, {}))
+    headers = {"lang": "py", "task": TRIAL_BATCH_TASK, "argsrepr": "", "kwargsrepr": ""}
+    with app.connection_for_write() as connection, connection.channel() as channel:
+        producer = kombu.Producer(channel)
+        kombu.Queue(TRIAL_QUEUE)(channel).declare()
+        for number, (body, kind, encoding) in enumerate(
+            (
+                (trap, "application/x-python-serialize", "binary"),
+                (trap, "application/json", "binary"),
+                (b"!!python/object/apply:os.system [true]", "application/x-yaml", "utf-8"),
+                (b"not json", "application/json", "utf-8"),
+                (b"[[], {}, {}]", "application/json", "utf-8"),
+                (b'[["text"], {}, {}]', "application/json", "utf-8"),
+            )
+        ):
+            producer.publish(
+                body,
+                content_type=kind,
+                content_encoding=encoding,
+                headers={**headers, "id": f"bad-{number}.1", "root_id": f"bad-{number}.1"},
+                routing_key=TRIAL_QUEUE,
+            )
+    submit(app, trial_batch("good"), 1)
+    log = tmp_path / "worker.log"
+    with log.open("wb") as output:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.scripted_worker", broker, str(done)],
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        wait_until(lambda: "trial-of-good" in done.read_text() or worker.poll() is not None)
+        assert worker.poll() is None, log.read_text()
+        wait_until(lambda: fetch_result(app, celery_task_id("batch-of-good", 1)))
+    finally:
+        worker.kill()
+        worker.wait()
+        app.close()
+    assert not mark.exists()
+    assert done.read_text() == "trial-of-good\n"
+    assert "Refusing to deserialize" in log.read_text()
+
+
+def _through_tls(certificate: Path, port: int) -> tuple[socketserver.ThreadingTCPServer, int]:
+    """A TLS door before a plain Redis."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
+
+    def copy(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        for one in (source, sink):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    class Door(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            try:
+                inside = context.wrap_socket(self.request, server_side=True)
+            except (ssl.SSLError, ConnectionError):
+                return
+            with inside, socket.create_connection(("127.0.0.1", port)) as behind:
+                back = threading.Thread(target=copy, args=(behind, inside))
+                back.start()
+                copy(inside, behind)
+                back.join()
+
+    class DoorServer(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+        block_on_close = False
+
+    server = DoorServer(("127.0.0.1", 0), Door)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, int(server.server_address[1])
+
+
+@needs_openssl
+def test_redis_is_spoken_to_with_tls_and_its_certificate_is_verified(broker: str, good: Path, foreign: Path) -> None:
+    door, port = _through_tls(good, int(broker.rpartition(":")[2].partition("/")[0]))
+    password = broker.partition("://:")[2].partition("@")[0]
+    url = f"rediss://:{password}@127.0.0.1:{port}/0"
+    ours = HouseSettings(broker_url=f"{url}?ssl_ca_certs={good / 'ca.pem'}").broker_url
+    try:
+        board = LeaseBoard(ours)
+        board.beat(WorkerStatus("host:1"))
+        assert [worker.name for worker in board.workers()] == ["host:1"]
+        app = make_app(ours)
+        submit(app, trial_batch("good"), 1)
+        assert fetch_result(app, "none.1") is None
+        app.close()
+        for wrong in (url, f"{url}?ssl_ca_certs={foreign / 'ca.pem'}"):
+            with pytest.raises(redis.ConnectionError, match="CERTIFICATE_VERIFY_FAILED"):
+                LeaseBoard(wrong).workers()
+            app = make_app(wrong)
+            app.conf.broker_transport_options["max_retries"] = 0
+            with pytest.raises((redis.ConnectionError, OperationalError), match="CERTIFICATE_VERIFY_FAILED"):
+                submit(app, trial_batch("wrong"), 1)
+            app.close()
+    finally:
+        door.shutdown()
+        door.server_close()
+    assert redis.Redis.from_url(broker).llen(TRIAL_QUEUE) == 1
+
+
+# Models.
+
+
+def test_code_and_pickles_that_come_with_a_model_are_never_run(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    folder = save_student(tmp_path / "model")
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(mark)))
+    (folder / "modeling_own.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    (folder / "tokenization_own.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own", "AutoConfig": "modeling_own.Config"}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": ["tokenization_own.Own", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    # Even past the checks at the door, where a worker and the teacher load them.
+    for load in (lambda: load_base(folder, source="x", commit="x"), lambda: load_teacher(str(folder), device="cpu")):
+        with suppress(PreceptorError):
+            load()
+    with pytest.raises(PreceptorError, match="auto_map"):
+        inspect(str(folder))
+    # And where a model has nothing else to offer.
+    config["model_type"] = "own"
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").unlink()
+    for load in (lambda: load_base(folder, source="x", commit="x"), lambda: load_teacher(str(folder), device="cpu")):
+        with pytest.raises(PreceptorError):
+            load()
+    assert not mark.exists()
+
+
+# Everything together.
+
+
+@pytest.mark.timeout(600)
+@needs_openssl
+@pytest.mark.skipif(not (shipped_models() / "teacher").is_dir(), reason="needs the world's models (`make worlds`)")
+def test_a_whole_stack_with_token_and_tls_keeps_its_secrets_and_listens_on_loopback_only(
+    tmp_path: Path, good: Path
+) -> None:
+    own = {key: value for key, value in os.environ.items() if not key.startswith("PRECEPTOR_")}
+    own |= {"PYTHONPATH": str(ROOT), "PRECEPTOR_HOME": str(tmp_path / "home"), "PRECEPTOR_LOG_LEVEL": "DEBUG"}
+    secured = own | {"PRECEPTOR_TOKEN": TOKEN, "PRECEPTOR_TLS": str(good)}
+    preceptor = [sys.executable, "-m", "preceptor"]
+
+    def students(environment: dict[str, str]) -> tuple[int, str]:
+        command = [*preceptor, "students", "list", "--json"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert TOKEN not in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout
+
+    output = tmp_path / "up.log"
+    with output.open("wb") as file:
+        up = subprocess.Popen([*preceptor, "up", "--workers", "1", "--json"], env=secured, stdout=file, stderr=file)
+    try:
+        wait_until(lambda: '"up"' in output.read_text() or up.poll() is not None, 240)
+        assert up.poll() is None, output.read_text()
+        processes = [psutil.Process(up.pid), *psutil.Process(up.pid).children(recursive=True)]
+        listening = [
+            connection.laddr.ip
+            for process in processes
+            for connection in process.net_connections()
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        assert len(listening) >= 5  # four services and Redis
+        assert set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+        password = (tmp_path / "home" / "redis" / "password").read_text()
+        for process in processes:
+            assert TOKEN not in " ".join(process.cmdline())
+            assert password not in " ".join(process.cmdline())
+
+        code, said = students(secured)
+        assert (code, "almanac" in said) == (0, True)
+        without = {key: value for key, value in secured.items() if key != "PRECEPTOR_TOKEN"}
+        for environment, reason in (
+            (without, "UNAUTHENTICATED"),
+            (secured | {"PRECEPTOR_TOKEN": "wrong"}, "UNAUTHENTICATED"),
+            (own | {"PRECEPTOR_TOKEN": TOKEN}, "TLS_FAILED"),
+        ):
+            code, said = students(environment)
+            assert code == 2
+            assert json.loads(said)["error"]["reason"] == reason
+    finally:
+        up.terminate()
+        up.wait(60)
+    assert TOKEN not in output.read_text()
+    assert password not in output.read_text()
+    for path in (tmp_path / "home").rglob("*"):
+        if path.is_file():
+            assert TOKEN.encode() not in path.read_bytes(), path
+            assert path.suffix != ".log" or password.encode() not in path.read_bytes(), path
