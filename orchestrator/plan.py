@@ -19,7 +19,7 @@ from orchestrator.run_store import RunRecord
 from preceptor.config import FixedStrategy, RunConfig
 from preceptor.convert import for_teacher
 from preceptor.groups import advantages
-from preceptor.limits import MAX_SELF_EDITS
+from preceptor.limits import MAX_SELF_EDITS, MAX_TRIALS
 from preceptor.names import content_id, derived_seed
 from preceptor.protocols import as_trained, chosen_probes, evaluation_protocol, look_protocol
 from preceptor.racing import RaceSettings
@@ -277,9 +277,10 @@ class RunPlan:
         asked: Callable[[Sequence[Entry]], object] = lambda _group: None,
     ) -> Iterator[list[Sequence[Entry]]]:
         """Groups in a row that have enough ``trials`` to train together and are ``asked`` alike."""
+        most = min(MAX_SELF_EDITS, MAX_TRIALS // self.config.most_seeds)  # the evaluator takes no more at once
         some: list[Sequence[Entry]] = []
         for group in groups:
-            full = sum(map(len, some)) + len(group) > MAX_SELF_EDITS
+            full = sum(map(len, some)) + len(group) > most
             if some and (full or asked(group) != asked(some[0])):
                 yield some
                 some = []

@@ -93,20 +93,24 @@ def _parse_directive(text: str, limits: Limits) -> Directive:
     for item in text.replace(",", " ").split():
         key, equals, raw = item.partition("=")
         if not equals or key not in _KEYS:
-            raise MalformedSelfEdit(f"directive: {item!r} is not one of {', '.join(f'{k}=' for k in _KEYS)}")
+            raise MalformedSelfEdit(f"directive: {_short(item)!r} is not one of {', '.join(f'{k}=' for k in _KEYS)}")
         name, read = _KEYS[key]
         if name in values:
             raise MalformedSelfEdit(f"directive: {key} is given twice")
         try:
             value = read(raw)
         except ValueError:
-            raise MalformedSelfEdit(f"directive: {key}={raw} has no valid value") from None
+            raise MalformedSelfEdit(f"directive: {key}={_short(raw)} has no valid value") from None
         if isinstance(value, int | float) and not isinstance(value, LossMask):
             low, high = getattr(limits, name)
             if not low <= value <= high:
-                raise MalformedSelfEdit(f"directive: {key}={raw} is outside {low}..{high}")
+                raise MalformedSelfEdit(f"directive: {key}={_short(raw)} is outside {low}..{high}")
         values[name] = value
     return Directive(**values)  # type: ignore[arg-type]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def render(edit: SelfEdit) -> str:

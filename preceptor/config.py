@@ -16,15 +16,50 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from preceptor.errors import PreceptorError
+from preceptor.limits import (
+    MAX_ALPHA,
+    MAX_BATCH_SIZE,
+    MAX_CONFIG_CHARACTERS,
+    MAX_EPOCHS,
+    MAX_NAME_CHARACTERS,
+    MAX_NEW_TOKENS,
+    MAX_PROBES,
+    MAX_QUESTION_CHARACTERS,
+    MAX_RANK,
+    MAX_REPLAY_SHARE,
+    MAX_REWARD,
+    MAX_SAMPLES,
+    MAX_SEEDS,
+    MAX_SELF_EDITS,
+    MAX_SOURCE_CHARACTERS,
+    MAX_TARGET_MODULES,
+    MAX_TASKS,
+    MAX_TRIALS,
+    MAX_WEIGHT,
+    MIN_TEMPERATURE,
+)
 from preceptor.names import canonical_json, sha256
 from preceptor.recipes import RECIPES
 from preceptor.tasks import Schedule
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Seeds = Annotated[int, Field(ge=1, le=MAX_SEEDS)]
+Name = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
+# No file has a NUL in its name, and asking for one is an error of Python's, not of the file system.
+PathText = Annotated[str, Field(max_length=MAX_SOURCE_CHARACTERS, pattern=r"^[^\x00]*$")]
 # A weight of the reward: a number, not a text or a yes. Far beyond any use, and small enough that sums stay finite.
-Weight = Annotated[float, Field(strict=True, ge=-1e6, le=1e6)]
-Cost = Annotated[float, Field(strict=True, ge=0, le=1e6)]  # of what is subtracted
+Weight = Annotated[float, Field(strict=True, ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
+Cost = Annotated[float, Field(strict=True, ge=0, le=MAX_WEIGHT)]  # of what is subtracted
+Threshold = Annotated[float, Field(ge=0, le=MAX_REWARD)]  # of a reward, or of its errors
+Epochs = Annotated[int, Field(ge=1, le=MAX_EPOCHS)]
+Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+Alpha = Annotated[float, Field(gt=0, le=MAX_ALPHA)]
+BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)]
+ReplayShare = Annotated[float, Field(ge=0, le=MAX_REPLAY_SHARE)]
+
+# An error message stays readable.
+SHOWN_PROBLEMS = 20
+_TOO_LONG = f"has more than {MAX_CONFIG_CHARACTERS} characters"
 
 # Paired differences of fewer tasks are below two of their standard errors by chance too often.
 LEAST_CANARY = 4
@@ -40,18 +75,18 @@ class TaskConfig(Section):
     """Where the tasks come from: a world that ships, or files of your own."""
 
     world: Literal["almanac"] | None = None
-    path: str | None = Field(None, description="a .json, .jsonl or folder; see `preceptor tasks check`")
-    heldout_path: str | None = Field(None, description="tasks of the final measurement; default: split off `path`")
-    probes_path: str | None = Field(None, description="JSONL of {question, answer}: what the student knew before")
-    replay_path: str | None = Field(None, description="text file, one document a line: what replay draws from")
-    train: int = Field(48, ge=1, le=100_000, description="tasks to train on, at most")
+    path: PathText | None = Field(None, description="a .json, .jsonl or folder; see `preceptor tasks check`")
+    heldout_path: PathText | None = Field(None, description="tasks of the final measurement; default: split off `path`")
+    probes_path: PathText | None = Field(None, description="JSONL of {question, answer}: what the student knew before")
+    replay_path: PathText | None = Field(None, description="text file, one document a line: what replay draws from")
+    train: int = Field(48, ge=1, le=MAX_TASKS, description="tasks to train on, at most")
     questions: Literal["given", "written"] = Field(
         "given", description="written: the untrained teacher writes the reward questions of the training tasks"
     )
     canary: int = Field(
         0, ge=0, le=10_000, description="labelled training tasks that watch a run without labels; 0: none"
     )
-    heldout: int = Field(32, ge=0, le=100_000, description="tasks of the final measurement, at most; 0: none")
+    heldout: int = Field(32, ge=0, le=MAX_TASKS, description="tasks of the final measurement, at most; 0: none")
 
     def check_canary(self, labelled: int, tasks: int) -> None:
         """Raises PreceptorError(BAD_CONFIG) where ``tasks`` training tasks, ``labelled`` of them with labelled reward
@@ -80,8 +115,8 @@ class TaskConfig(Section):
 class TeacherConfig(Section):
     """How self-edits are asked for."""
 
-    prompt_format: str = "open"
-    temperature: float = Field(1.0, gt=0, le=5)
+    prompt_format: Name = "open"
+    temperature: float = Field(1.0, ge=MIN_TEMPERATURE, le=5)
     top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: int = Field(512, ge=1, le=32_768)
     max_resamples: int = Field(1, ge=0, le=16)
@@ -91,8 +126,8 @@ class RoundsConfig(Section):
     """The outer loop."""
 
     count: int = Field(3, ge=0, le=10_000, description="0: only the held-out measurement")
-    tasks: int = Field(16, ge=1, description="tasks per round, drawn from the training tasks in turn")
-    self_edits: int = Field(8, ge=1, le=1024, description="self-edits per task")
+    tasks: int = Field(16, ge=1, le=MAX_TASKS, description="tasks per round, drawn from the training tasks in turn")
+    self_edits: int = Field(8, ge=1, le=MAX_SELF_EDITS, description="self-edits per task")
     max_failed_share: Share = Field(0.5, description="a round in which more evaluations fail ends the run")
 
 
@@ -100,16 +135,16 @@ class UpdateConfig(Section):
     """How the teacher learns from rewards."""
 
     algorithm: Literal["rest_em"] = "rest_em"
-    top_k: Count = 2
-    min_reward: float = 0.0
-    min_advantage: float = Field(0.0, ge=0)
-    min_reward_z: float = Field(0.0, ge=0, description="keep what is so many of its errors above min_reward")
-    min_advantage_z: float = Field(0.0, ge=0, description="keep what is so many errors better than its group")
-    rank: Count = 16
-    alpha: float = Field(32.0, gt=0)
+    top_k: int = Field(2, ge=1, le=MAX_SELF_EDITS)
+    min_reward: float = Field(0.0, ge=-MAX_REWARD, le=MAX_REWARD)
+    min_advantage: Threshold = 0.0
+    min_reward_z: Threshold = Field(0.0, description="keep what is so many of its errors above min_reward")
+    min_advantage_z: Threshold = Field(0.0, description="keep what is so many errors better than its group")
+    rank: Rank = 16
+    alpha: Alpha = 32.0
     learning_rate: float = Field(1e-3, gt=0, le=1)
-    epochs: Count = 2
-    batch_size: Count = 8
+    epochs: Epochs = 2
+    batch_size: BatchSize = 8
 
 
 class TrainingConfig(Section):
@@ -120,23 +155,27 @@ class TrainingConfig(Section):
     """
 
     recipe: Literal["seal-compat"] | None = Field(None, description="a published way to fine-tune (preceptor.recipes)")
-    rank: int = Field(8, ge=1, le=1024)
-    alpha: float = Field(16.0, gt=0)
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    rank: Rank = 8
+    alpha: Alpha = 16.0
+    target_modules: tuple[Annotated[Name, Field(min_length=1)], ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        max_length=MAX_TARGET_MODULES,
+    )
     learning_rate: float = Field(3e-3, gt=0, le=1)
-    epochs: int = Field(8, ge=1, le=1024)
-    batch_size: int = Field(8, ge=1, le=4096, description="documents of one optimiser step")
-    gradient_accumulation: int = Field(1, ge=1, le=4096, description="a step takes batch_size x so many documents")
+    epochs: Epochs = 8
+    batch_size: BatchSize = Field(8, description="documents of one optimiser step")
+    gradient_accumulation: BatchSize = Field(1, description="a step takes batch_size x so many documents")
     max_steps: int = Field(0, ge=0, lt=2**32, description="optimiser steps of a trial, at most; 0: no limit")
     warmup_share: Share = 0.1
     schedule: Schedule = "linear"
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0, description="a very large number switches clipping off")
-    replay_share: float = Field(0.0, ge=0, le=0.9)
+    replay_share: ReplayShare = 0.0
     loss_mask: Literal["all", "after_marker", "outputs_only"] = "all"
-    loss_marker: str = Field("Answer:", min_length=1)
-    max_train_tokens: int = Field(0, ge=0, description="training budget of a trial in tokens; 0: none")
-    max_document_tokens: int = Field(0, ge=0, description="0: the student's context")
+    loss_marker: Name = Field("Answer:", min_length=1)
+    max_train_tokens: int = Field(0, ge=0, lt=2**63, description="training budget of a trial in tokens; 0: none")
+    max_document_tokens: int = Field(0, ge=0, lt=2**32, description="0: the student's context")
     pad_to: int = Field(0, ge=0, lt=2**32, description="cut or pad documents, pads in the loss; at most the context")
     include_passage: bool = False
 
@@ -161,9 +200,9 @@ class TrainingConfig(Section):
 class AnswerConfig(Section):
     """How the student is asked."""
 
-    prompt: str = "Question: {question}\nAnswer:"
+    prompt: str = Field("Question: {question}\nAnswer:", max_length=MAX_QUESTION_CHARACTERS)
     # Extractive answers of real reading tests have up to about 30 words; a longer gold answer than this is refused.
-    max_new_tokens: int = Field(32, ge=1, le=4096)
+    max_new_tokens: int = Field(32, ge=1, le=MAX_NEW_TOKENS)
 
     @model_validator(mode="after")
     def _has_question(self) -> AnswerConfig:
@@ -177,7 +216,7 @@ class RaceConfig(Section):
 
     look_steps: int = Field(0, ge=0, le=100_000, description="optimiser steps of the first look at all; 0: none")
     look_keep: float = Field(0.5, gt=0, le=1, description="share of a group that goes on after the look")
-    max_seeds: int = Field(3, ge=1, le=64, description="fine-tunes of one self-edit, at most")
+    max_seeds: Seeds = Field(3, description="fine-tunes of one self-edit, at most")
     budget: float = Field(2.0, ge=1, le=64, description="fine-tunes per self-edit on average, looks by their tokens")
     z: float = Field(1.0, ge=0, le=10, description="standard errors that make a difference clear")
 
@@ -185,7 +224,7 @@ class RaceConfig(Section):
 class RewardConfig(Section):
     """What a self-edit earns: the weighted terms of ``evaluator.reward``, and how well they are measured."""
 
-    seeds: int = Field(1, ge=1, le=64, description="fine-tunes per self-edit")
+    seeds: Seeds = Field(1, description="fine-tunes per self-edit")
     grader: Literal["exact", "lexical", "grid", "judge", "cascade"] = Field(
         "exact", description="who says what is right; judge and cascade need PRECEPTOR_JUDGE_URL"
     )
@@ -198,12 +237,14 @@ class RewardConfig(Section):
     seconds: Cost = Field(0.0, description="per second of a worker; a run with it is not the same twice")
     certainty_gain: Weight = Field(0.0, description="without labels: per nat")
     agreement_gain: Weight = Field(0.0, description="without labels; needs reward.samples")
-    samples: int = Field(0, ge=0, le=64, description="answers sampled per question, for their agreement")
-    probes: int = Field(32, ge=0, description="retention probes asked in training rounds, at most")
+    samples: int = Field(0, ge=0, le=MAX_SAMPLES, description="answers sampled per question, for their agreement")
+    probes: int = Field(32, ge=0, le=MAX_PROBES, description="retention probes asked in training rounds, at most")
     # 8 fill a step on a CPU: more gain nothing there, and are waited for longer (docs/log.md).
-    trials_together: int = Field(8, ge=1, le=1024, description="trials sent in one request, at least; a GPU wants more")
+    trials_together: int = Field(
+        8, ge=1, le=MAX_SELF_EDITS, description="trials sent in one request, at least; a GPU wants more"
+    )
     fresh_seeds: int = Field(
-        0, ge=0, le=64, description="fine-tunes of a group's best on new seeds, which alone count then; 0: none"
+        0, ge=0, le=MAX_SEEDS, description="fine-tunes of a group's best on new seeds, which alone count then; 0: none"
     )
     race: RaceConfig | None = Field(None, description="stop measuring self-edits that cannot be among the best")
 
@@ -236,27 +277,27 @@ class LabelConfig(Section):
 class FixedStrategy(Section):
     """One prompt format and one directive, for every passage."""
 
-    prompt_format: str
+    prompt_format: Name
     learning_rate: float = Field(gt=0, le=1)
-    epochs: Count
-    replay_share: float = Field(0.0, ge=0, le=0.9)
+    epochs: Epochs
+    replay_share: ReplayShare = 0.0
 
 
 class HeldoutConfig(Section):
     """The final measurement."""
 
-    seeds: int = Field(1, ge=1, le=64, description="fine-tunes per self-edit")
+    seeds: Seeds = Field(1, description="fine-tunes per self-edit")
     fixed_strategies: tuple[FixedStrategy, ...] = Field(
-        (), description="candidates; the best on training passages becomes the arm fixed_strategy"
+        (), max_length=64, description="candidates; the best on training passages becomes the arm fixed_strategy"
     )
-    selection_tasks: int = Field(8, ge=1, description="training passages that choose the fixed strategy")
+    selection_tasks: int = Field(8, ge=1, le=MAX_TASKS, description="training passages that choose the fixed strategy")
     bootstrap_resamples: int = Field(2000, ge=100, le=100_000)
 
 
 class StudentConfig(Section):
     """Which student; the active one at the start of the run where nothing is said."""
 
-    name: str = ""
+    name: Name = ""
 
 
 class RunConfig(Section):
@@ -281,6 +322,22 @@ class RunConfig(Section):
             raise ValueError("heldout.fixed_strategies set rate and epochs, which training.recipe fixes; leave one out")
         return self
 
+    @property
+    def most_seeds(self) -> int:
+        """The most seeds that any of the run's self-edits is measured with."""
+        reward = self.reward
+        return max(reward.seeds, reward.fresh_seeds, reward.race.max_seeds if reward.race else 0, self.heldout.seeds)
+
+    @model_validator(mode="after")
+    def _a_group_fits_into_a_request(self) -> RunConfig:
+        trials = self.rounds.self_edits * self.most_seeds
+        if trials > MAX_TRIALS:
+            raise ValueError(
+                f"rounds.self_edits = {self.rounds.self_edits} with up to {self.most_seeds} seeds each are {trials}"
+                f" trials of one task; at most {MAX_TRIALS} are measured together"
+            )
+        return self
+
     def to_json(self) -> str:
         """Canonical JSON of the resolved config."""
         return canonical_json(self.model_dump(mode="json"))
@@ -292,6 +349,8 @@ class RunConfig(Section):
 
 def parse_config_json(text: str) -> RunConfig:
     """The config in a CreateRun request. Raises PreceptorError(BAD_CONFIG)."""
+    if len(text) > MAX_CONFIG_CHARACTERS:
+        raise PreceptorError("BAD_CONFIG", _TOO_LONG, field="config_json")
     try:
         return RunConfig.model_validate_json(text)
     except ValidationError as error:
@@ -307,7 +366,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     text = "" if path is None else _read(path)
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError; an integer of thousands of digits; nested deeply
         found = re.search(r"line (\d+)", str(error))
         raise PreceptorError(
             "BAD_CONFIG", f"is not valid TOML: {error}", file=str(path), **({"line": found[1]} if found else {})
@@ -322,28 +381,39 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CONFIG_CHARACTERS + 1)
     except FileNotFoundError:
         raise PreceptorError("FILE_NOT_FOUND", f"there is no config file {path}", file=str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8, or a NUL in the path
         raise PreceptorError("BAD_CONFIG", f"cannot be read: {error}", file=str(path)) from None
+    if len(text) > MAX_CONFIG_CHARACTERS:
+        raise PreceptorError("BAD_CONFIG", _TOO_LONG, file=str(path))
+    return text
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, raw = override.partition("=")
+    shown, field = f"--set {_cut(override)!r}", _cut(key or override)
+    if len(override) > MAX_CONFIG_CHARACTERS:
+        raise PreceptorError("BAD_CONFIG", f"{shown} {_TOO_LONG}", field=field)
     if not equals or not key:
-        raise PreceptorError("BAD_CONFIG", f"--set {override!r} is not KEY=VALUE", field=key or override)
+        raise PreceptorError("BAD_CONFIG", f"{shown} is not KEY=VALUE", field=field)
     try:
         value = tomllib.loads(f"v = {raw}")["v"]
     except tomllib.TOMLDecodeError:
         value = raw
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; nested too deeply
+        raise PreceptorError("BAD_CONFIG", f"{shown} cannot be read: {error}", field=field) from None
     if any("\ud800" <= char <= "\udfff" for char in override):  # how Python passes bytes that are not UTF-8
-        raise PreceptorError("BAD_CONFIG", f"--set {override!r} is not UTF-8", field=ascii(key))
+        raise PreceptorError("BAD_CONFIG", f"{shown} is not UTF-8", field=ascii(field))
     *tables, last = key.split(".")
     for table in tables:
         values = values.setdefault(table, {})
         if not isinstance(values, dict):
-            raise PreceptorError("BAD_CONFIG", f"--set {override!r}: {table} is not a table", field=key)
+            raise PreceptorError(
+                "BAD_CONFIG", f"--set {_cut(override)!r}: {_cut(table)} is not a table", field=_cut(key)
+            )
     if raw:
         values[last] = value
     else:
@@ -354,20 +424,21 @@ def _bad_config(error: ValidationError, file: str, text: str, overrides: Sequenc
     """All problems in one message; the place is that of the first, which may be an override."""
     problems = error.errors(include_url=False)
     lines = []
-    for problem in problems:
-        key = ".".join(str(part) for part in problem["loc"])
+    for problem in problems[:SHOWN_PROBLEMS]:
+        key = _cut(".".join(str(part) for part in problem["loc"]))
         if problem["type"] == "extra_forbidden":
             lines.append(f"unknown key {key}")
         else:
-            shown = (
-                "" if problem["type"] == "missing" else f" (given: {json.dumps(problem['input'], default=str)[:80]})"
-            )
-            lines.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}{shown}" if key else problem["msg"])
+            shown = "" if problem["type"] == "missing" else f" (given: {_shown(problem['input'])})"
+            said = _cut(problem["msg"].removeprefix("Value error, "), 500)
+            lines.append(f"{key}: {said}{shown}" if key else said)
+    if (more := len(problems) - SHOWN_PROBLEMS) > 0:
+        lines.append(f"and {more} more")
     first = problems[0]["loc"]
-    place: dict[str, str | int] = {"field": ".".join(str(part) for part in first)} if first else {}
+    place: dict[str, str | int] = {"field": _cut(".".join(str(part) for part in first))} if first else {}
     if given := [override for override in overrides if place and override.startswith(f"{place['field']}=")]:
         lines[0] = lines[0].removeprefix(f"{place['field']}: ")
-        return PreceptorError("BAD_CONFIG", f"--set {given[-1]}: {'; '.join(lines)}", **place)
+        return PreceptorError("BAD_CONFIG", f"--set {_cut(given[-1])}: {'; '.join(lines)}", **place)
     if (line := _line_of(text, first)) is not None:
         place["line"] = line
     return PreceptorError("BAD_CONFIG", "; ".join(lines), file=file, **place)
@@ -377,11 +448,23 @@ def _line_of(text: str, location: tuple[int | str, ...]) -> int | None:
     """The line of a key or table, found by reading from top to bottom (tomllib keeps no places)."""
     *tables, key = [part for part in location if isinstance(part, str)] or [""]
     current: list[str] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[+([^\]]+)\]+", line):
+    for number, line in enumerate(text.splitlines() if key else (), 1):
+        if header := re.match(r"\s*\[\[?([^\[\]]+)\]", line):
             current = [part.strip() for part in header[1].split(".")]
             if current == [*tables, key]:
                 return number
         elif re.match(rf"\s*{re.escape(key)}\s*=", line) and current == tables:
             return number
     return None
+
+
+def _shown(value: Any) -> str:
+    """A value as it was given, or the beginning of it."""
+    try:
+        return json.dumps(value, default=str)[:80]
+    except (ValueError, RecursionError):  # an integer of thousands of digits; nested too deeply
+        return f"a {type(value).__name__} that is too large to show"
+
+
+def _cut(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else text[:most] + "..."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -14,30 +15,32 @@ _DECODER = json.JSONDecoder()
 
 
 class JsonPlaces:
-    """The places in one valid JSON text. Starts of top-level elements are kept, so that many questions are cheap."""
+    """The places in one valid JSON text. What was read once is kept, so that many questions cost no more than one."""
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._top: list[int] | None = None
+        self._ends = [match.start() for match in re.finditer("\n", text)]
+        self._children: dict[int, dict[str | int, int]] = {}  # by the place of their parent
 
     def line(self, path: Sequence[str | int]) -> int:
         """The line (from 1) of the value at ``path``, or of the nearest value around it that exists."""
         at = _skip(self._text, 0)
-        for depth, step in enumerate(path):
-            child = self._child(at, step, top=depth == 0)
-            if child is None:
+        for step in path:
+            if at not in self._children:
+                self._children[at] = self._read(at)
+            if step not in self._children[at]:
                 break
-            at = child
-        return self._text.count("\n", 0, at) + 1
+            at = self._children[at][step]
+        return bisect_left(self._ends, at) + 1
 
-    def _child(self, at: int, step: str | int, top: bool) -> int | None:
-        if isinstance(step, str):
-            return next((start for key, start in _members(self._text, at) if key == step), None)
-        if not top:
-            return next((start for place, start in enumerate(_elements(self._text, at)) if place == step), None)
-        if self._top is None:
-            self._top = list(_elements(self._text, at))
-        return self._top[step] if step < len(self._top) else None
+    def _read(self, at: int) -> dict[str | int, int]:
+        found: dict[str | int, int] = {}
+        try:
+            found.update(_members(self._text, at))  # of two with one key the later, as the parser has it
+            found.update(enumerate(_elements(self._text, at)))
+        except RecursionError:  # nested so deeply that it could just be parsed; the value around it will do
+            pass
+        return found
 
 
 def _elements(text: str, at: int) -> Iterator[int]:

@@ -17,12 +17,39 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.completions import Limits, MalformedSelfEdit, parse
-from preceptor.task_problems import Problem, field_name, kind, raise_problems, read_text, require_file, text_fault
+from preceptor.limits import (
+    MAX_DOCUMENTS,
+    MAX_EPOCHS,
+    MAX_FILE_BYTES,
+    MAX_NAME_CHARACTERS,
+    MAX_RANK,
+    MAX_REPLAY_SHARE,
+    MAX_SELF_EDITS,
+    MAX_TEXT_CHARACTERS,
+)
+from preceptor.task_problems import (
+    Problem,
+    cut,
+    field_name,
+    kind,
+    raise_problems,
+    read_text,
+    require_file,
+    shown,
+    text_fault,
+)
 from preceptor.tasks import Directive, LossMask, SelfEdit
 
 STDIN = "-"
 # By hand one may ask for all that the evaluator takes, not only for what a teacher is allowed.
-LIMITS = Limits(learning_rate=(1e-12, 1.0), epochs=(1, 1024), rank=(1, 1024), documents=1000, document_chars=1_000_000)
+LIMITS = Limits(
+    learning_rate=(1e-12, 1.0),
+    epochs=(1, MAX_EPOCHS),
+    replay_share=(0.0, MAX_REPLAY_SHARE),
+    rank=(1, MAX_RANK),
+    documents=MAX_DOCUMENTS,
+    document_chars=MAX_TEXT_CHARACTERS,
+)
 _KEYS = {"name", "documents", "directive", "completion"}
 _MASKS = (LossMask.ALL, LossMask.AFTER_MARKER)
 _JSON_START = re.compile(r"\s*(\[\s*)?\{")
@@ -53,7 +80,8 @@ def read_self_edits(files: Sequence[str]) -> ReadSelfEdits:
     for file in files:
         reader.read(file)
     raise_problems(files[0] if files else "", reader.problems, "BAD_SELF_EDIT")
-    notes = (f"keys of self-edits that are not read: {', '.join(sorted(reader.ignored))}",) if reader.ignored else ()
+    ignored = cut(", ".join(sorted(reader.ignored)))
+    notes = (f"keys of self-edits that are not read: {ignored}",) if reader.ignored else ()
     return ReadSelfEdits(tuple(_with_names_apart(reader.found)), notes)
 
 
@@ -84,9 +112,13 @@ class _Reader:
             require_file(path)
             return read_text(path, lambda *problem: self.problems.append(Problem(*problem)))
         try:
-            text = sys.stdin.buffer.read().decode("utf-8-sig")
+            data = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+            text = data.decode("utf-8-sig")
         except UnicodeDecodeError:
             self._wrong(file, 0, (), "is not UTF-8")
+            return None
+        if len(data) > MAX_FILE_BYTES:
+            self._wrong(file, 0, (), f"has more than {MAX_FILE_BYTES // 2**20} MiB")
             return None
         if not text.strip():
             self._wrong(file, 0, (), "is empty")
@@ -95,9 +127,9 @@ class _Reader:
 
     def _values(self, file: str, text: str) -> Iterator[tuple[int, tuple[int, ...], Any]]:
         """Each JSON value's line, its place in a list if it stands in one, and itself."""
-        decoder, at = json.JSONDecoder(), 0
+        decoder, at, line, counted, values = json.JSONDecoder(), 0, 1, 0, 0
         while (at := _after_space(text, at)) < len(text):
-            line = text.count("\n", 0, at) + 1
+            line, counted = line + text.count("\n", counted, at), at
             try:
                 value, at = decoder.raw_decode(text, at)
             except json.JSONDecodeError as error:
@@ -105,6 +137,10 @@ class _Reader:
                 return
             except (RecursionError, ValueError):  # nested too deeply; a number with thousands of digits
                 self._wrong(file, line, (), "is not JSON that can be read")
+                return
+            values += len(value) if isinstance(value, list) else 1
+            if values > MAX_SELF_EDITS:
+                self._wrong(file, line, (), f"has more than {MAX_SELF_EDITS} self-edits")
                 return
             if isinstance(value, list):
                 yield from ((line, (place,), entry) for place, entry in enumerate(value))
@@ -118,7 +154,7 @@ class _Reader:
         self.ignored |= value.keys() - _KEYS
         count = len(self.problems)
         name = value.get("name", _stem(file) if alone else f"{_stem(file)}:{at[0] + 1 if at else line}")
-        if fault := text_fault(name):
+        if fault := text_fault(name, MAX_NAME_CHARACTERS) if "name" in value else "":
             self._wrong(file, line, (*at, "name"), fault)
         edit = None
         if ("completion" in value) == ("documents" in value):
@@ -161,7 +197,10 @@ class _Reader:
                 self._wrong(file, line, (*at, place), fault)
             elif len(document) > LIMITS.document_chars:
                 self._wrong(file, line, (*at, place), f"has {len(document)} characters, limit {LIMITS.document_chars}")
-        return tuple(str(document) for document in value)
+        documents = tuple(str(document) for document in value)
+        if sum(map(len, documents)) > LIMITS.document_chars:
+            self._wrong(file, line, at, f"have more than {LIMITS.document_chars} characters together")
+        return documents
 
     def _directive(self, file: str, line: int, at: tuple[str | int, ...], value: Any) -> Directive:
         if not isinstance(value, dict):
@@ -185,11 +224,11 @@ def directive_fault(key: str, value: Any) -> str:
     if key not in names:
         return f"is not one of {', '.join(names)}"
     if key == "loss_mask":
-        return "" if value in _MASKS else f"must be one of {', '.join(_MASKS)}, is {json.dumps(value)[:60]}"
+        return "" if value in _MASKS else f"must be one of {', '.join(_MASKS)}, is {shown(value)}"
     whole = key in ("epochs", "rank")
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         wanted = "a whole number" if whole else "a number"
-        return f"must be {wanted}, is {json.dumps(value)[:60] if isinstance(value, float) else kind(value)}"
+        return f"must be {wanted}, is {shown(value) if isinstance(value, float) else kind(value)}"
     low, high = getattr(LIMITS, key)
     return "" if low <= value <= high else f"must be {low:g}..{high:g}, is {value}"
 

@@ -13,15 +13,27 @@ question that is asked twice in the same bank with the same answer is read once 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from preceptor.errors import PreceptorError
 from preceptor.json_places import JsonPlaces
+from preceptor.limits import (
+    MAX_ALIASES,
+    MAX_LABELS,
+    MAX_NAME_CHARACTERS,
+    MAX_PROBES,
+    MAX_PROBLEMS,
+    MAX_QUESTION_CHARACTERS,
+    MAX_QUESTIONS,
+    MAX_REPLAY_DOCUMENTS,
+    MAX_TASKS,
+    MAX_TEXT_CHARACTERS,
+    MAX_TITLE_CHARACTERS,
+)
 from preceptor.question_faults import question_faults
 from preceptor.task_problems import (
     InvalidJson,
@@ -35,12 +47,15 @@ from preceptor.task_problems import (
     raise_problems,
     read_text,
     require_file,
+    shown,
     text_fault,
 )
 from preceptor.tasks import Bank, Passage, Question
 
 QUESTIONS_FILE = "questions.jsonl"
 TEXT_SUFFIXES = (".md", ".txt")
+# A folder with more in it is a disk.
+MOST_ENTRIES = 2 * MAX_TASKS
 _PASSAGE_KEYS = {"id", "title", "context", "questions", "labels"}
 _QUESTION_KEYS = {"id", "question", "answer", "bank", "aliases"}
 _LINK_KEYS = {"file", "passage"}
@@ -82,13 +97,24 @@ class TaskFile:
 
 
 def read_task_file(path: Path, *, questions_needed: bool = True, answers_needed: bool = True) -> TaskFile:
-    """Reads a file or folder to its end, whatever is wrong in it. Raises PreceptorError(FILE_NOT_FOUND).
+    """Reads a file or folder, whatever is wrong in it, to its end or its ``MAX_PROBLEMS``th problem.
+
+    Raises PreceptorError(FILE_NOT_FOUND).
 
     What is not needed may be missing: a passage's questions, a question's answer (which is empty then).
     """
     reader = _Reader(path, questions_needed, answers_needed)
-    if not path.exists():
-        raise PreceptorError("FILE_NOT_FOUND", f"there is no task file {path}", file=str(path))
+    require_file(path, "task file")
+    try:
+        _read(path, reader)
+    except _EnoughProblems:
+        reader.problems.append(Problem(str(path), 0, "", f"has {MAX_PROBLEMS} problems; the rest of it is not read"))
+    if not reader.passages and not reader.problems:
+        reader.problem(str(path), 0, "", "has no passages")
+    return TaskFile(str(path), tuple(reader.passages), tuple(reader.problems), tuple(reader.all_notes()))
+
+
+def _read(path: Path, reader: _Reader) -> None:
     if path.is_dir():
         _read_folder(path, reader)
     elif path.suffix == ".json":
@@ -98,9 +124,6 @@ def read_task_file(path: Path, *, questions_needed: bool = True, answers_needed:
             _Values(reader, str(path), _always(line)).passage(value, ())
     else:
         reader.problem(str(path), 0, "", "is neither .json nor .jsonl nor a folder")
-    if not reader.passages and not reader.problems:
-        reader.problem(str(path), 0, "", "has no passages")
-    return TaskFile(str(path), tuple(reader.passages), tuple(reader.problems), tuple(reader.all_notes()))
 
 
 def read_probes(path: Path) -> tuple[Question, ...]:
@@ -110,11 +133,17 @@ def read_probes(path: Path) -> tuple[Question, ...]:
     """
     reader = _Reader(path)
     require_file(path)
-    found = []
-    for line, value in json_lines(path, reader.problem):
-        values = _Values(reader, str(path), _always(line))
-        if values.is_object(value, ()) and (question := values.question(value, ())):
-            found.append(question)
+    found: list[Question] = []
+    try:
+        for line, value in json_lines(path, reader.problem):
+            values = _Values(reader, str(path), _always(line))
+            if values.is_object(value, ()) and (question := values.question(value, ())):
+                found.append(question)
+            if len(found) > MAX_PROBES:
+                reader.problem(str(path), line, "", f"has more than {MAX_PROBES} questions")
+                break
+    except _EnoughProblems:
+        pass
     if not found and not reader.problems:
         reader.problem(str(path), 0, "", "has no questions")
     raise_problems(str(path), reader.problems)
@@ -127,12 +156,21 @@ def read_replay(path: Path) -> tuple[str, ...]:
     require_file(path)
     text = read_text(path, reader.problem)
     raise_problems(str(path), reader.problems)
-    return tuple(line.strip() for line in (text or "").splitlines() if line.strip())
+    documents = tuple(line.strip() for line in (text or "").splitlines() if line.strip())
+    if len(documents) > MAX_REPLAY_DOCUMENTS or sum(map(len, documents)) > MAX_TEXT_CHARACTERS:
+        limits = f"{MAX_REPLAY_DOCUMENTS} documents or {MAX_TEXT_CHARACTERS} characters"
+        reader.problem(str(path), 0, "", f"has more than {limits}")
+        raise_problems(str(path), reader.problems)
+    return documents
 
 
 def _always(line: int) -> Callable[[Sequence[str | int]], int]:
     """Of JSON lines: every value of an object stands in the same line."""
     return lambda _path: line
+
+
+class _EnoughProblems(Exception):
+    """Reading ends here."""
 
 
 @dataclass
@@ -150,7 +188,13 @@ class _Reader:
     _ids: dict[str, str] = field(default_factory=dict)
 
     def problem(self, file: str, line: int, where: str, message: str) -> None:
-        self.problems.append(Problem(file, line, where, message))
+        self.note(Problem(file, line, where, message))
+
+    def note(self, problem: Problem) -> None:
+        """Raises _EnoughProblems where there are too many."""
+        self.problems.append(problem)
+        if len(self.problems) >= MAX_PROBLEMS:
+            raise _EnoughProblems
 
     def add(
         self,
@@ -164,6 +208,9 @@ class _Reader:
     ) -> None:
         """Keeps a passage with each of its questions once; what is wrong with them, or with its repeating an earlier
         one's text or id, is a problem."""
+        if len(self.passages) >= MAX_TASKS:
+            self.problem(at.file, at.line, at.field, f"is one more than {MAX_TASKS} passages; divide the file")
+            raise _EnoughProblems
         if other := self._ids.get(identity) if identity else None:
             self.problem(at.file, at.line, join(at.field, "id"), f"id {identity!r} is taken by {other}")
         if other := self._texts.get(text):
@@ -171,13 +218,16 @@ class _Reader:
         self._ids.setdefault(identity, str(at))
         self._texts.setdefault(text, str(at))
         repeats = set()
+        if too_long := _length_fault(title, text):
+            self.problem(at.file, at.line, at.field, too_long)
+            return
         for fault in question_faults(title, text, [question for question, _ in asked]):
             place = asked[fault.index][1]()
             if fault.repeat:
                 repeats.add(fault.index)
                 self.notes.append(f"{place}: {fault.message} and read once")
             else:
-                self.problems.append(Problem.at(place, fault.message))
+                self.note(Problem.at(place, fault.message))
         kept = [one for index, one in enumerate(asked) if index not in repeats]
         passage = Passage(title, text, tuple(question for question, _ in kept), labels)
         places = tuple(place for _, place in kept)
@@ -187,6 +237,15 @@ class _Reader:
         yield from self.notes
         for key, count in sorted(self.ignored_keys.items()):
             yield f"key {key!r} is not read ({count} time{'s' if count > 1 else ''})"
+
+
+def _length_fault(title: str, text: str) -> str:
+    """Why this is too long for a passage; empty if it is not."""
+    if len(text) > MAX_TEXT_CHARACTERS:
+        return f"has a text of {len(text)} characters; at most {MAX_TEXT_CHARACTERS} are allowed"
+    if len(title) > MAX_TITLE_CHARACTERS:
+        return f"has a title of {len(title)} characters; at most {MAX_TITLE_CHARACTERS} are allowed"
+    return ""
 
 
 def _read_json(path: Path, reader: _Reader) -> None:
@@ -209,9 +268,13 @@ def _read_json(path: Path, reader: _Reader) -> None:
 def _read_folder(folder: Path, reader: _Reader) -> None:
     texts, listed = {}, folder / QUESTIONS_FILE
     try:
-        files = sorted(p for p in folder.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
+        entries = list(islice(folder.rglob("*"), MOST_ENTRIES + 1))
+        files = sorted(p for p in entries if p.suffix in TEXT_SUFFIXES and p.is_file())
     except OSError as error:
         reader.problem(str(folder), 0, "", f"cannot be read: {error.strerror}")
+        return
+    if len(entries) > MOST_ENTRIES:
+        reader.problem(str(folder), 0, "", f"holds more than {MOST_ENTRIES} files; name the folder of the passages")
         return
     for path in files:
         name = path.relative_to(folder).as_posix()
@@ -250,7 +313,8 @@ def _read_folder(folder: Path, reader: _Reader) -> None:
         if name not in named_anywhere and reader.questions_needed:
             reader.problem(str(path), 0, "", f"has no question in {QUESTIONS_FILE}")
         title = text.strip().splitlines()[0].lstrip("#").strip() if text.lstrip().startswith("#") else path.stem
-        reader.add(title or path.stem, text.strip(), {}, asked[name], Place(str(path), 0, ""), name in named_banks, "")
+        title = (title or path.stem)[:MAX_TITLE_CHARACTERS]
+        reader.add(title, text.strip(), {}, asked[name], Place(str(path), 0, ""), name in named_banks, "")
 
 
 class _Values:
@@ -280,6 +344,8 @@ class _Values:
             self._wrong((*at, "questions"), f"must be a list, is {kind(entries)}")
         elif not entries and self._reader.questions_needed:
             self._wrong((*at, "questions"), "is empty: a passage needs at least one question")
+        elif len(entries) > MAX_QUESTIONS:
+            self._wrong((*at, "questions"), f"are {len(entries)}; at most {MAX_QUESTIONS} are asked about a passage")
         else:
             for index, entry in enumerate(entries):
                 here = (*at, "questions", index)
@@ -287,7 +353,7 @@ class _Values:
                     asked.append((question, partial(self._place, here)))
                     named = named or "bank" in entry
         if text is not None:
-            title = title or " ".join(text.split()[:6])
+            title = title or " ".join(text.split(maxsplit=6)[:6])[:MAX_TITLE_CHARACTERS]
             self._reader.add(title, text, labels, asked, self._place(at), named, str(identity))
 
     def question(self, value: dict[str, Any], at: tuple[str | int, ...], links: bool = False) -> Question | None:
@@ -298,12 +364,14 @@ class _Values:
         bank, aliases = value.get("bank", Bank.REWARD.value), value.get("aliases", [])
         right = True
         if bank not in tuple(Bank):
-            right = self._wrong((*at, "bank"), f"must be one of {', '.join(Bank)}, is {json.dumps(bank)[:60]}")
+            right = self._wrong((*at, "bank"), f"must be one of {', '.join(Bank)}, is {shown(bank)}")
         if not isinstance(aliases, list):
             right = self._wrong((*at, "aliases"), f"must be a list, is {kind(aliases)}")
+        elif len(aliases) > MAX_ALIASES:
+            right = self._wrong((*at, "aliases"), f"are {len(aliases)}; at most {MAX_ALIASES} are allowed")
         else:
             for index, alias in enumerate(aliases):
-                if fault := text_fault(alias):
+                if fault := text_fault(alias, MAX_QUESTION_CHARACTERS):
                     right = self._wrong((*at, "aliases", index), fault)
         if text is None or answer is None or not right:
             return None
@@ -314,7 +382,7 @@ class _Values:
         here, found = (*at, key), value.get(key)
         if key not in value:
             self._wrong(here, "is missing")
-        elif fault := text_fault(found):
+        elif fault := text_fault(found, MAX_QUESTION_CHARACTERS if key in ("question", "answer") else 0):
             self._wrong(here, fault)
         else:
             return str(found).strip()
@@ -325,9 +393,12 @@ class _Values:
         return isinstance(value, dict) or self._wrong(at, f"must be an object, is {kind(value)}")
 
     def _labels(self, value: Any, at: tuple[str | int, ...]) -> dict[str, str]:
-        if isinstance(value, dict) and not any(text_fault(text) for item in value.items() for text in item):
+        if not isinstance(value, dict) or any(text_fault(text) for item in value.items() for text in item):
+            self._wrong(at, "must be an object of strings that are not empty")
+        elif len(value) > MAX_LABELS or any(len(text) > MAX_NAME_CHARACTERS for item in value.items() for text in item):
+            self._wrong(at, f"must be at most {MAX_LABELS} labels of at most {MAX_NAME_CHARACTERS} characters")
+        else:
             return value
-        self._wrong(at, "must be an object of strings that are not empty")
         return {}
 
     def _note_ignored(self, value: dict[str, Any], known: set[str]) -> None:
@@ -336,7 +407,7 @@ class _Values:
 
     def _wrong(self, at: tuple[str | int, ...], message: str) -> bool:
         """Notes a problem; always False."""
-        self._reader.problems.append(Problem.at(self._place(at), message))
+        self._reader.note(Problem.at(self._place(at), message))
         return False
 
     def _place(self, at: tuple[str | int, ...]) -> Place:

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.errors import PreceptorError
+from preceptor.limits import MAX_FILE_BYTES
 
 # An error message stays readable; `preceptor tasks check` lists all.
 SHOWN_PROBLEMS = 20
+# So does a line of it, whatever the file repeats in it.
+MOST_CHARACTERS = 500
 
 # Notes a problem: file, line (0: the file as a whole), field (may be empty), message.
 Report = Callable[[str, int, str, str], None]
@@ -48,7 +51,7 @@ class Problem:
 
     def __str__(self) -> str:
         place = Place(self.file, self.line, self.field)
-        return f"{place}: {self.message}" + (f" [{self.field}]" if self.field else "")
+        return f"{place}: {cut(self.message)}" + (f" [{cut(self.field)}]" if self.field else "")
 
 
 def raise_problems(path: str, problems: Sequence[Problem], reason: str = "BAD_TASK_FILE") -> None:
@@ -56,8 +59,8 @@ def raise_problems(path: str, problems: Sequence[Problem], reason: str = "BAD_TA
     if len(problems) == 1:
         only = problems[0]
         place: dict[str, str | int] = {"line": only.line} if only.line else {}
-        place |= {"field": only.field} if only.field else {}
-        raise PreceptorError(reason, only.message, file=only.file, **place)
+        place |= {"field": cut(only.field)} if only.field else {}
+        raise PreceptorError(reason, cut(only.message), file=only.file, **place)
     if problems:
         lines = [f"\n  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
         if (more := len(problems) - SHOWN_PROBLEMS) > 0:
@@ -105,9 +108,13 @@ def read_text(path: Path, problem: Report) -> str | None:
         problem(str(path), 0, "", "is not a regular file")
         return None
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         problem(str(path), 0, "", f"cannot be read: {error.strerror}")
+        return None
+    if len(data) > MAX_FILE_BYTES:
+        problem(str(path), 0, "", f"has more than {MAX_FILE_BYTES // 2**20} MiB; divide it")
         return None
     try:
         text = data.decode("utf-8-sig")
@@ -121,18 +128,30 @@ def read_text(path: Path, problem: Report) -> str | None:
     return text
 
 
-def require_file(path: Path) -> None:
-    """Raises PreceptorError(FILE_NOT_FOUND)."""
-    if not path.exists():
-        raise PreceptorError("FILE_NOT_FOUND", f"there is no file {path}", file=str(path))
+def require_file(path: Path, what: str = "file") -> None:
+    """Raises PreceptorError(FILE_NOT_FOUND), also for what no file can be called."""
+    try:
+        if path.exists():
+            return
+        why = ""
+    except (OSError, ValueError) as error:  # a name too long, a folder that may not be looked into, a NUL
+        why = f" that can be looked at: {error}"
+    raise PreceptorError("FILE_NOT_FOUND", f"there is no {what} {cut(str(path))}{cut(why)}", file=cut(str(path)))
 
 
-def text_fault(value: Any) -> str:
-    """Why this is no usable text; empty if it is one."""
+def cut(text: str, most: int = MOST_CHARACTERS) -> str:
+    """The beginning of a text that somebody else wrote."""
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def text_fault(value: Any, most: int = 0) -> str:
+    """Why this is no usable text (of at most so many characters, where a number is given); empty if it is one."""
     if not isinstance(value, str):
         return f"must be a string, is {kind(value)}"
     if not value.strip():
         return "is empty"
+    if most and len(value) > most:
+        return f"has {len(value)} characters; at most {most} are allowed"
     # JSON can spell it, UTF-8 (so protobuf) cannot.
     return "has half of a surrogate pair" if any("\ud800" <= char <= "\udfff" for char in value) else ""
 
@@ -148,6 +167,14 @@ def field_name(at: Sequence[str | int]) -> str:
 def join(name: str, key: str) -> str:
     """A key below a field's name, which may be empty."""
     return f"{name}.{key}" if name else key
+
+
+def shown(value: Any) -> str:
+    """A JSON value as it was written, or the beginning of it."""
+    try:
+        return cut(json.dumps(value), 60)
+    except RecursionError:  # it could just be parsed
+        return kind(value)
 
 
 def kind(value: Any) -> str:
