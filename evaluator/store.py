@@ -9,8 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from sqlalchemy import Connection, Row, Select, case, delete, func, insert, or_, select, update
+from sqlalchemy import (
+    BindParameter,
+    Connection,
+    Row,
+    Select,
+    bindparam,
+    case,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 
 from evaluator.database import (
     BASELINE_POSITION,
@@ -112,7 +126,9 @@ class EvaluationStore:
 
     def openings(self, bank_ids: Iterable[str]) -> dict[str, int]:
         """How many owners have opened each of these sealed banks; a bank that nobody has is not among them."""
-        query = select(openings.c.bank_id, func.count()).where(openings.c.bank_id.in_(set(bank_ids)))
+        if not (banks := set(bank_ids)):
+            return {}
+        query = select(openings.c.bank_id, func.count()).where(openings.c.bank_id.in_(banks))
         with self._database.read() as tx:
             return {str(bank): int(count) for bank, count in tx.execute(query.group_by(openings.c.bank_id))}
 
@@ -139,48 +155,24 @@ class EvaluationStore:
 
     def ready(self, *, trial_ids: Sequence[str] = (), evaluation_ids: Sequence[str] = ()) -> list[str]:
         """The live evaluations among these, or with one of these trials, none of whose trials is pending."""
-        touched = select(evaluation_trials.c.evaluation_id).where(evaluation_trials.c.trial_id.in_(trial_ids))
-        return self._ready(or_(evaluations.c.id.in_(touched), evaluations.c.id.in_(evaluation_ids)))
+        return self._ready(_READY_AMONG, trial_ids=trial_ids, evaluation_ids=evaluation_ids)
 
     def all_ready(self) -> list[str]:
         """As ``ready``, among all: for a start after a crash between a result and its reward."""
-        return self._ready(evaluations.c.state.in_(LIVE))
+        return self._ready(_READY)
 
-    def _ready(self, condition: object) -> list[str]:
-        pending = case((trials.c.state.in_((TrialState.DONE, TrialState.FAILED)), 0), else_=1)
-        query: Select[tuple[str]] = (
-            select(evaluations.c.id)
-            .join(evaluation_trials, evaluation_trials.c.evaluation_id == evaluations.c.id)
-            .outerjoin(trials, trials.c.id == evaluation_trials.c.trial_id)
-            .where(condition, evaluations.c.state.in_(LIVE))  # type: ignore[arg-type]
-            .group_by(evaluations.c.id, evaluations.c.seq)
-            .having(func.sum(pending) == 0)
-            .order_by(evaluations.c.seq)
-        )
+    def _ready(self, query: Select[tuple[str]], **values: Sequence[str]) -> list[str]:
         with self._database.read() as tx:
-            return [str(found) for found in tx.execute(query).scalars()]
+            return [str(found) for found in tx.execute(query, values).scalars()]
 
     def sittings(self, evaluation_ids: Sequence[str]) -> list[Sitting]:
         """What is needed to score these evaluations (see ``ready``)."""
         with self._database.read() as tx:
-            rows = tx.execute(
-                select(evaluations).where(evaluations.c.id.in_(evaluation_ids)).order_by(evaluations.c.seq)
-            ).all()
+            rows = tx.execute(_SAT, {"ids": evaluation_ids}).all()
             papers = {
-                row.id: _read_exam(row.body)
-                for row in tx.execute(select(exams).where(exams.c.id.in_({row.exam_id for row in rows})))
+                row.id: _read_exam(row.body) for row in tx.execute(_EXAMS, {"ids": list({row.exam_id for row in rows})})
             }
-            answers = tx.execute(
-                select(
-                    evaluation_trials.c.evaluation_id,
-                    evaluation_trials.c.position,
-                    evaluation_trials.c.seed,
-                    trials.c.result,
-                )
-                .join(trials, trials.c.id == evaluation_trials.c.trial_id)
-                .where(evaluation_trials.c.evaluation_id.in_(evaluation_ids))
-                .order_by(evaluation_trials.c.evaluation_id, evaluation_trials.c.position)
-            ).all()
+            answers = tx.execute(_ANSWERS, {"ids": evaluation_ids}).all()
         found: dict[str, list[tuple[int, trial.TrialResult]]] = {row.id: [] for row in rows}
         baselines: dict[str, trial.TrialResult] = {}
         for row in answers:
@@ -194,17 +186,14 @@ class EvaluationStore:
     def finish(self, finished: Sequence[pb.Evaluation]) -> list[pb.Evaluation]:
         """Writes final evaluations (their ``state`` says which); returns those that were still live, with times."""
         now = self._clock()
-        changed = []
-        with self._database.write() as tx:
-            for evaluation in finished:
-                state = State(pb.EvaluationState.Name(evaluation.state).removeprefix("EVALUATION_STATE_"))
-                done = tx.execute(
-                    update(evaluations)
-                    .where(evaluations.c.id == evaluation.id, evaluations.c.state.in_(LIVE))
-                    .values(state=state, body=_body(evaluation), finished=now)
+        with self._database.write() as tx:  # nobody else writes: what is live now is live until the end
+            live = set(tx.execute(_LIVE_AMONG, {"ids": [item.id for item in finished]}).scalars())
+            changed = [item for item in finished if item.id in live]
+            if changed:
+                tx.execute(
+                    _FINISH,
+                    [{"one": item.id, "state": _state(item), "body": _body(item), "finished": now} for item in changed],
                 )
-                if done.rowcount == 1:
-                    changed.append(evaluation)
         for evaluation in changed:
             _set_time(evaluation.finish_time, now)
         return changed
@@ -270,6 +259,7 @@ class EvaluationStore:
         for exam_id, exam in papers.items():
             if exam_id not in stored:
                 tx.execute(insert(exams).values(id=exam_id, body=canonical_json(asdict(exam))))
+        new, links = [], []
         for item in to_start:
             body = pb.Evaluation(
                 id=item.id,
@@ -288,15 +278,54 @@ class EvaluationStore:
             if item.id in states:  # FAILED or CANCELLED before: anew
                 tx.execute(update(evaluations).where(evaluations.c.id == item.id).values(values))
                 continue
-            tx.execute(insert(evaluations).values(id=item.id, **values))
-            links = [(BASELINE_POSITION, item.baseline), *enumerate(item.trials)]
-            tx.execute(
-                insert(evaluation_trials),
-                [
-                    {"evaluation_id": item.id, "position": position, "trial_id": one.id, "seed": str(one.seed)}
-                    for position, one in links
-                ],
-            )
+            new.append({"id": item.id, **values})
+            links += [
+                {"evaluation_id": item.id, "position": position, "trial_id": one.id, "seed": str(one.seed)}
+                for position, one in ((BASELINE_POSITION, item.baseline), *enumerate(item.trials))
+            ]
+        if new:
+            tx.execute(insert(evaluations), new)
+            tx.execute(insert(evaluation_trials), links)
+
+
+# Made once: these are asked for all the time, and to put a question together takes as long as to answer it.
+
+
+def _among(name: str) -> BindParameter[Any]:
+    return bindparam(name, expanding=True)
+
+
+_READY = (
+    select(evaluations.c.id)
+    .join(evaluation_trials, evaluation_trials.c.evaluation_id == evaluations.c.id)
+    .outerjoin(trials, trials.c.id == evaluation_trials.c.trial_id)
+    .where(evaluations.c.state.in_(LIVE))
+    .group_by(evaluations.c.id, evaluations.c.seq)
+    .having(func.sum(case((trials.c.state.in_((TrialState.DONE, TrialState.FAILED)), 0), else_=1)) == 0)
+    .order_by(evaluations.c.seq)
+)
+_READY_AMONG = _READY.where(
+    or_(
+        evaluations.c.id.in_(
+            select(evaluation_trials.c.evaluation_id).where(evaluation_trials.c.trial_id.in_(_among("trial_ids")))
+        ),
+        evaluations.c.id.in_(_among("evaluation_ids")),
+    )
+)
+_SAT = select(evaluations).where(evaluations.c.id.in_(_among("ids"))).order_by(evaluations.c.seq)
+_EXAMS = select(exams).where(exams.c.id.in_(_among("ids")))
+_ANSWERS = (
+    select(evaluation_trials.c.evaluation_id, evaluation_trials.c.position, evaluation_trials.c.seed, trials.c.result)
+    .join(trials, trials.c.id == evaluation_trials.c.trial_id)
+    .where(evaluation_trials.c.evaluation_id.in_(_among("ids")))
+    .order_by(evaluation_trials.c.evaluation_id, evaluation_trials.c.position)
+)
+_LIVE_AMONG = select(evaluations.c.id).where(evaluations.c.id.in_(_among("ids")), evaluations.c.state.in_(LIVE))
+_FINISH = (
+    update(evaluations)
+    .where(evaluations.c.id == bindparam("one"))
+    .values(state=bindparam("state"), body=bindparam("body"), finished=bindparam("finished"))
+)
 
 
 def _earlier_reply(tx: Connection, request: Request) -> str | None:
@@ -333,6 +362,10 @@ def _read_exam(body: str) -> Exam:
         Weights(**values["weights"]),
         **{name: values[name] for name in ("certainty", "samples") if name in values},
     )
+
+
+def _state(evaluation: pb.Evaluation) -> State:
+    return State(pb.EvaluationState.Name(evaluation.state).removeprefix("EVALUATION_STATE_"))
 
 
 def _body(evaluation: pb.Evaluation) -> bytes:

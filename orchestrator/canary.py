@@ -104,8 +104,8 @@ class Canary:
     def _measure(self, number: int, policy_id: str) -> None:
         self._clock.switch(canary_stage(number), "evaluate")
         self._progress.enter(f"canary after round {number}" if number else "canary before round 1")
-        for report in self._evaluator.evaluate(self._submissions(number, policy_id)):
-            self._ledger.record(report)
+        for reports in self._evaluator.evaluate(self._submissions(number, policy_id)):
+            self._ledger.record(*reports)
 
     def _submissions(self, number: int, policy_id: str) -> Iterator[Submission]:
         request = self._plan.canary_generation(policy_id)

@@ -10,7 +10,6 @@ end at their next step.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,8 +90,8 @@ class EvaluatorClient:
         finally:
             flow.leave()
 
-    def evaluate(self, submissions: Iterable[Submission]) -> Iterator[Reported]:
-        """Submits all of them and yields each evaluation when it is created and when it reaches a final state.
+    def evaluate(self, submissions: Iterable[Submission]) -> Iterator[list[Reported]]:
+        """Submits all of them and yields what becomes known (see ``Flow.reports``).
 
         Raises what the iterable raises, PreceptorError from the evaluator, Stopped.
         """
@@ -120,7 +119,8 @@ class Flow:
         self._waiting: dict[str, list[Submission]] = {}  # by evaluation, for whom: parts of submissions; not final yet
         self._unwatched = False  # something was added that the open watch does not know
         self._left = False
-        self._news: deque[Reported | Exception] = deque()
+        self._news: list[Reported] = []
+        self._error: Exception | None = None  # what a thread raised, first of all
 
     def feed(self, submissions: Iterable[Submission]) -> None:
         """Submits what the iterable gives, as it comes, in a thread of its own."""
@@ -151,11 +151,10 @@ class Flow:
                     self._unwatched = True
             self._changed.notify_all()
 
-    def reports(self) -> Iterator[Reported]:
-        """What becomes known, until every iterable has ended and all is final. Raises what the threads raised."""
-        while (news := self._next()) is not None:
-            if isinstance(news, Exception):
-                raise news
+    def reports(self) -> Iterator[list[Reported]]:
+        """Each evaluation when it is created and when it reaches a final state, until every iterable has ended and all
+        is final; what has become known since the caller last asked comes together. Raises what the threads raised."""
+        while news := self._next():
             yield news
 
     def leave(self) -> None:
@@ -182,13 +181,15 @@ class Flow:
         except Exception as error:  # raised to the caller
             self._tell(error)
 
-    def _next(self) -> Reported | Exception | None:
+    def _next(self) -> list[Reported]:
+        """What has become known; nothing when nothing more will. After that, raises what a thread raised."""
         with self._changed:
-            while not self._news:
-                if not self._feeds and not self._waiting:
-                    return None
+            while not self._news and self._error is None and (self._feeds or self._waiting):
                 self._wait()
-            return self._news.popleft()
+            news, self._news = self._news, []
+            if not news and self._error is not None:
+                raise self._error
+            return news
 
     def _feed(self, submissions: Iterable[Submission]) -> None:
         """Thread: one submission after the other."""
@@ -206,7 +207,7 @@ class Flow:
 
     def _tell(self, error: Exception) -> None:
         with self._changed:
-            self._news.append(error)
+            self._error = self._error or error
             self._changed.notify_all()
 
     def _wait(self) -> None:

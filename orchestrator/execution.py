@@ -114,5 +114,5 @@ class Execution:
             seconds = self._clock.elapsed()
             self._store.set_first_reward(self._record.id, seconds)
             self.progress.first_reward(seconds)
-        self._clock.flush()
+        self._clock.tick()
         self.progress.show(entries)

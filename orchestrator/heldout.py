@@ -65,8 +65,8 @@ class HeldoutMeasurement:
         """
         if not self._plan.heldout_tasks:
             return
-        for report in self._evaluator.evaluate(self._submissions(base_policy, trained_policy)):
-            self._ledger.record(report)
+        for reports in self._evaluator.evaluate(self._submissions(base_policy, trained_policy)):
+            self._ledger.record(*reports)
         entries = self._ledger.entries(HELDOUT)
         failed = [entry for entry in entries if entry.failed]
         if failed and not any(entry.reward is not None for entry in entries):

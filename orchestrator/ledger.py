@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Engine, Select, and_, delete, select
+from sqlalchemy import Engine, Select, and_, bindparam, delete, select, tuple_
 from sqlalchemy.orm import Session
 
 from orchestrator.entries import EditKey, Entry, Kind, round_stage
@@ -18,6 +18,21 @@ from orchestrator.tables import EntryRow, MeasuredRow, OpeningRow, RoundGroupsRo
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import teacher_pb2 as teacher
 from preceptor.v1 import types_pb2 as types
+
+_LINES = select(EntryRow, MeasuredRow).outerjoin(
+    MeasuredRow,
+    and_(
+        *(getattr(MeasuredRow, name) == getattr(EntryRow, name) for name in ("run_id", "stage", "arm", "task", "index"))
+    ),
+)
+# Made once: this is asked for every few evaluations, and to put the question together takes as long as to answer it.
+_LINES_AT = _LINES.where(
+    EntryRow.run_id == bindparam("run_id"),
+    tuple_(EntryRow.stage, EntryRow.arm, EntryRow.task, EntryRow.index).in_(bindparam("places", expanding=True)),
+)
+
+# SQLite takes 32,766 values in a statement.
+_AT_ONCE = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,45 +74,45 @@ class Ledger:
             session.commit()
         self._on_change(entries)
 
-    def record(self, report: Reported) -> None:
-        """Notes what is known of an evaluation of the self-edits at its keys. What was final before stays until what
-        replaces it is: a race measures the same self-edit better and better."""
-        evaluation = report.evaluation
-        # Known before: made before this run was. What the run itself asked for, and asks for again after a crash, is
-        # not. (An evaluator that gives no time has its word taken.)
-        cached = evaluation.cached and evaluation.create_time.ToMicroseconds() / 1e6 < self._created
-        changed = []
+    def record(self, *reports: Reported) -> None:
+        """Notes what is known of the evaluations of the self-edits at their keys, all or nothing. What was final before
+        stays until what replaces it is: a race measures the same self-edit better and better."""
+        keys = list(dict.fromkeys(key for report in reports for key in report.keys))
         with Session(self._engine) as session:
-            for key in report.keys:
-                row = session.get_one(EntryRow, self._at(key))
-                measured = session.get(MeasuredRow, self._at(key))
-                data = evaluation.SerializeToString()
-                if report.kind is Kind.FULL:
-                    if report.final or not _is_final(row.evaluation):
-                        row.evaluation_id, row.evaluation = evaluation.id, data
-                        row.cached = row.cached or cached
-                else:
+            lines = self._at_keys(session, keys)
+            for report in reports:
+                data = report.evaluation.SerializeToString()
+                for key in report.keys:
+                    row, measured = lines[key]
+                    if report.kind is Kind.FULL:
+                        if report.final or not _is_final(row.evaluation):
+                            row.evaluation_id, row.evaluation = report.evaluation.id, data
+                            row.cached = row.cached or self._known_before(report.evaluation)
+                        continue
                     if measured is None:
                         measured = self._measured(key)
                         session.add(measured)
+                        lines[key] = row, measured
                     if report.final or not _is_final(getattr(measured, report.kind)):
                         setattr(measured, report.kind, data)
-                changed.append(_entry(row, measured))
+            changed = [_entry(*lines[key]) for key in keys]
             session.commit()
         self._on_change(changed)
 
     def stop(self, keys: Iterable[EditKey]) -> None:
         """Notes that these are measured no further, for others of their group were better."""
+        keys = list(keys)
+        if not keys:
+            return
         changed = []
         with Session(self._engine) as session:
-            for key in keys:
-                measured = session.get(MeasuredRow, self._at(key)) or self._measured(key)
+            for key, (row, known) in self._at_keys(session, keys).items():
+                measured = known or self._measured(key)
                 measured.stopped = True
                 session.add(measured)
-                changed.append(_entry(session.get_one(EntryRow, self._at(key)), measured))
+                changed.append(_entry(row, measured))
             session.commit()
-        if changed:
-            self._on_change(changed)
+        self._on_change(changed)
 
     def entries(self, stage: str | None = None, arm: str | None = None) -> list[Entry]:
         """Lines in the order of their keys."""
@@ -181,14 +196,29 @@ class Ledger:
     def _at(self, key: EditKey) -> tuple[str, str, str, int, int]:
         return self._run_id, key.stage, key.arm, key.task, key.index
 
+    def _at_keys(self, session: Session, keys: Sequence[EditKey]) -> dict[EditKey, tuple[EntryRow, MeasuredRow | None]]:
+        """The rows of these lines, all of which are there."""
+        places = [(key.stage, key.arm, key.task, key.index) for key in keys]
+        rows = {
+            EditKey(row.stage, row.arm, row.task, row.index): (row, measured)
+            for start in range(0, len(places), _AT_ONCE)
+            for row, measured in session.execute(
+                _LINES_AT, {"run_id": self._run_id, "places": places[start : start + _AT_ONCE]}
+            )
+        }
+        return {key: rows[key] for key in keys}
+
+    def _known_before(self, evaluation: evaluator.Evaluation) -> bool:
+        """Whether it was made before this run was. What the run itself asked for, and asks for again after a crash, was
+        not. (An evaluator that gives no time has its word taken.)"""
+        return evaluation.cached and evaluation.create_time.ToMicroseconds() / 1e6 < self._created
+
     def _measured(self, key: EditKey) -> MeasuredRow:
         place = dict(zip(("run_id", "stage", "arm", "task", "index"), self._at(key), strict=True))
         return MeasuredRow(**place, stopped=False)
 
     def _lines(self) -> Select[EntryRow, MeasuredRow]:
-        names = ("run_id", "stage", "arm", "task", "index")
-        same = and_(*(getattr(MeasuredRow, name) == getattr(EntryRow, name) for name in names))
-        return select(EntryRow, MeasuredRow).outerjoin(MeasuredRow, same).where(EntryRow.run_id == self._run_id)
+        return _LINES.where(EntryRow.run_id == self._run_id)
 
     def _row(self, entry: Entry) -> EntryRow:
         return EntryRow(

@@ -75,12 +75,13 @@ class Loop:
         heats = Heats(self._plan, number)
         with self._evaluator.flow() as flow:
             flow.feed(heats.start(self._written(number, policy_id)))
-            for report in flow.reports():
-                self._ledger.record(report)
-                following = heats.take(report)
-                self._ledger.stop(following.stopped)
-                for submission in following.submissions:
-                    flow.submit(submission)
+            for reports in flow.reports():
+                self._ledger.record(*reports)
+                for report in reports:
+                    following = heats.take(report)
+                    self._ledger.stop(following.stopped)
+                    for submission in following.submissions:
+                        flow.submit(submission)
         entries = self._ledger.entries(round_stage(number))
         self._refuse_too_many_failures(number, entries)
         policy = self._learn(number, policy_id, entries)

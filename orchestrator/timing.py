@@ -17,6 +17,8 @@ from sqlalchemy.orm import Session
 from orchestrator.tables import SecondsRow
 
 RUN = "run"  # the stage of what belongs to no round
+# A crash costs the sums at most so much of the present phase.
+FLUSH_SECONDS = 1.0
 
 
 class RunClock:
@@ -30,6 +32,7 @@ class RunClock:
         self._totals = stored_seconds(engine, run_id)
         self._current = (RUN, "other")
         self._since = monotonic()
+        self._flushed = self._since
 
     def switch(self, stage: str, phase: str) -> None:
         """What follows belongs to this phase."""
@@ -41,6 +44,12 @@ class RunClock:
         """Writes the current phase's seconds down."""
         with self._lock:
             self._add()
+
+    def tick(self) -> None:
+        """Writes them down if that was not done in the last ``FLUSH_SECONDS``."""
+        with self._lock:
+            if self._monotonic() - self._flushed >= FLUSH_SECONDS:
+                self._add()
 
     def elapsed(self) -> float:
         """Seconds spent on the run so far."""
@@ -56,7 +65,7 @@ class RunClock:
     def _add(self) -> None:
         now = self._monotonic()
         self._totals[self._current] = self._totals.get(self._current, 0.0) + now - self._since
-        self._since = now
+        self._since = self._flushed = now
         stage, phase = self._current
         with Session(self._engine) as session:
             session.merge(

@@ -6,6 +6,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 
 from evaluator.graders.grader import Given, Verdict
 from preceptor.tasks import Question
@@ -41,6 +42,8 @@ def is_equal(question: Question, answer: str) -> bool:
     return bool(given) and any(given == normalise(gold) for gold in (question.answer, *question.aliases))
 
 
+# Gold answers come again with every trial, and most answers to the probes with every self-edit.
+@lru_cache(maxsize=8192)
 def normalise(text: str) -> str:
     """The form in which answers are compared."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())

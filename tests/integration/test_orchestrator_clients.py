@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ def teacher_client(house: ScriptedHouse, stop: Stop, patience: float = 10) -> Te
     return TeacherClient(connect(house.address("teacher"), teacher_pb2_grpc.TeacherServiceStub), patience, stop)
 
 
-def final(reports: Iterator[Reported]) -> list[EditKey]:
-    return [key for report in reports if report.evaluation.state in FINAL for key in report.keys]
+def final(reports: Iterable[list[Reported]]) -> list[EditKey]:
+    return [key for report in chain.from_iterable(reports) if report.evaluation.state in FINAL for key in report.keys]
 
 
 def test_every_self_edit_is_reported_final_once_also_where_the_same_was_written_twice(tmp_path: Path) -> None:
@@ -67,7 +68,7 @@ def test_groups_are_evaluated_while_later_ones_are_still_being_written(tmp_path:
             yield submission(task, ["good a", "poor b"])
 
     with ScriptedHouse(tmp_path, evaluator=ScriptedEvaluator(seconds=0.05)) as house:
-        for report in evaluator_client(house, Stop()).evaluate(slowly()):
+        for report in chain.from_iterable(evaluator_client(house, Stop()).evaluate(slowly())):
             if report.evaluation.state in FINAL:
                 break
     assert len(written) < 3
@@ -100,14 +101,14 @@ def test_what_is_submitted_on_a_report_is_reported_too_and_the_flow_ends_by_itse
         with client.flow() as flow:
             flow.feed(slowly())
             reported = []
-            for report in flow.reports():
+            for report in chain.from_iterable(flow.reports()):
                 reported.append(report)
                 task = report.keys[0].task
                 if report.final and report.keys[0].index == 0 and task < 40:
                     followed.append(task + 10)
                     flow.submit(submission(task + 10, ["good a", "poor b"]))
     assert sorted(followed) == [10 * chain + task for chain in range(1, 5) for task in range(3)]
-    ended = sorted(final(iter(reported)))
+    ended = sorted(final([reported]))
     assert ended == sorted(key for task in (*range(3), *followed) for key in submission(task, ["a", "b"]).keys)
 
 
@@ -116,7 +117,8 @@ def test_the_same_evaluation_of_two_submissions_is_reported_to_both(tmp_path: Pa
     two.request.request_id = "another"
     two = Submission((EditKey("round-00002", "", 0, 0),), two.request, Kind.FRESH)
     with ScriptedHouse(tmp_path, evaluator=ScriptedEvaluator(seconds=0.3)) as house:
-        reports = [report for report in evaluator_client(house, Stop()).evaluate([one, two]) if report.final]
+        known = chain.from_iterable(evaluator_client(house, Stop()).evaluate([one, two]))
+        reports = [report for report in known if report.final]
     assert sorted((report.keys, report.kind) for report in reports) == [(one.keys, Kind.FULL), (two.keys, Kind.FRESH)]
 
 
@@ -126,7 +128,7 @@ def test_what_a_submission_in_the_flow_raises_reaches_its_caller_and_the_threads
         again = submission(0, ["poor b"])  # another body under the same id
         with pytest.raises(PreceptorError) as caught, client.flow() as flow:
             flow.feed([submission(0, ["good a"])])
-            for report in flow.reports():
+            for report in chain.from_iterable(flow.reports()):
                 if report.final:
                     flow.submit(again)
         assert caught.value.reason == "REQUEST_ID_REUSED"
