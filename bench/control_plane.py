@@ -464,6 +464,7 @@ def die(death: str) -> dict[str, float]:
     with house_of("recovery") as house:
         house.workers(1 if death == "redis_flush" else 2, 1.0)
         list(watch(house, create(house, request(Shape("", 1, 1), 0))))  # the baseline
+        wait_for(lambda: not any(one.task_id for one in house.workers_alive().values()), 20.0)
         ids = create(house, request(Shape("", 1, 3), 0))
         if death == "redis_flush":
             ids += [one for _ in range(3) for one in create(house, request(Shape("", 1, 3), 0))]

@@ -1,4 +1,4 @@
-"""The processes that ``bench.control_plane`` measures: real Redis, evaluator and orchestrator, with scripted neighbours.
+"""The processes that ``bench.control_plane`` measures: real Redis, evaluator, orchestrator; scripted neighbours.
 
     python -m bench.control_plane_house FOLDER
 

@@ -1,4 +1,4 @@
-"""Workers that train nothing: real Celery consumers, one process each, whose trials are answered by a rule after a sleep.
+"""Workers that train nothing: real Celery consumers, one process each; a trial is a sleep and is answered by a rule.
 
     python -m bench.simulated_workers BROKER_URL [--workers N] [--seconds S] [--plain]
 
@@ -42,6 +42,7 @@ class SimulatedWorker:
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._task_id = ""
         self._trials = 0
+        self._beat_now = threading.Event()
 
     def run(self, task_id: str, payload: dict[str, Any]) -> dict[str, Any]:
         """The Celery task."""
@@ -66,13 +67,15 @@ class SimulatedWorker:
         task_id, self._task_id = self._task_id, ""
         if task_id:
             self._board.release(task_id, self._name)
+        self._beat_now.set()
 
     def beat_for_ever(self) -> None:
         """Thread: says that this worker lives, through whatever happens to Redis."""
         while True:
             with suppress(redis.RedisError):  # so does the next one
                 self._beat()
-            time.sleep(BEAT_SECONDS)
+            self._beat_now.wait(BEAT_SECONDS)
+            self._beat_now.clear()
 
     def _beat(self) -> Claim:
         status = WorkerStatus(self._name, task_id=self._task_id, trials_done=self._trials, peak_memory_bytes=1)
@@ -120,8 +123,6 @@ def main() -> None:
     given = parser.parse_args()
     # Forked later, a child would have to import all of it again.
     import celery.apps.worker
-    import celery.concurrency.solo
-    import celery.worker.consumer
     import kombu.transport.redis  # noqa: F401
 
     parent, children = os.getppid(), []
