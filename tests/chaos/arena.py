@@ -91,7 +91,8 @@ class Arena:
             text=True,
             start_new_session=True,
         )
-        threading.Thread(target=self._listen, args=(self._owner,), daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(self._owner,), daemon=True)
+        self._listener.start()
         end = time.monotonic() + UP_SECONDS
         while not self._up.wait(0.2):
             self._look()
@@ -109,6 +110,8 @@ class Arena:
             except subprocess.TimeoutExpired:
                 self.events.append("the owner did not end")
                 self._owner.kill()
+            self._owner.wait(10)
+            self._listener.join(10)
 
     def kill_owner(self) -> None:
         """SIGKILL to the owner alone, and another one takes over."""
@@ -116,6 +119,7 @@ class Arena:
         self._look()
         self._owner.kill()
         self._owner.wait(10)
+        self._listener.join(10)
         self.start()
 
     @property
@@ -153,10 +157,11 @@ class Arena:
 
     def _listen(self, owner: subprocess.Popen[str]) -> None:
         assert owner.stdout
-        for line in owner.stdout:
-            self.events.append(line.rstrip())
-            if line.rstrip() == "up":
-                self._up.set()
+        with owner.stdout:
+            for line in owner.stdout:
+                self.events.append(line.rstrip())
+                if line.rstrip() == "up":
+                    self._up.set()
 
     def _state(self) -> dict[str, Any]:
         try:

@@ -47,6 +47,7 @@ class Breaker(threading.Thread):
         self._shortest, self._longest = shortest, longest
         self._began = time.monotonic()
         self._lock = threading.Lock()
+        self._boards: dict[str, LeaseBoard] = {}
         self._watchers: list[threading.Thread] = []
         self.share = 0.0
         self.over = threading.Event()  # the run has ended
@@ -208,7 +209,10 @@ class Breaker(threading.Thread):
 
     def _workers(self) -> list[WorkerStatus]:
         try:
-            return LeaseBoard(self._arena.broker_url()).workers()
+            url = self._arena.broker_url()
+            if url not in self._boards:  # another owner has another Redis
+                self._boards[url] = LeaseBoard(url)
+            return self._boards[url].workers()
         except (redis.RedisError, KeyError):
             return []
 
