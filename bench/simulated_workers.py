@@ -14,6 +14,7 @@ A loss means nothing here: ``first_loss`` and ``final_loss`` carry when the tria
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import signal
 import socket
@@ -24,10 +25,11 @@ from typing import Any
 
 import redis
 from celery import Celery, signals
+from celery.exceptions import Ignore
 
 from preceptor.leases import BEAT_SECONDS, Claim, LeaseBoard, WorkerStatus
-from preceptor.queue import TRIAL_BATCH_TASK, TRIAL_QUEUE, batch_from_payload, fetch_result, make_app, to_payload
-from preceptor.v1 import trial_pb2 as trial
+from preceptor.names import celery_task_id, split_task_id
+from preceptor.queue import TRIAL_BATCH_TASK, TRIAL_QUEUE, batch_from_payload, fetch_results, make_app, to_payload
 from tests.scripted_trials import answer_batch
 
 PLAIN_TASK, PLAIN_QUEUE = "bench.nothing", "bench-nothing"
@@ -42,18 +44,19 @@ class SimulatedWorker:
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._task_id = ""
         self._trials = 0
+        self._beating = threading.Lock()  # no beat may bring back a lease that is being released
         self._beat_now = threading.Event()
 
     def run(self, task_id: str, payload: dict[str, Any]) -> dict[str, Any]:
         """The Celery task."""
-        fetch_result(self._app, task_id)  # as a worker does: it may have been done
-        batch = batch_from_payload(payload)
+        if self._beat(task_id) is not Claim.GRANTED:
+            raise Ignore
         self._task_id = task_id
-        if self._beat() is not Claim.GRANTED:
-            self._task_id = ""
-            failed = trial.TrialBatchResult(batch_id=batch.id, worker=self._name)
-            failed.failure.reason, failed.failure.message = "CANCELLED", "another worker has it"
-            return to_payload(failed)
+        batch_id, attempt = split_task_id(task_id)
+        attempts = [celery_task_id(batch_id, one) for one in range(1, attempt + 1)]
+        for known in fetch_results(self._app, attempts).values():  # as a worker does: it may have been done
+            return to_payload(known)
+        batch = batch_from_payload(payload)
         begun = time.time()
         time.sleep(self._seconds * len(batch.trials))
         result = answer_batch(batch, self._name)
@@ -64,21 +67,22 @@ class SimulatedWorker:
 
     def stored(self, **_: Any) -> None:
         """The result is in Redis: the lease may go."""
-        task_id, self._task_id = self._task_id, ""
-        if task_id:
-            self._board.release(task_id, self._name)
+        with self._beating, suppress(redis.RedisError):  # it would run out by itself
+            task_id, self._task_id = self._task_id, ""
+            if task_id:
+                self._board.release(task_id, self._name)
         self._beat_now.set()
 
     def beat_for_ever(self) -> None:
         """Thread: says that this worker lives, through whatever happens to Redis."""
         while True:
-            with suppress(redis.RedisError):  # so does the next one
-                self._beat()
+            with self._beating, suppress(redis.RedisError):  # the next one may get through
+                self._beat(self._task_id)
             self._beat_now.wait(BEAT_SECONDS)
             self._beat_now.clear()
 
-    def _beat(self) -> Claim:
-        status = WorkerStatus(self._name, task_id=self._task_id, trials_done=self._trials, peak_memory_bytes=1)
+    def _beat(self, task_id: str) -> Claim:
+        status = WorkerStatus(self._name, task_id=task_id, trials_done=self._trials, peak_memory_bytes=1)
         return self._board.beat(status).claim
 
 
@@ -122,8 +126,8 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true")
     given = parser.parse_args()
     # Forked later, a child would have to import all of it again.
-    import celery.apps.worker
-    import kombu.transport.redis  # noqa: F401
+    for module in ("celery.apps.worker", "celery.worker.consumer", "celery.concurrency.solo", "kombu.transport.redis"):
+        importlib.import_module(module)
 
     parent, children = os.getppid(), []
     for _ in range(given.workers):
