@@ -34,6 +34,10 @@ class Broker(Protocol):
         """The leases on these tasks, by task."""
         ...
 
+    def begun(self, batch_ids: Sequence[str]) -> dict[str, int]:
+        """The latest attempt that anybody has begun at each of these batches that somebody was at."""
+        ...
+
     def depth(self) -> int:
         """How many tasks wait for a worker."""
         ...
@@ -72,6 +76,11 @@ class RedisBroker:
         """See Broker."""
         with _unreachable():
             return self._leases.holders(list(task_ids))
+
+    def begun(self, batch_ids: Sequence[str]) -> dict[str, int]:
+        """See Broker."""
+        with _unreachable():
+            return self._leases.begun(list(batch_ids))
 
     def depth(self) -> int:
         """See Broker."""

@@ -100,6 +100,11 @@ class _Flight:
         record = self.record
         return [celery_task_id(record.id, attempt) for attempt in range(record.since, record.attempt + 1)]
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a worker was seen at it."""
+        return self.record.state is BatchState.RUNNING
+
     def ending(self, why: str) -> Ending:
         """How the attempt ends if it is given up."""
         lease = self.lease or Lease("")
@@ -292,15 +297,19 @@ class Dispatcher:
             return
         leases = self._broker.holders([flight.task_id for flight in flights.values()])
         queue_empty = self._broker.depth() == 0
+        fences = self._broker.begun([flight.record.id for flight in flights.values() if not flight.is_running])
         now = self._clock()
         begun = []
         for flight in list(flights.values()):
-            if (lease := leases.get(flight.task_id)) is not None:
-                if flight.record.state is BatchState.SUBMITTED:
-                    begun.append((flight.record, lease.worker))
-                    flight.record = replace(flight.record, state=BatchState.RUNNING)
+            lease, record = leases.get(flight.task_id), flight.record
+            # Also one that was begun and dropped between two looks is RUNNING, and lost like any other.
+            if not flight.is_running and (lease or fences.get(record.id) == record.attempt):
+                begun.append((record, lease.worker if lease else ""))
+                flight.record = replace(record, state=BatchState.RUNNING)
+                flight.last_sign = now
+            if lease is not None:
                 self._held(flights, flight, lease, now)
-            elif flight.record.state is BatchState.RUNNING:
+            elif flight.is_running:
                 if now - flight.last_sign > self._limits.lease_grace:
                     self._lost(flights, flight, "its worker's lease is gone")
             elif not queue_empty:

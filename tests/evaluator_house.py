@@ -40,14 +40,15 @@ class House:
         patience: float = 60.0,
         limits: DispatchLimits = LIMITS,
         max_waiting: int = 1000,
+        database: type[Database] = Database,
     ) -> None:
         self.path, self.broker, self.now = path, broker, 0.0
-        self.limits, self.max_waiting = limits, max_waiting
+        self.limits, self.max_waiting, self.database_type = limits, max_waiting, database
         self.judge_settings, self.patience = judge, patience
         self.open()
 
     def open(self) -> None:
-        self.database = Database(f"sqlite:///{self.path}")
+        self.database = self.database_type(f"sqlite:///{self.path}")
         self.feed = Feed()
         store = EvaluationStore(self.database, self.time)
         self.batches, self.history = BatchStore(self.database, self.time), History(self.database)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from preceptor.errors import PreceptorError
 from preceptor.leases import Lease, WorkerStatus
-from preceptor.names import celery_task_id
+from preceptor.names import celery_task_id, split_task_id
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
 from tests.scripted_trials import answer_batch
@@ -23,6 +23,7 @@ class FakeBroker:
         self.leased: set[str] = set()
         self.steps: dict[str, int] = {}  # that the holder of a task tells of
         self.alive = 1  # workers
+        self.fences: dict[str, int] = {}  # the latest attempt at a batch that was begun
         self.done: dict[str, trial.TrialBatchResult] = {}
         self.submitted: list[str] = []
         self.batches: list[trial.TrialBatch] = []  # of those
@@ -45,6 +46,10 @@ class FakeBroker:
         self._answer()
         return {task_id: Lease("fake:1", self.steps.get(task_id, 0)) for task_id in task_ids if task_id in self.leased}
 
+    def begun(self, batch_ids: Sequence[str]) -> dict[str, int]:
+        self._answer()
+        return {batch: self.fences[batch] for batch in batch_ids if batch in self.fences}
+
     def depth(self) -> int:
         self._answer()
         return len(self.waiting)
@@ -66,6 +71,7 @@ class FakeBroker:
         tasks = list(self.waiting)
         self.taken |= self.waiting
         self.leased |= set(tasks)
+        self.fences |= dict(map(split_task_id, tasks))
         self.waiting = {}
         return tasks
 
@@ -93,7 +99,7 @@ class FakeBroker:
 
     def flush(self) -> None:
         """Redis loses its data."""
-        self.waiting, self.done, self.leased, self.cancelled = {}, {}, set(), {}
+        self.waiting, self.done, self.leased, self.cancelled, self.fences = {}, {}, set(), {}, {}
 
     def _answer(self) -> None:
         if self.down:

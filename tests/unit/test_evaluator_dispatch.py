@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from preceptor.errors import PreceptorError
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
 from tests.evaluator_house import FAILED, LIMITS, QUEUED, SUCCEEDED, House
@@ -142,3 +144,127 @@ def test_the_queue_holds_a_bounded_number_of_batches(house: House) -> None:
         house.broker.work()
         house.step()
     assert house.states(made) == [SUCCEEDED] * 10
+
+
+@pytest.mark.parametrize("reason", ["TRIAL_OUT_OF_MEMORY", "TRIAL_TIMEOUT"])
+def test_halving_goes_on_until_it_fits_whatever_the_tries(house: House, reason: str) -> None:
+    made = house.create(*(f"{number}" for number in range(7)), "Ada lives in Lisbon.")
+
+    def small(batch: trial.TrialBatch) -> trial.TrialBatchResult:
+        if len(batch.trials) == 1:
+            return answer_batch(batch)
+        return trial.TrialBatchResult(batch_id=batch.id, failure=types.Failure(reason=reason, message="too much"))
+
+    sizes = []
+    for _ in range(8):
+        house.step()
+        sizes.append(sorted(len(batch.trials) for batch in house.broker.waiting.values()))
+        house.broker.work(small)
+    house.step()
+    assert house.states(made) == [SUCCEEDED] * 8
+    assert sizes[:4] == [[1, 8], [4, 4], [2, 2, 2, 2], [1, 1, 1, 1]]
+
+
+def test_one_trial_that_takes_too_long_is_tried_again_and_does_not_cut_the_others(house: House) -> None:
+    made = house.create("fail:TRIAL_TIMEOUT", "Ada lives in Lisbon.")
+    house.step()
+    house.broker.work()
+    house.step()
+    assert house.states(made) == [QUEUED, SUCCEEDED]
+
+
+@pytest.mark.parametrize("reason", ["DEVICE_FAILED", "DISK_FULL", "VERSION_SKEW"])
+def test_what_another_worker_may_do_better_is_tried_again(house: House, reason: str) -> None:
+    made = house.create("Ada lives in Lisbon.")
+    house.step()
+    failure = types.Failure(reason=reason, message="scripted")
+    house.broker.work(lambda batch: trial.TrialBatchResult(batch_id=batch.id, failure=failure))
+    house.pass_time(7)
+    house.broker.work()
+    house.step()
+    assert house.states(made) == [SUCCEEDED]
+
+
+def test_the_queue_is_as_long_as_the_workers_need(tmp_path: Path) -> None:
+    house = House(tmp_path / "evaluator.db", FakeBroker(), limits=replace(LIMITS, in_flight=12))
+    for number in range(12):
+        house.create(f"Document {number}.", seeds=(number,), request_id=f"r{number}")
+    longest = []
+    for alive in (0, 1, 3, 5, 100):
+        house.broker.alive = alive
+        house.step(1)
+        longest.append(len(house.broker.waiting))
+    assert longest == [4, 4, 6, 10, 12]
+    house.close()
+
+
+def test_owners_take_turns_however_much_one_of_them_has_put_up(house: House) -> None:
+    for number in range(20):
+        house.create(f"Document {number}.", seeds=(1,), owner="greedy")
+    house.step()
+    for number in range(3):
+        house.create(f"Modest {number}.", seeds=(1,), owner="modest")
+    order = []
+    for _ in range(10):
+        order += ["".join(batch.trials[0].documents)[:6] for batch in house.broker.waiting.values()]
+        house.broker.work()
+        house.step()
+    mine = [place for place, name in enumerate(order) if name == "Modest"]
+    assert mine[0] <= 5  # the next but one when it came
+    assert mine[2] <= 10  # and every other then
+
+
+def test_who_has_asked_for_nothing_has_saved_up_no_turns(house: House) -> None:
+    house.create("Early.", owner="idle")
+    for number in range(10):
+        house.create(f"Document {number}.", owner="busy")
+        house.step()
+        house.broker.work()
+    house.step()
+    for number in range(3):
+        house.create(f"idle {number}", owner="idle")
+        house.create(f"busy {number}", owner="busy")
+    house.step()
+    house.broker.work()
+    house.step()
+    names = ["".join(batch.trials[0].documents)[:4] for batch in house.broker.batches[-6:]]
+    assert sorted(names[:4]) == ["busy", "busy", "idle", "idle"]
+
+
+@pytest.mark.parametrize("fails", ["mark_submitted", "mark_running", "record"])
+def test_a_full_disk_stops_nothing_for_good_and_sends_nothing_twice(
+    house: House, fails: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = house.create("Ada lives in Lisbon.")
+
+    def full(*_: object) -> None:
+        raise PreceptorError("DISK_FULL", "the disk is full")
+
+    with monkeypatch.context() as patch, caplog.at_level("INFO"):
+        patch.setattr(house.batches, fails, full)
+        for _ in range(5):
+            house.now += 1
+            house.dispatcher.turn()
+            house.broker.take()
+        house.broker.finish()
+        house.dispatcher.turn()
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
+        "the disk is full (DISK_FULL); trying again every 5 s"
+    ]
+    for _ in range(3):
+        house.now += 1
+        house.dispatcher.turn()
+    assert house.states(made) == [SUCCEEDED]
+    assert len(house.broker.submitted) == 2
+
+
+def test_whatever_a_turn_dies_of_the_thread_lives(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = house.create("Ada lives in Lisbon.")
+    house.step()
+    house.broker.work()
+    with monkeypatch.context() as patch:
+        patch.setattr(house.marking, "settle_trials", lambda _: 1 / 0)
+        assert house.dispatcher.turn() == 5.0  # recorded, not scored
+    assert house.states(made) == [QUEUED]
+    house.dispatcher.turn()
+    assert house.states(made) == [SUCCEEDED]
