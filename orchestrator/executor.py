@@ -31,13 +31,14 @@ from preceptor.database import DatabaseError
 from preceptor.errors import PreceptorError
 from preceptor.storage import ROOM_SECONDS
 from preceptor.v1 import evaluator_pb2 as evaluator
+from preceptor.v1 import teacher_pb2 as teacher
 from preceptor.v1 import types_pb2 as types
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0
-# Telling the evaluator that nobody waits any more is a courtesy: its results would only be cached.
-CANCEL_DEADLINE_SECONDS = 10.0
+# Telling the others that nobody waits any more is a courtesy: their results would only be known for the next one.
+CANCEL_DEADLINE_SECONDS = 5.0
 # Clocks that differ by more are worth a line in the log; nothing depends on it.
 CLOCK_SECONDS = 5.0
 
@@ -203,7 +204,7 @@ class RunExecutor:
         finally:
             try:
                 if self._is_cancelled(run_id):
-                    self._cancel_evaluations(run_id)
+                    self._cancel_elsewhere(run_id)
             finally:
                 with self._lock:
                     del self._active[run_id]
@@ -229,7 +230,7 @@ class RunExecutor:
             execution.stop.set()  # its thread cancels the evaluations when it has ended
             execution.progress.wake()
         else:
-            self._cancel_evaluations(run_id)
+            self._cancel_elsewhere(run_id)
 
     def _is_cancelled(self, run_id: str) -> bool:
         return run_id in self._to_cancel or self._store.get(run_id).state == CANCELLED
@@ -238,7 +239,8 @@ class RunExecutor:
         failure = types.Failure(reason=reason, message=message, attempts=1)
         self._store.move(run_id, FAILED, only_from=(RUNNING,), failure=failure)
 
-    def _cancel_evaluations(self, run_id: str) -> None:
+    def _cancel_elsewhere(self, run_id: str) -> None:
+        """Tells the other services that nobody waits any more for what the run has asked for."""
         request = evaluator.CancelEvaluationsRequest(
             request_id=f"{run_id}.{self._store.get(run_id).resumes}.cancel", owner=run_id
         )
@@ -246,6 +248,11 @@ class RunExecutor:
             call(self._services.evaluator.CancelEvaluations, request, deadline=CANCEL_DEADLINE_SECONDS)
         except PreceptorError as error:
             log.warning("%s: its evaluations could not be cancelled: %s", run_id, error)
+        updates = teacher.CancelUpdatesRequest(owner=run_id)
+        try:
+            call(self._services.teacher.CancelUpdates, updates, deadline=CANCEL_DEADLINE_SECONDS)
+        except PreceptorError as error:
+            log.warning("%s: its updates could not be cancelled: %s", run_id, error)
 
     def _poll_queue(self) -> None:
         """Thread: tells live runs how many workers there are, and notes the largest memory seen."""

@@ -170,6 +170,7 @@ class RunPlan:
             settings=teacher.UpdateSettings(**settings.model_dump()),
             seed=self._seed("update", number),
             activate=False,  # several runs may learn at once; the last policy is activated when its run succeeds
+            owner=self.run_id,
         )
         groups: dict[str, list[Entry]] = {}
         for entry in entries:

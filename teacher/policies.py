@@ -49,6 +49,8 @@ class Policies:
         self._steps: dict[str, int] = {}  # of the policy in training
         self._hindrance: dict[str, PreceptorError] = {}  # what it waits for, where it waits
         self._changed = threading.Condition()
+        self._in_hand: set[str] = set()  # policies that the thread is at: one, or a child and its parent
+        self._abandoned: set[str] = set()  # those of them that nobody waits for any more
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._train_all, name="policy-training", daemon=True)
         base_id = f"base-{base.commit[:32]}"
@@ -100,7 +102,7 @@ class Policies:
         """See PolicyStore.page."""
         return self._store.page(size, before)
 
-    def update(self, update: Update, request_id: str, body: bytes) -> Policy:
+    def update(self, update: Update, request_id: str, body: bytes, owner: str = "") -> Policy:
         """Starts an update (an empty parent_id: of the active policy) and returns the policy it makes.
 
         Raises POLICY_NOT_FOUND, POLICY_NOT_READY (the parent), UNKNOWN_PROMPT_FORMAT, REQUEST_ID_REUSED.
@@ -127,11 +129,21 @@ class Policies:
             groups_dropped=len(update.groups - {example.group for example in kept}),
             steps_planned=update.settings.tuning.steps(len(kept)),
         )
-        policy, trains = self._store.start_update(policy, update.to_bytes(), request_id, body, activate=update.activate)
+        policy, trains = self._store.start_update(
+            policy, update.to_bytes(), request_id, body, owner=owner, activate=update.activate
+        )
         if trains:
             self._waiting.put(policy.id)
         self._tell()
         return policy
+
+    def cancel(self, owner: str) -> int:
+        """Ends the updates that this owner waits for and nobody else does, within a step; how many."""
+        with self._changed:
+            ended = self._store.cancel(owner)
+            self._abandoned |= self._in_hand & set(ended)
+            self._changed.notify_all()
+        return len(ended)
 
     def activate(self, policy_id: str, request_id: str, body: bytes) -> Policy:
         """Makes a policy the active one. Raises POLICY_NOT_FOUND, POLICY_NOT_READY, REQUEST_ID_REUSED."""
@@ -214,10 +226,12 @@ class Policies:
         """Trains, and writes how it ended. Every failure becomes a FAILED policy, which a new request can retry; where
         the service goes down meanwhile, it stays TRAINING in the store."""
         began = time.monotonic()
+        with self._changed:
+            self._in_hand.add(policy_id)
         try:
             policy, update = self._patiently(policy_id, lambda: self._read(policy_id))
             if policy.state is not PolicyState.TRAINING:
-                return  # it was trained again already, for the sake of a child
+                return  # cancelled, or trained again already for the sake of a child
             ended = self._outcome(policy, update)
             ended = replace(ended, seconds=time.monotonic() - began)
             ended = self._patiently(policy_id, lambda: self._finish(ended))
@@ -225,6 +239,10 @@ class Policies:
             if error.reason == "SHUTTING_DOWN":
                 return
             raise
+        finally:
+            with self._changed:
+                self._in_hand.discard(policy_id)
+                self._abandoned.discard(policy_id)
         self._steps.pop(policy_id, None)
         self._tell()
         log.info(
@@ -276,7 +294,12 @@ class Policies:
             else:
                 model = self._base.load_adapter(folder, trainable=True)
             trained = fine_tune(
-                model, examples, settings.tuning, update.seed, on_step=on_step, stopped=self._stopping.is_set
+                model,
+                examples,
+                settings.tuning,
+                update.seed,
+                on_step=on_step,
+                stopped=lambda: self.stopping or policy.id in self._abandoned,
             )
         # Not under the device's lock: others can write self-edits while this waits for room.
         artifact = self._patiently(
@@ -319,15 +342,15 @@ class Policies:
             self._hindrance[policy_id] = hindrance
             self._tell()
 
+        def pause(seconds: float) -> None:
+            if self._stopping.wait(seconds) or policy_id in self._abandoned:
+                raise PreceptorError("SHUTTING_DOWN", "the update is not to go on")
+
         try:
-            return when_there_is_room(action, self._pause, waits)
+            return when_there_is_room(action, pause, waits)
         finally:
             if self._hindrance.pop(policy_id, None) is not None:
                 self._tell()
-
-    def _pause(self, seconds: float) -> None:
-        if self._stopping.wait(seconds):
-            raise PreceptorError("SHUTTING_DOWN", "the service is going down")
 
     def _example(self, example: Rewarded) -> Example:
         prompt = prompt_format(example.prompt_format).render(example.title, example.text)

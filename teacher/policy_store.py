@@ -69,6 +69,12 @@ _REQUESTS = sa.Table(
     sa.Column("body_sha256", sa.String(64), nullable=False),
     sa.Column("policy_id", sa.String(80), nullable=False),
 )
+_OWNERS = sa.Table(  # who waits for an update; an empty owner waits for ever
+    "update_owners",
+    _METADATA,
+    sa.Column("policy_id", sa.String(80), primary_key=True),
+    sa.Column("owner", sa.String(256), primary_key=True),
+)
 _GROUPS = sa.Table(
     "written_groups",
     _METADATA,
@@ -163,9 +169,9 @@ class PolicyStore:
             return self._answered(db, request_id, body)
 
     def start_update(
-        self, policy: Policy, update: bytes, request_id: str, body: bytes, *, activate: bool
+        self, policy: Policy, update: bytes, request_id: str, body: bytes, *, owner: str, activate: bool
     ) -> tuple[Policy, bool]:
-        """Stores an update and says whether it is to be trained now.
+        """Stores an update that ``owner`` waits for and says whether it is to be trained now.
 
         The same update under another request_id is the same policy; one that FAILED starts again. ``activate`` is
         obeyed at once where the policy is READY, and is part of ``update`` for later. Raises REQUEST_ID_REUSED.
@@ -179,13 +185,33 @@ class PolicyStore:
                 counts = {"groups": policy.groups, "groups_dropped": policy.groups_dropped}
                 db.execute(_SELECTIONS.insert().values(policy_id=policy.id, **counts))
             elif found["state"] == PolicyState.FAILED:
+                db.execute(_OWNERS.delete().where(_OWNERS.c.policy_id == policy.id))
                 self._change(db, policy.id, state="training", failure_reason="", failure_message="", request=update)
             elif activate and found["state"] == PolicyState.TRAINING:
                 self._change(db, policy.id, request=update)
             elif activate:
                 self._set_active(db, policy.id)
             self._remember(db, request_id, body, policy.id)
+            same = (_OWNERS.c.policy_id == policy.id) & (_OWNERS.c.owner == owner)
+            db.execute(_OWNERS.delete().where(same))
+            db.execute(_OWNERS.insert().values(policy_id=policy.id, owner=owner))
             return self._policy(db, policy.id), found is None or found["state"] == PolicyState.FAILED
+
+    def cancel(self, owner: str) -> list[str]:
+        """The owner waits for nothing any more; ids of the updates that nobody else waits for, which are FAILED now."""
+        with self._begin() as db:
+            mine = sa.select(_OWNERS.c.policy_id).where(_OWNERS.c.owner == owner)
+            waited = list(db.execute(mine).scalars())
+            db.execute(_OWNERS.delete().where(_OWNERS.c.owner == owner))
+            ended = []
+            for policy_id in waited:
+                policy = self._policy(db, policy_id)
+                others = sa.select(sa.func.count()).select_from(_OWNERS).where(_OWNERS.c.policy_id == policy_id)
+                if policy.state is PolicyState.TRAINING and not policy.is_restored and not db.execute(others).scalar():
+                    failure = {"failure_reason": "CANCELLED", "failure_message": "nobody waits for it any more"}
+                    self._change(db, policy_id, state="failed", **failure)
+                    ended.append(policy_id)
+            return ended
 
     def activate(self, policy_id: str, request_id: str, body: bytes) -> Policy:
         """Makes a READY policy active. Raises POLICY_NOT_FOUND, POLICY_NOT_READY, REQUEST_ID_REUSED."""

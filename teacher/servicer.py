@@ -92,8 +92,16 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
 
     def UpdatePolicy(self, request: pb.UpdatePolicyRequest, context: grpc.ServicerContext) -> pb.UpdatePolicyResponse:
         check_name("request_id", request.request_id)
-        policy = self._policies.update(update(request), request.request_id, _body(request))
+        if request.owner:
+            check_name("owner", request.owner)
+        policy = self._policies.update(update(request), request.request_id, _body(request), request.owner)
         return pb.UpdatePolicyResponse(policy=_policy(policy))
+
+    def CancelUpdates(
+        self, request: pb.CancelUpdatesRequest, context: grpc.ServicerContext
+    ) -> pb.CancelUpdatesResponse:
+        check_name("owner", request.owner)
+        return pb.CancelUpdatesResponse(cancelled=self._policies.cancel(request.owner))
 
     def GetPolicy(self, request: pb.GetPolicyRequest, context: grpc.ServicerContext) -> pb.GetPolicyResponse:
         return pb.GetPolicyResponse(policy=_policy(self._policies.get(request.policy_id)))
@@ -247,10 +255,12 @@ def _need(holds: bool, field: str, message: str) -> None:
 
 
 def _body(request: Any) -> bytes:
-    """The request without its id, the same bytes for the same content."""
+    """The request without its id and its owner, the same bytes for the same content."""
     body = type(request)()
     body.CopyFrom(request)
     body.request_id = ""
+    if isinstance(body, pb.UpdatePolicyRequest):
+        body.owner = ""
     data: bytes = type(request).__name__.encode() + body.SerializeToString(deterministic=True)
     return data
 

@@ -45,6 +45,7 @@ class ScriptedTeacher(teacher_pb2_grpc.TeacherServiceServicer):
         self._answered: dict[str, str] = {}  # request id -> policy id
         self.generations: list[pb.GenerateSelfEditsRequest] = []
         self.updates: list[pb.UpdatePolicyRequest] = []
+        self.cancelled_owners: list[str] = []
 
     def GenerateSelfEdits(
         self, request: pb.GenerateSelfEditsRequest, context: grpc.ServicerContext
@@ -67,6 +68,7 @@ class ScriptedTeacher(teacher_pb2_grpc.TeacherServiceServicer):
         parent = self._policy(request.parent_id)
         body = pb.UpdatePolicyRequest.FromString(request.SerializeToString())
         body.ClearField("request_id")
+        body.ClearField("owner")
         policy_id = content_id("policy", message_json(body))
         with self._lock:
             if self._answered.setdefault(request.request_id, policy_id) != policy_id:
@@ -86,6 +88,13 @@ class ScriptedTeacher(teacher_pb2_grpc.TeacherServiceServicer):
                 self._ready_at[policy_id] = time.monotonic() + self.update_seconds
                 self.updates.append(request)
         return pb.UpdatePolicyResponse(policy=self._policy(policy_id))
+
+    def CancelUpdates(
+        self, request: pb.CancelUpdatesRequest, context: grpc.ServicerContext
+    ) -> pb.CancelUpdatesResponse:
+        """Notes who asked. Updates of this teacher cost nothing, so they end by themselves."""
+        self.cancelled_owners.append(request.owner)
+        return pb.CancelUpdatesResponse()
 
     def GetPolicy(self, request: pb.GetPolicyRequest, context: grpc.ServicerContext) -> pb.GetPolicyResponse:
         """One policy, or the active one."""

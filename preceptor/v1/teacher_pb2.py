@@ -26,17 +26,17 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from preceptor.v1 import types_pb2 as preceptor_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apreceptor/v1/teacher.proto\x12\x0cpreceptor.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18preceptor/v1/types.proto\"\xb3\x03\n\x06Policy\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tparent_id\x18\x02 \x01(\t\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.preceptor.v1.PolicyState\x12\x0e\n\x06\x61\x63tive\x18\x04 \x01(\x08\x12\x13\n\x0b\x62\x61se_source\x18\x05 \x01(\t\x12\x13\n\x0b\x62\x61se_commit\x18\x06 \x01(\t\x12\'\n\x07\x61\x64\x61pter\x18\x07 \x01(\x0b\x32\x16.preceptor.v1.Artifact\x12\x0c\n\x04kept\x18\x08 \x01(\r\x12\x0f\n\x07offered\x18\t \x01(\r\x12\x12\n\nfirst_loss\x18\n \x01(\x01\x12\x12\n\nfinal_loss\x18\x0b \x01(\x01\x12\r\n\x05steps\x18\x0c \x01(\r\x12\x15\n\rsteps_planned\x18\r \x01(\r\x12\x0f\n\x07seconds\x18\x0e \x01(\x01\x12&\n\x07\x66\x61ilure\x18\x0f \x01(\x0b\x32\x15.preceptor.v1.Failure\x12/\n\x0b\x63reate_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06groups\x18\x11 \x01(\r\x12\x16\n\x0egroups_dropped\x18\x12 \x01(\r\"N\n\x10SamplingSettings\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\"\x83\x01\n\x0f\x44irectiveLimits\x12\x19\n\x11max_learning_rate\x18\x01 \x01(\x01\x12\x12\n\nmax_epochs\x18\x02 \x01(\r\x12\x18\n\x10max_replay_share\x18\x03 \x01(\x01\x12\x10\n\x08max_rank\x18\x04 \x01(\r\x12\x15\n\rmax_documents\x18\x05 \x01(\r\"\x87\x02\n\x18GenerateSelfEditsRequest\x12\x11\n\tpolicy_id\x18\x01 \x01(\t\x12!\n\x05tasks\x18\x02 \x03(\x0b\x32\x12.preceptor.v1.Task\x12\x18\n\x10samples_per_task\x18\x03 \x01(\r\x12\x15\n\rprompt_format\x18\x04 \x01(\t\x12\x30\n\x08sampling\x18\x05 \x01(\x0b\x32\x1e.preceptor.v1.SamplingSettings\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12-\n\x06limits\x18\x07 \x01(\x0b\x32\x1d.preceptor.v1.DirectiveLimits\x12\x15\n\rmax_resamples\x18\x08 \x01(\r\"\xc6\x01\n\x0fWrittenSelfEdit\x12\r\n\x05index\x18\x01 \x01(\r\x12,\n\x06status\x18\x02 \x01(\x0e\x32\x1c.preceptor.v1.SelfEditStatus\x12)\n\tself_edit\x18\x03 \x01(\x0b\x32\x16.preceptor.v1.SelfEdit\x12\x12\n\ncompletion\x18\x04 \x01(\t\x12\x18\n\x10malformed_reason\x18\x05 \x01(\t\x12\r\n\x05\x64raws\x18\x06 \x01(\r\x12\x0e\n\x06tokens\x18\x07 \x01(\r\"\x83\x01\n\x19GenerateSelfEditsResponse\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x11\n\tpolicy_id\x18\x02 \x01(\t\x12\x31\n\nself_edits\x18\x03 \x03(\x0b\x32\x1d.preceptor.v1.WrittenSelfEdit\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"\x89\x02\n\x10RewardedSelfEdit\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12 \n\x04task\x18\x02 \x01(\x0b\x32\x12.preceptor.v1.Task\x12\x12\n\ncompletion\x18\x03 \x01(\t\x12\x15\n\rprompt_format\x18\x04 \x01(\t\x12\x0e\n\x06reward\x18\x05 \x01(\x01\x12\x15\n\rreward_stderr\x18\x06 \x01(\x01\x12\x16\n\tadvantage\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x1d\n\x10\x61\x64vantage_stderr\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\ronly_compared\x18\t \x01(\x08\x42\x0c\n\n_advantageB\x13\n\x11_advantage_stderr\"\xe4\x01\n\x0eUpdateSettings\x12\x11\n\talgorithm\x18\x01 \x01(\t\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\nmin_reward\x18\x03 \x01(\x01\x12\x15\n\rmin_advantage\x18\x04 \x01(\x01\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\r\n\x05\x61lpha\x18\x06 \x01(\x01\x12\x15\n\rlearning_rate\x18\x07 \x01(\x01\x12\x0e\n\x06\x65pochs\x18\x08 \x01(\r\x12\x12\n\nbatch_size\x18\t \x01(\r\x12\x14\n\x0cmin_reward_z\x18\n \x01(\x01\x12\x17\n\x0fmin_advantage_z\x18\x0b \x01(\x01\"\xbe\x01\n\x13UpdatePolicyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tparent_id\x18\x02 \x01(\t\x12\x30\n\x08\x65xamples\x18\x03 \x03(\x0b\x32\x1e.preceptor.v1.RewardedSelfEdit\x12.\n\x08settings\x18\x04 \x01(\x0b\x32\x1c.preceptor.v1.UpdateSettings\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x10\n\x08\x61\x63tivate\x18\x06 \x01(\x08\"<\n\x14UpdatePolicyResponse\x12$\n\x06policy\x18\x01 \x01(\x0b\x32\x14.preceptor.v1.Policy\"%\n\x10GetPolicyRequest\x12\x11\n\tpolicy_id\x18\x01 \x01(\t\"9\n\x11GetPolicyResponse\x12$\n\x06policy\x18\x01 \x01(\x0b\x32\x14.preceptor.v1.Policy\"<\n\x13ListPoliciesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x14ListPoliciesResponse\x12&\n\x08policies\x18\x01 \x03(\x0b\x32\x14.preceptor.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x12WatchPolicyRequest\x12\x11\n\tpolicy_id\x18\x01 \x01(\t\";\n\x13WatchPolicyResponse\x12$\n\x06policy\x18\x01 \x01(\x0b\x32\x14.preceptor.v1.Policy\">\n\x15\x41\x63tivatePolicyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tpolicy_id\x18\x02 \x01(\t\">\n\x16\x41\x63tivatePolicyResponse\x12$\n\x06policy\x18\x01 \x01(\x0b\x32\x14.preceptor.v1.Policy\"\x1a\n\x18ListPromptFormatsRequest\"B\n\x0cPromptFormat\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x13\n\x0binstruction\x18\x03 \x01(\t\"H\n\x19ListPromptFormatsResponse\x12+\n\x07\x66ormats\x18\x01 \x03(\x0b\x32\x1a.preceptor.v1.PromptFormat*w\n\x0bPolicyState\x12\x1c\n\x18POLICY_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15POLICY_STATE_TRAINING\x10\x01\x12\x16\n\x12POLICY_STATE_READY\x10\x02\x12\x17\n\x13POLICY_STATE_FAILED\x10\x03*n\n\x0eSelfEditStatus\x12 \n\x1cSELF_EDIT_STATUS_UNSPECIFIED\x10\x00\x12\x1a\n\x16SELF_EDIT_STATUS_VALID\x10\x01\x12\x1e\n\x1aSELF_EDIT_STATUS_MALFORMED\x10\x02\x32\x8d\x05\n\x0eTeacherService\x12\x66\n\x11GenerateSelfEdits\x12&.preceptor.v1.GenerateSelfEditsRequest\x1a\'.preceptor.v1.GenerateSelfEditsResponse0\x01\x12U\n\x0cUpdatePolicy\x12!.preceptor.v1.UpdatePolicyRequest\x1a\".preceptor.v1.UpdatePolicyResponse\x12L\n\tGetPolicy\x12\x1e.preceptor.v1.GetPolicyRequest\x1a\x1f.preceptor.v1.GetPolicyResponse\x12U\n\x0cListPolicies\x12!.preceptor.v1.ListPoliciesRequest\x1a\".preceptor.v1.ListPoliciesResponse\x12T\n\x0bWatchPolicy\x12 .preceptor.v1.WatchPolicyRequest\x1a!.preceptor.v1.WatchPolicyResponse0\x01\x12[\n\x0e\x41\x63tivatePolicy\x12#.preceptor.v1.ActivatePolicyRequest\x1a$.preceptor.v1.ActivatePolicyResponse\x12\x64\n\x11ListPromptFormats\x12&.preceptor.v1.ListPromptFormatsRequest\x1a\'.preceptor.v1.ListPromptFormatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apreceptor/v1/teacher.proto\x12\x0cpreceptor.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18preceptor/v1/types.proto\"\xb3\x03\n\x06Policy\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tparent_id\x18\x02 \x01(\t\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.preceptor.v1.PolicyState\x12\x0e\n\x06\x61\x63tive\x18\x04 \x01(\x08\x12\x13\n\x0b\x62\x61se_source\x18\x05 \x01(\t\x12\x13\n\x0b\x62\x61se_commit\x18\x06 \x01(\t\x12\'\n\x07\x61\x64\x61pter\x18\x07 \x01(\x0b\x32\x16.preceptor.v1.Artifact\x12\x0c\n\x04kept\x18\x08 \x01(\r\x12\x0f\n\x07offered\x18\t \x01(\r\x12\x12\n\nfirst_loss\x18\n \x01(\x01\x12\x12\n\nfinal_loss\x18\x0b \x01(\x01\x12\r\n\x05steps\x18\x0c \x01(\r\x12\x15\n\rsteps_planned\x18\r \x01(\r\x12\x0f\n\x07seconds\x18\x0e \x01(\x01\x12&\n\x07\x66\x61ilure\x18\x0f \x01(\x0b\x32\x15.preceptor.v1.Failure\x12/\n\x0b\x63reate_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06groups\x18\x11 \x01(\r\x12\x16\n\x0egroups_dropped\x18\x12 \x01(\r\"N\n\x10SamplingSettings\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\"\x83\x01\n\x0f\x44irectiveLimits\x12\x19\n\x11max_learning_rate\x18\x01 \x01(\x01\x12\x12\n\nmax_epochs\x18\x02 \x01(\r\x12\x18\n\x10max_replay_share\x18\x03 \x01(\x01\x12\x10\n\x08max_rank\x18\x04 \x01(\r\x12\x15\n\rmax_documents\x18\x05 \x01(\r\"\x87\x02\n\x18GenerateSelfEditsRequest\x12\x11\n\tpolicy_id\x18\x01 \x01(\t\x12!\n\x05tasks\x18\x02 \x03(\x0b\x32\x12.preceptor.v1.Task\x12\x18\n\x10samples_per_task\x18\x03 \x01(\r\x12\x15\n\rprompt_format\x18\x04 \x01(\t\x12\x30\n\x08sampling\x18\x05 \x01(\x0b\x32\x1e.preceptor.v1.SamplingSettings\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12-\n\x06limits\x18\x07 \x01(\x0b\x32\x1d.preceptor.v1.DirectiveLimits\x12\x15\n\rmax_resamples\x18\x08 \x01(\r\"\xc6\x01\n\x0fWrittenSelfEdit\x12\r\n\x05index\x18\x01 \x01(\r\x12,\n\x06status\x18\x02 \x01(\x0e\x32\x1c.preceptor.v1.SelfEditStatus\x12)\n\tself_edit\x18\x03 \x01(\x0b\x32\x16.preceptor.v1.SelfEdit\x12\x12\n\ncompletion\x18\x04 \x01(\t\x12\x18\n\x10malformed_reason\x18\x05 \x01(\t\x12\r\n\x05\x64raws\x18\x06 \x01(\r\x12\x0e\n\x06tokens\x18\x07 \x01(\r\"\x83\x01\n\x19GenerateSelfEditsResponse\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x11\n\tpolicy_id\x18\x02 \x01(\t\x12\x31\n\nself_edits\x18\x03 \x03(\x0b\x32\x1d.preceptor.v1.WrittenSelfEdit\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"\x89\x02\n\x10RewardedSelfEdit\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12 \n\x04task\x18\x02 \x01(\x0b\x32\x12.preceptor.v1.Task\x12\x12\n\ncompletion\x18\x03 \x01(\t\x12\x15\n\rprompt_format\x18\x04 \x01(\t\x12\x0e\n\x06reward\x18\x05 \x01(\x01\x12\x15\n\rreward_stderr\x18\x06 \x01(\x01\x12\x16\n\tadvantage\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x1d\n\x10\x61\x64vantage_stderr\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\ronly_compared\x18\t \x01(\x08\x42\x0c\n\n_advantageB\x13\n\x11_advantage_stderr\"\xe4\x01\n\x0eUpdateSettings\x12\x11\n\talgorithm\x18\x01 \x01(\t\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\nmin_reward\x18\x03 \x01(\x01\x12\x15\n\rmin_advantage\x18\x04 \x01(\x01\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\r\n\x05\x61lpha\x18\x06 \x01(\x01\x12\x15\n\rlearning_rate\x18\x07 \x01(\x01\x12\x0e\n\x06\x65pochs\x18\x08 \x01(\r\x12\x12\n\nbatch_size\x18\t \x01(\r\x12\x14\n\x0cmin_reward_z\x18\n \x01(\x01\x12\x17\n\x0fmin_advantage_z\x18\x0b \x01(\x01\"\xcd\x01\n\x13UpdatePolicyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tparent_id\x18\x02 \x01(\t\x12\x30\n\x08\x65xamples\x18\x03 \x03(\x0b\x32\x1e.preceptor.v1.RewardedSelfEdit\x12.\n\x08settings\x18\x04 \x01(\x0b\x32\x1c.preceptor.v1.UpdateSettings\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x10\n\x08\x61\x63tivate\x18\x06 \x01(\x08\x12\r\n\x05owner\x18\x07 \x01(\t\"<\n\x14UpdatePolicyResponse\x12$\n\x06policy\x18\x01 \x01(\x0b\x32\x14.preceptor.v1.Policy\"%\n\x14\x43\x61ncelUpdatesRequest\x12\r\n\x05owner\x18\x01 \x01(\t\"*\n\x15\x43\x61ncelUpdatesResponse\x12\x11\n\tcancelled\x18\x01 \x01(\r\"%\n\x10GetPolicyRequest\x12\x11\n\tpolicy_id\x18\x01 \x01(\t\"9\n\x11GetPolicyResponse\x12$\n\x06policy\x18\x01 \x01(\x0b\x32\x14.preceptor.v1.Policy\"<\n\x13ListPoliciesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x14ListPoliciesResponse\x12&\n\x08policies\x18\x01 \x03(\x0b\x32\x14.preceptor.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x12WatchPolicyRequest\x12\x11\n\tpolicy_id\x18\x01 \x01(\t\";\n\x13WatchPolicyResponse\x12$\n\x06policy\x18\x01 \x01(\x0b\x32\x14.preceptor.v1.Policy\">\n\x15\x41\x63tivatePolicyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tpolicy_id\x18\x02 \x01(\t\">\n\x16\x41\x63tivatePolicyResponse\x12$\n\x06policy\x18\x01 \x01(\x0b\x32\x14.preceptor.v1.Policy\"\x1a\n\x18ListPromptFormatsRequest\"B\n\x0cPromptFormat\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x13\n\x0binstruction\x18\x03 \x01(\t\"H\n\x19ListPromptFormatsResponse\x12+\n\x07\x66ormats\x18\x01 \x03(\x0b\x32\x1a.preceptor.v1.PromptFormat*w\n\x0bPolicyState\x12\x1c\n\x18POLICY_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15POLICY_STATE_TRAINING\x10\x01\x12\x16\n\x12POLICY_STATE_READY\x10\x02\x12\x17\n\x13POLICY_STATE_FAILED\x10\x03*n\n\x0eSelfEditStatus\x12 \n\x1cSELF_EDIT_STATUS_UNSPECIFIED\x10\x00\x12\x1a\n\x16SELF_EDIT_STATUS_VALID\x10\x01\x12\x1e\n\x1aSELF_EDIT_STATUS_MALFORMED\x10\x02\x32\xe7\x05\n\x0eTeacherService\x12\x66\n\x11GenerateSelfEdits\x12&.preceptor.v1.GenerateSelfEditsRequest\x1a\'.preceptor.v1.GenerateSelfEditsResponse0\x01\x12U\n\x0cUpdatePolicy\x12!.preceptor.v1.UpdatePolicyRequest\x1a\".preceptor.v1.UpdatePolicyResponse\x12X\n\rCancelUpdates\x12\".preceptor.v1.CancelUpdatesRequest\x1a#.preceptor.v1.CancelUpdatesResponse\x12L\n\tGetPolicy\x12\x1e.preceptor.v1.GetPolicyRequest\x1a\x1f.preceptor.v1.GetPolicyResponse\x12U\n\x0cListPolicies\x12!.preceptor.v1.ListPoliciesRequest\x1a\".preceptor.v1.ListPoliciesResponse\x12T\n\x0bWatchPolicy\x12 .preceptor.v1.WatchPolicyRequest\x1a!.preceptor.v1.WatchPolicyResponse0\x01\x12[\n\x0e\x41\x63tivatePolicy\x12#.preceptor.v1.ActivatePolicyRequest\x1a$.preceptor.v1.ActivatePolicyResponse\x12\x64\n\x11ListPromptFormats\x12&.preceptor.v1.ListPromptFormatsRequest\x1a\'.preceptor.v1.ListPromptFormatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'preceptor.v1.teacher_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_POLICYSTATE']._serialized_start=2759
-  _globals['_POLICYSTATE']._serialized_end=2878
-  _globals['_SELFEDITSTATUS']._serialized_start=2880
-  _globals['_SELFEDITSTATUS']._serialized_end=2990
+  _globals['_POLICYSTATE']._serialized_start=2857
+  _globals['_POLICYSTATE']._serialized_end=2976
+  _globals['_SELFEDITSTATUS']._serialized_start=2978
+  _globals['_SELFEDITSTATUS']._serialized_end=3088
   _globals['_POLICY']._serialized_start=104
   _globals['_POLICY']._serialized_end=539
   _globals['_SAMPLINGSETTINGS']._serialized_start=541
@@ -54,31 +54,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPDATESETTINGS']._serialized_start=1625
   _globals['_UPDATESETTINGS']._serialized_end=1853
   _globals['_UPDATEPOLICYREQUEST']._serialized_start=1856
-  _globals['_UPDATEPOLICYREQUEST']._serialized_end=2046
-  _globals['_UPDATEPOLICYRESPONSE']._serialized_start=2048
-  _globals['_UPDATEPOLICYRESPONSE']._serialized_end=2108
-  _globals['_GETPOLICYREQUEST']._serialized_start=2110
-  _globals['_GETPOLICYREQUEST']._serialized_end=2147
-  _globals['_GETPOLICYRESPONSE']._serialized_start=2149
-  _globals['_GETPOLICYRESPONSE']._serialized_end=2206
-  _globals['_LISTPOLICIESREQUEST']._serialized_start=2208
-  _globals['_LISTPOLICIESREQUEST']._serialized_end=2268
-  _globals['_LISTPOLICIESRESPONSE']._serialized_start=2270
-  _globals['_LISTPOLICIESRESPONSE']._serialized_end=2357
-  _globals['_WATCHPOLICYREQUEST']._serialized_start=2359
-  _globals['_WATCHPOLICYREQUEST']._serialized_end=2398
-  _globals['_WATCHPOLICYRESPONSE']._serialized_start=2400
-  _globals['_WATCHPOLICYRESPONSE']._serialized_end=2459
-  _globals['_ACTIVATEPOLICYREQUEST']._serialized_start=2461
-  _globals['_ACTIVATEPOLICYREQUEST']._serialized_end=2523
-  _globals['_ACTIVATEPOLICYRESPONSE']._serialized_start=2525
-  _globals['_ACTIVATEPOLICYRESPONSE']._serialized_end=2587
-  _globals['_LISTPROMPTFORMATSREQUEST']._serialized_start=2589
-  _globals['_LISTPROMPTFORMATSREQUEST']._serialized_end=2615
-  _globals['_PROMPTFORMAT']._serialized_start=2617
-  _globals['_PROMPTFORMAT']._serialized_end=2683
-  _globals['_LISTPROMPTFORMATSRESPONSE']._serialized_start=2685
-  _globals['_LISTPROMPTFORMATSRESPONSE']._serialized_end=2757
-  _globals['_TEACHERSERVICE']._serialized_start=2993
-  _globals['_TEACHERSERVICE']._serialized_end=3646
+  _globals['_UPDATEPOLICYREQUEST']._serialized_end=2061
+  _globals['_UPDATEPOLICYRESPONSE']._serialized_start=2063
+  _globals['_UPDATEPOLICYRESPONSE']._serialized_end=2123
+  _globals['_CANCELUPDATESREQUEST']._serialized_start=2125
+  _globals['_CANCELUPDATESREQUEST']._serialized_end=2162
+  _globals['_CANCELUPDATESRESPONSE']._serialized_start=2164
+  _globals['_CANCELUPDATESRESPONSE']._serialized_end=2206
+  _globals['_GETPOLICYREQUEST']._serialized_start=2208
+  _globals['_GETPOLICYREQUEST']._serialized_end=2245
+  _globals['_GETPOLICYRESPONSE']._serialized_start=2247
+  _globals['_GETPOLICYRESPONSE']._serialized_end=2304
+  _globals['_LISTPOLICIESREQUEST']._serialized_start=2306
+  _globals['_LISTPOLICIESREQUEST']._serialized_end=2366
+  _globals['_LISTPOLICIESRESPONSE']._serialized_start=2368
+  _globals['_LISTPOLICIESRESPONSE']._serialized_end=2455
+  _globals['_WATCHPOLICYREQUEST']._serialized_start=2457
+  _globals['_WATCHPOLICYREQUEST']._serialized_end=2496
+  _globals['_WATCHPOLICYRESPONSE']._serialized_start=2498
+  _globals['_WATCHPOLICYRESPONSE']._serialized_end=2557
+  _globals['_ACTIVATEPOLICYREQUEST']._serialized_start=2559
+  _globals['_ACTIVATEPOLICYREQUEST']._serialized_end=2621
+  _globals['_ACTIVATEPOLICYRESPONSE']._serialized_start=2623
+  _globals['_ACTIVATEPOLICYRESPONSE']._serialized_end=2685
+  _globals['_LISTPROMPTFORMATSREQUEST']._serialized_start=2687
+  _globals['_LISTPROMPTFORMATSREQUEST']._serialized_end=2713
+  _globals['_PROMPTFORMAT']._serialized_start=2715
+  _globals['_PROMPTFORMAT']._serialized_end=2781
+  _globals['_LISTPROMPTFORMATSRESPONSE']._serialized_start=2783
+  _globals['_LISTPROMPTFORMATSRESPONSE']._serialized_end=2855
+  _globals['_TEACHERSERVICE']._serialized_start=3091
+  _globals['_TEACHERSERVICE']._serialized_end=3834
 # @@protoc_insertion_point(module_scope)

@@ -106,7 +106,9 @@ class Policy(google.protobuf.message.Message):
         """The adapter in PEFT's format; absent for the base."""
 
     @property
-    def failure(self) -> preceptor.v1.types_pb2.Failure: ...
+    def failure(self) -> preceptor.v1.types_pb2.Failure:
+        """Why it FAILED; while it is in TRAINING: what it waits for, e.g. DISK_FULL."""
+
     @property
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp: ...
     def __init__(
@@ -425,12 +427,15 @@ class UpdatePolicyRequest(google.protobuf.message.Message):
     SETTINGS_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     ACTIVATE_FIELD_NUMBER: builtins.int
+    OWNER_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     parent_id: builtins.str
     """Empty: the active policy."""
     seed: builtins.int
     activate: builtins.bool
     """Make it the active policy once it is READY."""
+    owner: builtins.str
+    """Who waits for it, e.g. a run; see CancelUpdates. Without an owner it is never cancelled."""
     @property
     def examples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RewardedSelfEdit]: ...
     @property
@@ -444,9 +449,10 @@ class UpdatePolicyRequest(google.protobuf.message.Message):
         settings: Global___UpdateSettings | None = ...,
         seed: builtins.int = ...,
         activate: builtins.bool = ...,
+        owner: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["settings", b"settings"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["activate", b"activate", "examples", b"examples", "parent_id", b"parent_id", "request_id", b"request_id", "seed", b"seed", "settings", b"settings"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["activate", b"activate", "examples", b"examples", "owner", b"owner", "parent_id", b"parent_id", "request_id", b"request_id", "seed", b"seed", "settings", b"settings"]) -> None: ...
 
 Global___UpdatePolicyRequest: typing_extensions.TypeAlias = UpdatePolicyRequest
 
@@ -466,6 +472,37 @@ class UpdatePolicyResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["policy", b"policy"]) -> None: ...
 
 Global___UpdatePolicyResponse: typing_extensions.TypeAlias = UpdatePolicyResponse
+
+@typing.final
+class CancelUpdatesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OWNER_FIELD_NUMBER: builtins.int
+    owner: builtins.str
+    def __init__(
+        self,
+        *,
+        owner: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["owner", b"owner"]) -> None: ...
+
+Global___CancelUpdatesRequest: typing_extensions.TypeAlias = CancelUpdatesRequest
+
+@typing.final
+class CancelUpdatesResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CANCELLED_FIELD_NUMBER: builtins.int
+    cancelled: builtins.int
+    """Updates that were ended."""
+    def __init__(
+        self,
+        *,
+        cancelled: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cancelled", b"cancelled"]) -> None: ...
+
+Global___CancelUpdatesResponse: typing_extensions.TypeAlias = CancelUpdatesResponse
 
 @typing.final
 class GetPolicyRequest(google.protobuf.message.Message):

@@ -45,6 +45,11 @@ class TeacherServiceStub(object):
                 request_serializer=preceptor_dot_v1_dot_teacher__pb2.UpdatePolicyRequest.SerializeToString,
                 response_deserializer=preceptor_dot_v1_dot_teacher__pb2.UpdatePolicyResponse.FromString,
                 _registered_method=True)
+        self.CancelUpdates = channel.unary_unary(
+                '/preceptor.v1.TeacherService/CancelUpdates',
+                request_serializer=preceptor_dot_v1_dot_teacher__pb2.CancelUpdatesRequest.SerializeToString,
+                response_deserializer=preceptor_dot_v1_dot_teacher__pb2.CancelUpdatesResponse.FromString,
+                _registered_method=True)
         self.GetPolicy = channel.unary_unary(
                 '/preceptor.v1.TeacherService/GetPolicy',
                 request_serializer=preceptor_dot_v1_dot_teacher__pb2.GetPolicyRequest.SerializeToString,
@@ -86,6 +91,14 @@ class TeacherServiceServicer(object):
 
     def UpdatePolicy(self, request, context):
         """Starts training a new policy and returns it in POLICY_STATE_TRAINING (or, the same update being known, as it is).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelUpdates(self, request, context):
+        """Ends what this owner waits for and nobody else does, within a step: such a policy is FAILED with the reason
+        CANCELLED, and the same update starts again when it is asked for again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -135,6 +148,11 @@ def add_TeacherServiceServicer_to_server(servicer, server):
                     servicer.UpdatePolicy,
                     request_deserializer=preceptor_dot_v1_dot_teacher__pb2.UpdatePolicyRequest.FromString,
                     response_serializer=preceptor_dot_v1_dot_teacher__pb2.UpdatePolicyResponse.SerializeToString,
+            ),
+            'CancelUpdates': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelUpdates,
+                    request_deserializer=preceptor_dot_v1_dot_teacher__pb2.CancelUpdatesRequest.FromString,
+                    response_serializer=preceptor_dot_v1_dot_teacher__pb2.CancelUpdatesResponse.SerializeToString,
             ),
             'GetPolicy': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPolicy,
@@ -217,6 +235,33 @@ class TeacherService(object):
             '/preceptor.v1.TeacherService/UpdatePolicy',
             preceptor_dot_v1_dot_teacher__pb2.UpdatePolicyRequest.SerializeToString,
             preceptor_dot_v1_dot_teacher__pb2.UpdatePolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelUpdates(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/preceptor.v1.TeacherService/CancelUpdates',
+            preceptor_dot_v1_dot_teacher__pb2.CancelUpdatesRequest.SerializeToString,
+            preceptor_dot_v1_dot_teacher__pb2.CancelUpdatesResponse.FromString,
             options,
             channel_credentials,
             insecure,

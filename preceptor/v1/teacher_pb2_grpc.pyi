@@ -57,6 +57,22 @@ _TeacherServiceUpdatePolicyType = typing_extensions.TypeVar(
     ],
 )
 
+_TeacherServiceCancelUpdatesType = typing_extensions.TypeVar(
+    '_TeacherServiceCancelUpdatesType',
+    grpc.UnaryUnaryMultiCallable[
+        preceptor.v1.teacher_pb2.CancelUpdatesRequest,
+        preceptor.v1.teacher_pb2.CancelUpdatesResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        preceptor.v1.teacher_pb2.CancelUpdatesRequest,
+        preceptor.v1.teacher_pb2.CancelUpdatesResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        preceptor.v1.teacher_pb2.CancelUpdatesRequest,
+        preceptor.v1.teacher_pb2.CancelUpdatesResponse,
+    ],
+)
+
 _TeacherServiceGetPolicyType = typing_extensions.TypeVar(
     '_TeacherServiceGetPolicyType',
     grpc.UnaryUnaryMultiCallable[
@@ -137,7 +153,7 @@ _TeacherServiceListPromptFormatsType = typing_extensions.TypeVar(
     ],
 )
 
-class TeacherServiceStub(typing.Generic[_TeacherServiceGenerateSelfEditsType, _TeacherServiceUpdatePolicyType, _TeacherServiceGetPolicyType, _TeacherServiceListPoliciesType, _TeacherServiceWatchPolicyType, _TeacherServiceActivatePolicyType, _TeacherServiceListPromptFormatsType]):
+class TeacherServiceStub(typing.Generic[_TeacherServiceGenerateSelfEditsType, _TeacherServiceUpdatePolicyType, _TeacherServiceCancelUpdatesType, _TeacherServiceGetPolicyType, _TeacherServiceListPoliciesType, _TeacherServiceWatchPolicyType, _TeacherServiceActivatePolicyType, _TeacherServiceListPromptFormatsType]):
     """Writes self-edits and learns from their rewards."""
 
     @typing.overload
@@ -149,6 +165,10 @@ class TeacherServiceStub(typing.Generic[_TeacherServiceGenerateSelfEditsType, _T
         grpc.UnaryUnaryMultiCallable[
             preceptor.v1.teacher_pb2.UpdatePolicyRequest,
             preceptor.v1.teacher_pb2.UpdatePolicyResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            preceptor.v1.teacher_pb2.CancelUpdatesRequest,
+            preceptor.v1.teacher_pb2.CancelUpdatesResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             preceptor.v1.teacher_pb2.GetPolicyRequest,
@@ -183,6 +203,10 @@ class TeacherServiceStub(typing.Generic[_TeacherServiceGenerateSelfEditsType, _T
             preceptor.v1.teacher_pb2.UpdatePolicyResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            preceptor.v1.teacher_pb2.CancelUpdatesRequest,
+            preceptor.v1.teacher_pb2.CancelUpdatesResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             preceptor.v1.teacher_pb2.GetPolicyRequest,
             preceptor.v1.teacher_pb2.GetPolicyResponse,
         ],
@@ -212,6 +236,11 @@ class TeacherServiceStub(typing.Generic[_TeacherServiceGenerateSelfEditsType, _T
     UpdatePolicy: _TeacherServiceUpdatePolicyType
     """Starts training a new policy and returns it in POLICY_STATE_TRAINING (or, the same update being known, as it is)."""
 
+    CancelUpdates: _TeacherServiceCancelUpdatesType
+    """Ends what this owner waits for and nobody else does, within a step: such a policy is FAILED with the reason
+    CANCELLED, and the same update starts again when it is asked for again.
+    """
+
     GetPolicy: _TeacherServiceGetPolicyType
 
     ListPolicies: _TeacherServiceListPoliciesType
@@ -232,6 +261,10 @@ TeacherServiceAsyncStub: typing_extensions.TypeAlias = TeacherServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         preceptor.v1.teacher_pb2.UpdatePolicyRequest,
         preceptor.v1.teacher_pb2.UpdatePolicyResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        preceptor.v1.teacher_pb2.CancelUpdatesRequest,
+        preceptor.v1.teacher_pb2.CancelUpdatesResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         preceptor.v1.teacher_pb2.GetPolicyRequest,
@@ -275,6 +308,16 @@ class TeacherServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[preceptor.v1.teacher_pb2.UpdatePolicyResponse, collections.abc.Awaitable[preceptor.v1.teacher_pb2.UpdatePolicyResponse]]:
         """Starts training a new policy and returns it in POLICY_STATE_TRAINING (or, the same update being known, as it is)."""
+
+    @abc.abstractmethod
+    def CancelUpdates(
+        self,
+        request: preceptor.v1.teacher_pb2.CancelUpdatesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[preceptor.v1.teacher_pb2.CancelUpdatesResponse, collections.abc.Awaitable[preceptor.v1.teacher_pb2.CancelUpdatesResponse]]:
+        """Ends what this owner waits for and nobody else does, within a step: such a policy is FAILED with the reason
+        CANCELLED, and the same update starts again when it is asked for again.
+        """
 
     @abc.abstractmethod
     def GetPolicy(

@@ -365,3 +365,67 @@ def test_bad_page_tokens_and_unknown_policies_are_named(running: Running) -> Non
     with pytest.raises(PreceptorError) as error:
         watched(running, "none")
     assert reason(error) == "POLICY_NOT_FOUND"
+
+
+# Cancelling
+
+
+def long_update(request_id: str, **changes: Any) -> Any:
+    request = update_request(request_id, **changes)
+    request.settings.epochs = 400
+    return request
+
+
+def cancel(running: Running, owner: str) -> int:
+    return call(running.stub.CancelUpdates, pb.CancelUpdatesRequest(owner=owner)).cancelled
+
+
+def test_an_update_that_nobody_waits_for_any_more_ends_within_a_step_and_can_be_asked_for_again(
+    running: Running,
+) -> None:
+    policy = call(running.stub.UpdatePolicy, long_update("a", owner="run-1")).policy
+    queued = call(running.stub.UpdatePolicy, update_request("b", owner="run-1", seed=8)).policy
+    watch = pb.WatchPolicyRequest(policy_id=policy.id)
+    for response in stream(running.stub.WatchPolicy, watch, deadline=60):
+        if response.policy.steps == 3:
+            assert cancel(running, "run-1") == 2
+    ended = response.policy
+    assert (ended.state, ended.failure.reason) == (pb.POLICY_STATE_FAILED, "CANCELLED")
+    assert watched(running, queued.id)[-1].failure.reason == "CANCELLED"
+    # The thread is free at once: a short update does not wait for the rest of the long one.
+    began = time.monotonic()
+    again = call(running.stub.UpdatePolicy, update_request("c", owner="run-2", seed=8)).policy
+    assert again.id == queued.id
+    assert watched(running, again.id)[-1].state == pb.POLICY_STATE_READY
+    assert time.monotonic() - began < 5
+    assert call(running.stub.GetPolicy, pb.GetPolicyRequest(policy_id=policy.id)).policy.state == pb.POLICY_STATE_FAILED
+    assert cancel(running, "run-1") == cancel(running, "run-2") == 0  # what is READY stays
+
+
+def test_an_update_goes_on_while_somebody_waits_for_it(running: Running) -> None:
+    with running.teacher.policies._device:
+        shared = call(running.stub.UpdatePolicy, update_request("a", owner="run-1")).policy
+        assert call(running.stub.UpdatePolicy, update_request("b", owner="run-2")).policy.id == shared.id
+        kept = call(running.stub.UpdatePolicy, update_request("c", seed=8)).policy  # of nobody in particular
+        assert cancel(running, "run-1") == 0
+    assert watched(running, shared.id)[-1].state == pb.POLICY_STATE_READY
+    assert watched(running, kept.id)[-1].state == pb.POLICY_STATE_READY
+    with pytest.raises(PreceptorError) as refused:
+        cancel(running, "")
+    assert reason(refused) == "INVALID_REQUEST"
+
+
+def test_a_cancelled_update_stays_so_over_a_restart(tmp_path: Path) -> None:
+    running = Running(tmp_path)
+    with running.teacher.policies._device:
+        policy = call(running.stub.UpdatePolicy, update_request("a", owner="run-1")).policy
+        assert cancel(running, "run-1") == 1
+    running.stop()
+    running = Running(tmp_path)
+    try:
+        found = call(running.stub.GetPolicy, pb.GetPolicyRequest(policy_id=policy.id)).policy
+        assert (found.state, found.failure.reason) == (pb.POLICY_STATE_FAILED, "CANCELLED")
+        again = call(running.stub.UpdatePolicy, update_request("b", owner="run-1")).policy
+        assert watched(running, again.id)[-1].state == pb.POLICY_STATE_READY
+    finally:
+        running.stop()

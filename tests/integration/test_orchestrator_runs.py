@@ -205,6 +205,7 @@ def test_cancel_works_within_seconds_at_any_stage_and_a_resume_ends_with_the_sam
         assert o.cancel(run_id).state == pb.RUN_STATE_CANCELLED
         assert o.finish(run_id).state == pb.RUN_STATE_CANCELLED
         until(lambda: run_id in evaluator.cancelled_owners, 5)
+        until(lambda: run_id in teacher.cancelled_owners, 5)
         assert time.monotonic() - start < 5
         teacher.group_seconds = teacher.update_seconds = evaluator.seconds = 0
         teacher.finish_updates()
@@ -285,6 +286,7 @@ def test_a_drained_orchestrator_leaves_its_runs_to_the_next_one(tmp_path: Path) 
             run_id = o.create(request)
             until(lambda: len(evaluator.requests) >= 2)
         assert not evaluator.cancelled_owners
+        assert not house.teacher.cancelled_owners
         with orchestrator_here(house, tmp_path) as o:
             assert o.finish(run_id).state == pb.RUN_STATE_SUCCEEDED
             assert results(o.summary(run_id)) == expected
