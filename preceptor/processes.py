@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,13 +121,14 @@ def is_alive(identity: dict[str, float]) -> bool:
         return False
 
 
-def with_environment(wanted: Mapping[str, str]) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
-    """The processes that were started with these variables, each with its whole environment."""
+def find_processes(wanted: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+    """The living processes that are wanted; those that one may not look at are not."""
+    found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):  # gone meanwhile, or another user's
-            environment = process.environ()
-            if wanted.items() <= environment.items() and process.status() != psutil.STATUS_ZOMBIE:
-                yield process, environment
+            if wanted(process) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def memory_of(pids: list[int]) -> int:

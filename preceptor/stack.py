@@ -30,7 +30,7 @@ import psutil
 
 from preceptor.channel import call, connect, is_serving, new_request_id
 from preceptor.errors import PreceptorError
-from preceptor.processes import Child, holder_of, identity, is_alive, memory_of, with_environment
+from preceptor.processes import Child, find_processes, holder_of, identity, is_alive, memory_of
 from preceptor.pulse import START_SECONDS, PulseWatch
 from preceptor.redis_server import EmbeddedRedis
 from preceptor.settings import HouseSettings
@@ -180,9 +180,7 @@ class Stack:
         extra: dict[str, str],
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
-        environment = dict(os.environ)
-        for key, value in self._wire(self.addresses).model_dump(mode="json").items():
-            environment[f"PRECEPTOR_{key.upper()}"] = str(value)
+        environment = dict(os.environ) | self._wire(self.addresses).environment()
         environment.update(
             {
                 "PRECEPTOR_PARENT_PID": str(os.getpid()),
@@ -345,15 +343,19 @@ class Stack:
         self._state_is_old = False
 
     def _end_leftovers(self) -> None:
-        """Ends children of an owner that was killed before it could. They are known by their environment: an owner may
-        have died before it had written down whom it had started."""
-        for process, environment in list(with_environment({"PRECEPTOR_HOME": str(self._home)})):
-            if _CHILD not in environment:
-                continue
-            self._say(f"ending {environment[_CHILD]} of an earlier stack (pid {process.pid})")
+        """Ends children of an owner that was killed before it could. They are known by how they look: an owner may have
+        died before it had written down whom it had started."""
+        for process in find_processes(self._is_ours):
+            self._say(f"ending {process.name()} of an earlier stack (pid {process.pid})")
             with suppress(psutil.Error):
                 process.kill()
                 process.wait(5)
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        if process.name().startswith("redis-server"):  # writes its title over its environment
+            return process.cwd().startswith(str(self._home / "redis"))
+        environment = process.environ()
+        return environment.get("PRECEPTOR_HOME") == str(self._home) and _CHILD in environment
 
     def _stop(self) -> None:
         self._stopping.set()

@@ -29,7 +29,7 @@ from tests.chaos.schedule import KILLING, make
 
 SMALL = Path(__file__).parents[1] / "e2e" / "small.toml"
 # Long enough for fifty kills: the small run is over in half a minute.
-LONG = ("rounds.count=4", "rounds.tasks=6", "rounds.self_edits=6", "tasks.train=12", "tasks.heldout=6")
+LONG = ("rounds.count=6", "rounds.tasks=6", "rounds.self_edits=6", "tasks.train=12", "tasks.heldout=6")
 SCRIPTED = ("rounds.count=4", "rounds.tasks=6", "tasks.train=12", "tasks.heldout=6")
 WORKERS = 2
 

@@ -20,7 +20,7 @@ import psutil
 from preceptor.channel import call, is_serving, open_channel
 from preceptor.cli.run_request import create_request, read_run
 from preceptor.errors import PreceptorError
-from preceptor.processes import identity, is_alive
+from preceptor.processes import find_processes, identity, is_alive
 from preceptor.v1 import orchestrator_pb2 as pb
 from preceptor.v1 import orchestrator_pb2_grpc
 from tests.chaos.proxy import Proxy
@@ -147,13 +147,14 @@ class Arena:
 
     def left(self) -> list[str]:
         """Processes of this home that still run, however they were started."""
-        found = [f"pid {int(one['pid'])}" for one in self._seen.values() if is_alive(one)]
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                own = process.environ().get("PRECEPTOR_HOME") == str(self.home)
-                if own and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(f"{process.name()} (pid {process.pid})")
-        return found
+
+        def of_this_home(process: psutil.Process) -> bool:
+            # Redis writes its title over its environment, and works in its folder.
+            home = str(self.home)
+            return process.environ().get("PRECEPTOR_HOME") == home or process.cwd().startswith(home)
+
+        found = {int(one["pid"]) for one in self._seen.values() if is_alive(one)}
+        return [f"pid {pid}" for pid in sorted(found | {process.pid for process in find_processes(of_this_home)})]
 
     def _listen(self, owner: subprocess.Popen[str]) -> None:
         assert owner.stdout

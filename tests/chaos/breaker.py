@@ -24,6 +24,8 @@ from tests.chaos.schedule import KILLING, OWNER, PROCESSES, Blow, Kind
 # Somebody must be in the middle of a batch for a calm blow; and it must not last for ever.
 BATCH_SECONDS = 90.0
 RECOVERY_SECONDS = 150.0
+# The blows are spread over this share of the run, so that the last one hits something, too.
+SPREAD = 0.85
 
 
 class Breaker(threading.Thread):
@@ -81,7 +83,9 @@ class Breaker(threading.Thread):
             watcher.join(5)
 
     def _is_due(self, number: int, since: float) -> bool:
-        return since >= self._shortest and (self.share >= (number + 0.5) / len(self._blows) or since >= self._longest)
+        return since >= self._shortest and (
+            self.share >= SPREAD * (number + 0.5) / len(self._blows) or since >= self._longest
+        )
 
     def _deal(self, blow: Blow) -> None:
         status = self._worker_in_a_batch(blow) if blow.calm else None

@@ -191,7 +191,8 @@ def differences(expected: Any, found: Any, place: str = "summary") -> list[str]:
 
 
 def work(home: Path) -> dict[str, int]:
-    """What the run cost: trials there are, trainings that were begun or finished for them, attempts at batches."""
+    """What the run cost: trials, how often one was trained (scripted: begun; real: to its end), batches, attempts at
+    them."""
     with closing(sqlite3.connect(home / "evaluator.db")) as database:
         trials = database.execute("SELECT count(*) FROM trials").fetchone()[0]
         batches, attempts = database.execute("SELECT count(*), sum(attempt) FROM batches").fetchone()

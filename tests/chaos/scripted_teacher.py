@@ -39,13 +39,19 @@ class DurableTeacher(ScriptedTeacher):
     def UpdatePolicy(self, request: pb.UpdatePolicyRequest, context: grpc.ServicerContext) -> pb.UpdatePolicyResponse:
         body = pb.UpdatePolicyRequest.FromString(request.SerializeToString())
         body.ClearField("request_id")
+        body.ClearField("owner")
         policy = _policy(content_id("policy", message_json(body)), request.parent_id)
         examples = [
             {"group": one.group_id, "completion": one.completion, "reward": one.reward} for one in request.examples
         ]
         stored = {"examples": examples, "request": base64.b64encode(request.SerializeToString()).decode()}
         self._store.start_update(
-            policy, json.dumps(stored).encode(), request.request_id, body.SerializeToString(), activate=False
+            policy,
+            json.dumps(stored).encode(),
+            request.request_id,
+            body.SerializeToString(),
+            owner=request.owner,
+            activate=False,
         )
         self._store.finish(policy, activate=False)
         return super().UpdatePolicy(request, context)

@@ -13,7 +13,6 @@ from preceptor.processes import (
     PAUSE_SECONDS,
     Child,
     Deaths,
-    with_environment,
 )
 
 
@@ -61,17 +60,3 @@ def test_deaths_far_apart_are_never_too_many() -> None:
     deaths = Deaths()
     apart = DEATHS_WINDOW_SECONDS / 2
     assert {deaths.pause_after(apart * number, answered=True) for number in range(1000)} == {0.0}
-
-
-def test_processes_are_found_by_what_they_were_started_with(tmp_path: Path) -> None:
-    mark = {"PRECEPTOR_HOME": str(tmp_path), "PRECEPTOR_CHILD": "worker-1"}
-    child = Child("worker-1", ["sleep", "60"], {**os.environ, **mark}, "", tmp_path / "log")
-    child.start()
-    try:
-        assert [process.pid for process, _ in with_environment({"PRECEPTOR_HOME": str(tmp_path)})] == [child.pid]
-        assert list(with_environment({"PRECEPTOR_HOME": str(tmp_path / "other")})) == []
-    finally:
-        child.kill_group()
-    assert child.process
-    child.process.wait(5)
-    assert list(with_environment(mark)) == []
