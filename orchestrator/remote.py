@@ -112,8 +112,6 @@ class Remote:
                     self._stop.check()
                     if time.monotonic() - start >= min(ALIVE_SECONDS, deadline):
                         absence.over()
-                    if error.reason != "DEADLINE_EXCEEDED":
-                        log.info("%s: stream broke: %s", self._name, error)
                     pause = absence.excuse(error)
                 finally:
                     for call in opened:
@@ -149,6 +147,8 @@ class _Absence:
 
     def over(self) -> None:
         """The service has answered, or nobody waits for it any more."""
+        if self._since is not None and time.monotonic() - self._since > SHOWN_SECONDS:
+            log.info("the %s is waited for no more", self._name)
         self._since = None
         self._internal = 0
         self.unknown()
@@ -173,7 +173,10 @@ class _Absence:
         elif error.reason not in _AWAY:
             raise error
         now = time.monotonic()
-        self._since = now if self._since is None else self._since
+        if self._since is None:
+            self._since = now
+            if error.reason != "DEADLINE_EXCEEDED":
+                log.info("the %s does not answer: %s", self._name, error)
         if now - self._since >= self._patience:
             raise PreceptorError(
                 "SERVICE_UNREACHABLE",

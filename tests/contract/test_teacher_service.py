@@ -292,7 +292,7 @@ def test_a_store_of_before_groups_were_counted_is_served(tmp_path: Path) -> None
 
 
 def test_a_failed_update_says_why_leaves_the_parent_and_can_be_tried_again(running: Running) -> None:
-    wild = pb.UpdateSettings(rank=4, learning_rate=1e30, epochs=3, batch_size=2)
+    wild = pb.UpdateSettings(rank=4, alpha=1e6, learning_rate=1, epochs=40, batch_size=2)
     policy = watched(running, call(running.stub.UpdatePolicy, update_request("r1", settings=wild)).policy.id)[-1]
     assert policy.state == pb.POLICY_STATE_FAILED
     assert policy.failure.reason == "UPDATE_DIVERGED"
