@@ -238,12 +238,12 @@ def health_of(address: str, *, deadline: float = 1.0, security: Security | None 
 
 
 def is_serving(address: str, *, deadline: float = 1.0) -> bool:
-    """Whether the service at ``address`` says that it serves. Raises PreceptorError(TLS_FAILED) where it is there, but
-    its TLS and ours do not fit: asking again will not help."""
+    """Whether the service at ``address`` says that it serves. Raises PreceptorError (TLS_FAILED, UNAUTHENTICATED) where
+    asking again will not help: our TLS and the service's do not fit, or our own settings cannot be read."""
     try:
         return health_of(address, deadline=deadline).serving
     except PreceptorError as error:
-        if error.reason == "TLS_FAILED":
+        if error.reason in ("TLS_FAILED", "UNAUTHENTICATED"):
             raise
         return False
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from preceptor.channel import is_serving
+from preceptor.errors import PreceptorError
 from preceptor.processes import Child
 
 if TYPE_CHECKING:  # a client without the extras has no redis
@@ -135,7 +136,13 @@ def _one(child: Child, answers: Callable[[], bool]) -> Callable[[], Collection[i
 
 
 def _health_of(child: Child) -> Callable[[], bool]:
-    return lambda: is_serving(child.address, deadline=ASK_SECONDS)
+    def healthy() -> bool:
+        try:
+            return is_serving(child.address, deadline=ASK_SECONDS)
+        except PreceptorError:  # it is there; a certificate that has expired is not mended by a kill
+            return True
+
+    return healthy
 
 
 def _beating(board: LeaseBoard) -> Collection[int] | None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from pydantic import ValidationError
 
 from preceptor.errors import PreceptorError
 from preceptor.settings import SecuritySettings
@@ -153,7 +154,13 @@ def plaintext_cause(address: str) -> str:
 
 def house_security() -> Security:
     """What the environment of this process says. The files are read once. Raises as ``load_security`` does."""
-    return load_security(SecuritySettings())
+    try:
+        settings = SecuritySettings()
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        variable = f"PRECEPTOR_{problem['loc'][0]}".upper()
+        raise PreceptorError("UNAUTHENTICATED", problem["msg"].removeprefix("Value error, "), field=variable) from None
+    return load_security(settings)
 
 
 def load_security(settings: SecuritySettings) -> Security:

@@ -39,6 +39,6 @@ def set_up_logging(service: str, settings: HouseSettings) -> None:
     else:
         handler.setFormatter(logging.Formatter(f"%(asctime)s {service} %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
-    # Third parties that narrate every connection at INFO.
-    for noisy in ("httpx", "urllib3", "filelock", "celery.worker.strategy"):
+    # Third parties that narrate every connection at INFO, or log every result whole.
+    for noisy in ("httpx", "urllib3", "filelock", "celery.worker.strategy", "celery.app.trace"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

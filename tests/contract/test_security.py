@@ -243,6 +243,8 @@ def _start(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_a_token_given_twice_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     said = _start({"PRECEPTOR_TOKEN": TOKEN, "PRECEPTOR_TOKEN_FILE": "/x"}, monkeypatch, capsys)
     assert said == "teacher: PRECEPTOR_TOKEN_FILE: PRECEPTOR_TOKEN is set too; give one of the two\n"
+    with pytest.raises(PreceptorError, match=r"give one of the two \[PRECEPTOR_TOKEN_FILE\]"):
+        is_serving("127.0.0.1:1")  # a client that does not begin as our processes do
 
 
 @pytest.mark.parametrize(
