@@ -152,5 +152,5 @@ def _beating(board: LeaseBoard) -> Collection[int] | None:
 
     try:
         return {int(status.name.rpartition(":")[2]) for status in board.workers()}
-    except redis.RedisError:
+    except (redis.RedisError, ValueError):  # not answered, or not in words that a worker of this version would use
         return None
