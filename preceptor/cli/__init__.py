@@ -26,6 +26,7 @@ import click
 from preceptor import __version__
 from preceptor.cli.doctor import doctor
 from preceptor.cli.evaluate import evaluate
+from preceptor.cli.evaluations import evaluations
 from preceptor.cli.run import run
 from preceptor.cli.runs import runs
 from preceptor.cli.students import students
@@ -43,7 +44,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, evaluate, up, runs, students, tasks, doctor):
+for _command in (run, evaluate, up, runs, evaluations, students, tasks, doctor):
     cli.add_command(_command)
 
 

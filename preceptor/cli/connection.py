@@ -15,6 +15,7 @@ from preceptor.errors import PreceptorError
 from preceptor.settings import HouseSettings
 
 if TYPE_CHECKING:
+    from preceptor.v1.evaluator_pb2_grpc import EvaluatorServiceStub
     from preceptor.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
     from preceptor.v1.student_pb2_grpc import StudentServiceStub
 
@@ -66,6 +67,13 @@ def orchestrator_of(settings: HouseSettings) -> OrchestratorServiceStub:
 def orchestrator_in_use() -> OrchestratorServiceStub:
     """The orchestrator of the stack that is up. Raises PreceptorError(STACK_NOT_UP)."""
     return orchestrator_of(stack_in_use())
+
+
+def evaluator_in_use() -> EvaluatorServiceStub:
+    """The evaluator of the stack that is up. Raises PreceptorError(STACK_NOT_UP)."""
+    from preceptor.v1.evaluator_pb2_grpc import EvaluatorServiceStub
+
+    return connect(stack_in_use("evaluator").evaluator_address, EvaluatorServiceStub)
 
 
 def students_in_use() -> StudentServiceStub:

@@ -271,6 +271,49 @@ def test_many_watchers_wait_without_asking_the_database(bench: Bench) -> None:
     assert seen == [0.5] * 20
 
 
+def test_what_failed_is_put_back_and_every_attempt_at_it_is_told(bench: Bench) -> None:
+    made = bench.create("fail:TRIAL_DIVERGED", "Ada lives in Lisbon.")
+    bench.work(2)
+    assert len(list(bench.watch([item.id for item in made]))) == 2
+    request = pb.RetryEvaluationsRequest(request_id="r", evaluation_ids=[item.id for item in made])
+    assert [call(bench.stub.RetryEvaluations, request).retried for _ in range(2)] == [1, 1]
+    bench.work(1)
+    (found,) = bench.watch([made[0].id])
+    assert found.failure.reason == "TRIAL_DIVERGED"
+    asked = pb.ListAttemptsRequest(evaluation_id=made[0].id)
+    attempts = call(bench.stub.ListAttempts, asked).attempts
+    assert sorted((one.trials, one.failure.reason) for one in attempts) == [
+        (1, ""),
+        (1, "TRIAL_DIVERGED"),
+        (2, "TRIAL_DIVERGED"),
+    ]
+    status = call(bench.stub.GetQueueStatus, pb.GetQueueStatusRequest())
+    assert (status.evaluations_waiting, status.evaluations_failed) == (0, 1)
+    assert [worker.name for worker in status.workers] == ["fake:1"]
+    asked.evaluation_id = "eval-none"
+    with pytest.raises(PreceptorError) as raised:
+        call(bench.stub.ListAttempts, asked)
+    assert raised.value.reason == "EVALUATION_NOT_FOUND"
+
+
+def test_a_watcher_that_reads_nothing_harms_nobody(bench: Bench) -> None:
+    """Its stream is full after some answers; everybody else goes on, and it gets the rest when it reads."""
+    bench.broker.alive = 100
+    long = "Ada lives in Lisbon. " * 20_000  # 400 KB an evaluation, 16 MB together
+    ids = [bench.create(f"{number} {long}")[0].id for number in range(40)]
+    # Without the probe a client lets no more be on the way than it has asked for and 64 KB.
+    with grpc.insecure_channel(bench.address, options=[("grpc.http2.bdp_probe", 0)]) as channel:
+        stub = EvaluatorServiceStub(channel)
+        slow: Any = stub.WatchEvaluations(pb.WatchEvaluationsRequest(evaluation_ids=ids), timeout=60)
+        bench.wait_until(lambda: len(bench.broker.waiting) == 41)
+        bench.broker.work()
+        assert len(list(bench.watch(ids, deadline=30))) == 40
+        boxes = bench.evaluator._feed._by_evaluation.values()
+        (box,) = {id(one): one for group in boxes for one in group}.values()
+        assert len(box._awaited) > 10  # it holds their ids, and nothing else
+        assert {response.evaluation.id for response in slow} == set(ids)
+
+
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     with serving(tmp_path_factory.mktemp("fuzzed")) as made:

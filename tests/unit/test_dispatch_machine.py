@@ -179,6 +179,17 @@ class DispatchMachine(RuleBasedStateMachine):
             self.broker.leased.discard(holder.task_id)
         self.beat()
 
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def oversleep(self, data: st.DataObject) -> None:
+        """Until its batch is given to another; then it finishes what it was at."""
+        holder = data.draw(st.sampled_from(self.holders))
+        holder.asleep = True
+        self.unlucky |= {item.id for item in holder.batch.trials}
+        self.broker.leased.discard(holder.task_id)
+        self.step(7)
+        self.end(holder)
+
     @precondition(lambda self: self.holders and not self.broker.down)
     @rule(data=st.data())
     def be_told_to_end(self, data: st.DataObject) -> None:
