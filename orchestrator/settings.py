@@ -14,4 +14,3 @@ class OrchestratorSettings(ServiceSettings):
     patience_seconds: float = Field(
         180.0, gt=0, description="how long a service may be away before a run fails (and can be resumed)"
     )
-    max_threads: int = Field(64, description="calls served at once; each open watch holds one")

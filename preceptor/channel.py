@@ -254,7 +254,7 @@ def _translated(error: grpc.RpcError, method: object) -> PreceptorError:
     if translated.reason == "SERVICE_UNREACHABLE" and isinstance(method, _Method):
         channel = method.channel
         if cause := channel.security.cause(channel.address):
-            return PreceptorError("TLS_FAILED", cause, address=channel.address)
+            return PreceptorError("TLS_FAILED", cause)
     return translated
 
 

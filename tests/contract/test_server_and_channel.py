@@ -18,6 +18,7 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from pydantic import SecretStr
 
 from preceptor import __version__
 from preceptor.channel import (
@@ -32,6 +33,7 @@ from preceptor.channel import (
     stream,
 )
 from preceptor.errors import PreceptorError
+from preceptor.security import Security
 from preceptor.server import MAX_MESSAGE_BYTES, WAITING_PER_THREAD, Server
 from preceptor.settings import ServiceSettings
 from preceptor.v1 import student_pb2, student_pb2_grpc
@@ -223,7 +225,7 @@ def test_a_service_ends_when_its_parent_is_gone() -> None:
         process.wait()
 
 
-def test_a_stopped_service_is_noticed_by_an_open_watch() -> None:
+def test_a_stopped_service_is_noticed_and_found_again_when_it_goes_on() -> None:
     process, address = _serve_in_a_process()
     try:
         stub = connect(address, student_pb2_grpc.StudentServiceStub)
@@ -235,6 +237,13 @@ def test_a_stopped_service_is_noticed_by_an_open_watch() -> None:
             next(watch)
         assert raised.value.reason == "SERVICE_UNREACHABLE"
         assert time.monotonic() - begin < 30  # 10 s until the ping, 10 s for its answer
+        begin = time.monotonic()
+        with pytest.raises(PreceptorError) as raised:
+            call(stub.GetStudent, student_pb2.GetStudentRequest(name="x"), deadline=2)
+        assert raised.value.reason in ("SERVICE_UNREACHABLE", "DEADLINE_EXCEEDED")
+        assert time.monotonic() - begin < 5
+        process.send_signal(signal.SIGCONT)
+        assert call(stub.GetStudent, student_pb2.GetStudentRequest(name="x"), deadline=30).student.name == "x"
     finally:
         process.kill()
         process.wait()
@@ -530,13 +539,18 @@ def test_headers_that_are_no_text_harm_nobody(server: Server, name: bytes, value
         )
     )
     request = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0, b"") + _frame(1, 4, 1, headers)
-    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
-        connection.sendall(request + _frame(0, 1, 1, b"\0\0\0\0\0"))
-        connection.settimeout(0.3)
-        answer = b""
-        with suppress(TimeoutError, ConnectionError):
-            while (part := connection.recv(65536)) and b"grpc-status" not in answer:
-                answer += part
-    assert answer
-    assert b"Traceback" not in answer
-    assert call(_stub(server).GetStudent, student_pb2.GetStudentRequest(name="x"), deadline=5).student.name == "x"
+    guarded = Server([SERVICE], _add(Servicer()), ServiceSettings(token=SecretStr("secret"), grace_seconds=0))
+    for asked, token in ((server, ""), (guarded, "secret")):
+        with socket.create_connection(("127.0.0.1", asked.port), timeout=5) as connection:
+            connection.sendall(request + _frame(0, 1, 1, b"\0\0\0\0\0"))
+            connection.settimeout(0.3)
+            answer = b""
+            with suppress(TimeoutError, ConnectionError):
+                while part := connection.recv(65536):
+                    answer += part
+        assert answer
+        assert b"Traceback" not in answer
+        with open_channel(f"127.0.0.1:{asked.port}", Security(token)) as channel:
+            stub = student_pb2_grpc.StudentServiceStub(channel)
+            assert call(stub.GetStudent, student_pb2.GetStudentRequest(name="x"), deadline=5).student.name == "x"
+    guarded.stop()
