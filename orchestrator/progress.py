@@ -43,6 +43,8 @@ class Progress:
         self._changed = threading.Condition()
         self._version = 0
         self._marks: dict[EditKey, _Mark] = {}
+        self._stale: set[str] = set()  # stages of which lines have changed since their reward was computed
+        self._rewards: dict[str, pb.RoundReward] = {}  # by stage
         self._phase = ""
         self._hindrances: dict[str, str] = {}  # by service
         self._round = 0
@@ -66,6 +68,7 @@ class Progress:
         with self._change():
             for entry in entries:
                 reward = entry.earned
+                self._stale.add(entry.key.stage)
                 self._marks[entry.key] = _Mark(
                     malformed=bool(entry.malformed),
                     created=entry.evaluation is not None or entry.look is not None,
@@ -107,6 +110,8 @@ class Progress:
             settled = sum(mark.settled for mark in marks.values())
             share = min(1.0, settled / self._planned) if self._planned else 0.0
             first = self.first_reward_seconds
+            self._compute_rewards()
+            rewards = [self._rewards[stage] for stage in sorted(self._rewards)]
             message = pb.RunProgress(
                 state=state,
                 phase="; ".join(words for words in (self._phase, *self._hindrances.values()) if words),
@@ -124,10 +129,21 @@ class Progress:
         message.evaluations_cached = sum(mark.cached for mark in values)
         message.self_edits_malformed = sum(mark.malformed for mark in values)
         message.self_edits_stopped = sum(mark.stopped for mark in values)
-        message.rewards.extend(_round_rewards(marks))
+        message.rewards.extend(rewards)
         running = state == pb.RUN_STATE_RUNNING and share >= MIN_SHARE_FOR_ESTIMATE
         message.seconds_left = elapsed * (1 - share) / share if running else -1.0
         return message
+
+    def _compute_rewards(self) -> None:
+        """Of the rounds that have changed: watchers look several times a second. The caller holds the lock."""
+        for stage in self._stale:
+            if stage.startswith("round-"):
+                reward = _round_reward(stage, self._marks)
+                if reward is None:
+                    self._rewards.pop(stage, None)
+                else:
+                    self._rewards[stage] = reward
+        self._stale.clear()
 
     @contextmanager
     def _change(self) -> Iterator[None]:
@@ -137,14 +153,10 @@ class Progress:
             self._changed.notify_all()
 
 
-def _round_rewards(marks: dict[EditKey, _Mark]) -> list[pb.RoundReward]:
-    """By round, the mean of what is measured; after looks that is the better part of each group."""
-    by_round: dict[int, list[tuple[int, float]]] = {}
-    for key, mark in sorted(marks.items()):
-        if mark.reward is not None and key.stage.startswith("round-"):
-            by_round.setdefault(int(key.stage.rpartition("-")[2]), []).append((key.task, mark.reward))
-    rewards = []
-    for number, pairs in sorted(by_round.items()):
-        mean, stderr = clustered_mean([value for _, value in pairs], [task for task, _ in pairs])
-        rewards.append(pb.RoundReward(round=number, mean=mean, stderr=stderr or 0.0, count=len(pairs)))
-    return rewards
+def _round_reward(stage: str, marks: dict[EditKey, _Mark]) -> pb.RoundReward | None:
+    """The mean of what is measured of a round, if anything is; after looks that is the better part of each group."""
+    pairs = sorted((key, mark.reward) for key, mark in marks.items() if key.stage == stage and mark.reward is not None)
+    if not pairs:
+        return None
+    mean, stderr = clustered_mean([value for _, value in pairs], [key.task for key, _ in pairs])
+    return pb.RoundReward(round=int(stage.rpartition("-")[2]), mean=mean, stderr=stderr or 0.0, count=len(pairs))

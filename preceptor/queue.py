@@ -31,6 +31,8 @@ CONNECT_SECONDS = 5.0
 # The longest pause between two tries to store a result.
 RESULT_RETRY_SECONDS = 5.0
 
+_ANSWERS = ("answers", "probe_answers")
+
 
 def make_app(broker_url: str) -> Celery:
     """The app for both sides of the queue. Connects lazily."""
@@ -180,7 +182,7 @@ def _result(task_id: str, value: bytes, backend: Any) -> trial.TrialBatchResult 
         meta = backend.decode_result(value)
         status, stored = meta["status"], meta["result"]
         if status == "SUCCESS":
-            return ParseDict(stored, trial.TrialBatchResult(), ignore_unknown_fields=True)
+            return _read_result(stored)
     except Exception as error:  # whatever stands there, no reader of results may end by it
         status, stored = "FAILURE", f"the worker's result cannot be read: {error}"
     if status == "FAILURE":  # the task's own code reports failures as results; this is Celery's word
@@ -189,6 +191,20 @@ def _result(task_id: str, value: bytes, backend: Any) -> trial.TrialBatchResult 
         result.failure.message = str(stored)[:500]
         return result
     return None
+
+
+def _read_result(stored: Any) -> trial.TrialBatchResult:
+    """What ParseDict makes of it. Answers are nearly all of a result, and nearly always what a message's constructor
+    takes as it is, in a seventh of the time. Raises whatever ParseDict does."""
+    try:
+        bare = [{name: part for name, part in one.items() if name not in _ANSWERS} for one in stored["results"]]
+        result = ParseDict({**stored, "results": bare}, trial.TrialBatchResult(), ignore_unknown_fields=True)
+        for made, one in zip(result.results, stored["results"], strict=True):
+            for name in _ANSWERS:
+                getattr(made, name).extend(trial.Answer(**answer) for answer in one.get(name, ()))
+        return result
+    except Exception:  # "NaN" for a number, a field of a later version: JSON says some things in other ways
+        return ParseDict(stored, trial.TrialBatchResult(), ignore_unknown_fields=True)
 
 
 def to_payload(message: trial.TrialBatch | trial.TrialBatchResult) -> dict[str, Any]:
