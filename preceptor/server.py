@@ -309,6 +309,9 @@ def serve(
     server = Server(services, add_servicers, settings)
     log.info("serving %s on %s:%d", ", ".join(services), settings.host, server.port)
     stopping.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Once is enough. With a handler, a second one would kill the interpreter on its way out, and look like a death.
+        signal.signal(number, signal.SIG_IGN)
     log.info("draining")
     on_drain()
     server.stop()

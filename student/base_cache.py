@@ -30,7 +30,7 @@ class BaseCache:
     def get(self, student: types.PinnedStudent) -> LoadedBase:
         """The student, read now if it is not held.
 
-        Raises PreceptorError(BAD_STUDENT_SOURCE, STUDENT_CHANGED, MODEL_UNREACHABLE).
+        Raises PreceptorError(BAD_STUDENT_SOURCE, STUDENT_CHANGED, MODEL_UNREACHABLE, DISK_FULL).
         """
         key = (student.source, student.commit)
         with self._lock:

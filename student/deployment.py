@@ -45,14 +45,14 @@ class DeploymentBoard:
         self._leases = LeaseBoard(broker_url)
 
     def publish(self, student: types.PinnedStudent) -> None:
-        """Says which student workers should hold. Raises PreceptorError(BROKER_UNREACHABLE)."""
+        """Says which student workers should hold. Raises PreceptorError(BROKER_UNREACHABLE, BROKER_REFUSED)."""
         try:
             self._redis.set(_WANTED, json.dumps(MessageToDict(student, preserving_proto_field_name=True)))
         except redis.RedisError as error:
             raise _unreachable(error) from None
 
     def wanted(self) -> types.PinnedStudent | None:
-        """The student that workers should hold. Raises PreceptorError(BROKER_UNREACHABLE)."""
+        """The student that workers should hold. Raises PreceptorError(BROKER_UNREACHABLE, BROKER_REFUSED)."""
         try:
             value = self._redis.get(_WANTED)
         except redis.RedisError as error:
@@ -60,7 +60,7 @@ class DeploymentBoard:
         return None if value is None else ParseDict(json.loads(str(value)), types.PinnedStudent())
 
     def report_failure(self, commit: str, error: PreceptorError) -> None:
-        """A worker could not load the student. Raises PreceptorError(BROKER_UNREACHABLE)."""
+        """A worker could not load the student. Raises PreceptorError(BROKER_UNREACHABLE, BROKER_REFUSED)."""
         try:
             self._redis.set(_FAILURE + commit, json.dumps([error.reason, str(error)]), ex=FAILURE_SECONDS)
         except redis.RedisError as problem:
@@ -74,7 +74,7 @@ class DeploymentBoard:
             raise _unreachable(error) from None
 
     def status(self, commit: str) -> DeploymentStatus:
-        """How many workers hold the student. Raises PreceptorError(BROKER_UNREACHABLE)."""
+        """How many workers hold the student. Raises PreceptorError(BROKER_UNREACHABLE, BROKER_REFUSED)."""
         try:
             workers = self._leases.workers()
             failure = self._redis.get(_FAILURE + commit)
@@ -90,4 +90,6 @@ class DeploymentBoard:
 
 
 def _unreachable(error: redis.RedisError) -> PreceptorError:
+    if isinstance(error, (redis.AuthenticationError, redis.exceptions.NoPermissionError)):  # asking again cannot help
+        return PreceptorError("BROKER_REFUSED", f"Redis refuses: {error}")
     return PreceptorError("BROKER_UNREACHABLE", f"Redis does not answer: {error}")

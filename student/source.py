@@ -19,6 +19,7 @@ from typing import Any
 
 from preceptor.artifacts import folder_sha256
 from preceptor.errors import PreceptorError
+from preceptor.storage import storage_error
 
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -73,7 +74,7 @@ def inspect(source: str, revision: str = "") -> SourceFacts:
 def fetch(source: str, commit: str) -> Path:
     """The folder with the files of a pinned student, verified.
 
-    Raises PreceptorError(BAD_STUDENT_SOURCE, STUDENT_CHANGED, MODEL_UNREACHABLE).
+    Raises PreceptorError(BAD_STUDENT_SOURCE, STUDENT_CHANGED, MODEL_UNREACHABLE, DISK_FULL).
     """
     if is_folder(source):
         folder = Path(source)
@@ -89,6 +90,8 @@ def fetch(source: str, commit: str) -> Path:
     try:
         return Path(snapshot_download(source, revision=commit, allow_patterns=_HUB_FILES, etag_timeout=_HUB_SECONDS))
     except (HTTPError, OSError, ValueError) as error:
+        if (full := storage_error(error)) is not None:  # of the hub's cache
+            raise full from error
         raise PreceptorError("MODEL_UNREACHABLE", f"{source} at {commit[:12]} cannot be had: {error}") from error
 
 

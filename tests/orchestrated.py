@@ -208,8 +208,13 @@ class OrchestratorProcess:
         self._process.kill()
         self._process.wait(10)
 
+    def send(self, number: signal.Signals) -> None:
+        """Sends it a signal."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
     def terminate(self) -> int:
         """SIGTERM; the exit code."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGTERM)
+        self.send(signal.SIGTERM)
         return self._process.wait(30)
