@@ -408,11 +408,12 @@ def measure_memory(sizes: Sequence[int]) -> dict[str, Any]:
     with house_of("memory") as house:
         created, tasks, begun = 0, 0, time.monotonic()
         for size in sizes:
-            bar = Bar(f"{size} waiting", size - created)
-            while created < size:
-                count = len(create(house, request(shape, tasks)))
-                created, tasks = created + count, tasks + shape.tasks
-                bar.add(count)
+            bar, new = Bar(f"{size} waiting", size - created), size - created
+            with stopwatch(house) as used:
+                while created < size:
+                    count = len(create(house, request(shape, tasks)))
+                    created, tasks = created + count, tasks + shape.tasks
+                    bar.add(count)
             time.sleep(2.0)
             sizes_now = house.memory()
             found[str(size)] = {
@@ -420,11 +421,13 @@ def measure_memory(sizes: Sequence[int]) -> dict[str, Any]:
                 "all": sizes_now["evaluator"] + sizes_now["redis"],
                 "database_mib": house.database_mib(),
                 "seconds_to_create": time.monotonic() - begun,
+                "cpu_ms_to_create_one": cpu_per_evaluation(used, max(new, 1))["all"],
             }
+            one = found[str(size)]
             print(
                 f"  {size} waiting: evaluator {sizes_now['evaluator']:.0f} MiB, redis {sizes_now['redis']:.0f} MiB"
-                f" (data {sizes_now['redis used_memory']:.1f}), database {found[str(size)]['database_mib']:.0f} MiB,"
-                f" {found[str(size)]['seconds_to_create']:.0f} s",
+                f" (data {sizes_now['redis used_memory']:.1f}), database {one['database_mib']:.0f} MiB;"
+                f" after {one['seconds_to_create']:.0f} s, {one['cpu_ms_to_create_one']:.2f} ms CPU each",
                 flush=True,
             )
     return found
