@@ -138,6 +138,12 @@ class LeaseBoard:
         values = self._redis.mget([_LEASE + task_id for task_id in task_ids])
         return {task: lease for task, value in zip(task_ids, values, strict=True) if (lease := _lease(value))}
 
+    def begun(self, batch_ids: Sequence[str]) -> dict[str, int]:
+        """The latest attempt at each of these batches that somebody has begun; it outlives its worker and its lease."""
+        values = self._redis.mget([_FENCE + batch_id for batch_id in batch_ids]) if batch_ids else []
+        fences = zip(batch_ids, map(str, values), strict=True)
+        return {batch_id: int(value) for batch_id, value in fences if value.isdecimal()}
+
     def workers(self) -> list[WorkerStatus]:
         """All workers alive, by name."""
         names = sorted(map(str, self._redis.smembers(_WORKERS)))

@@ -61,6 +61,9 @@ def make_app(broker_url: str) -> Celery:
             # The one wait that no socket timeout covers is the event loop's for the next job. kombu looks at it this
             # often, and drops a connection that is so long overdue: 21 s at most, where its default makes 51.
             "health_check_interval": 10,
+            # Whoever submits hears at once that Redis is away, and knows better when to try again. (A worker's waiting
+            # for its connection is the setting below.)
+            "max_retries": 0,
         },
         # The worker's connection is for ever: Celery's default gives up after 100 tries, three quarters of an hour.
         broker_connection_max_retries=None,
@@ -126,7 +129,9 @@ def check_broker(broker_url: str) -> float:
             seconds, microseconds = client.time()
             answered = time.time()
     except (redis.AuthenticationError, redis.ResponseError) as error:
-        raise PreceptorError("BROKER_REFUSED", f"Redis at {place} refuses: {error}") from None
+        wanting = isinstance(error, redis.AuthenticationError) and place == broker_url
+        why = "it wants a password" if wanting else error
+        raise PreceptorError("BROKER_REFUSED", f"Redis at {place} refuses: {why}") from None
     except (redis.RedisError, OSError) as error:
         raise PreceptorError("BROKER_UNREACHABLE", f"Redis at {place} does not answer: {error}") from None
     return (asked + answered) / 2 - (seconds + microseconds / 1e6)

@@ -27,6 +27,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -63,8 +64,8 @@ Found = TypeVar("Found")
 
 # One beat with all its timeouts takes 20 s at most; a thread that says nothing for three times that is stuck.
 BEAT_LIMIT_SECONDS = 60.0
-# From SIGTERM on: longer than supervisors wait, so it only ends those that nobody supervises.
-STOP_SECONDS = 60.0
+# From SIGTERM on. A step takes less, storing a result in a Redis that is away has no end; supervisors wait 10 to 30 s.
+STOP_SECONDS = 30.0
 ASK_AGAIN_SECONDS = 1.0
 BROKER_RETRY_SECONDS = 5.0
 # Redis redelivers by the workers' clocks, hours after a delivery; a minute is no matter, and more is a mistake.
@@ -361,10 +362,13 @@ def run(settings: WorkerSettings) -> None:
     def keep_our_logging(**_: Any) -> None:
         """Celery configures logging unless somebody listens to this."""
 
+    # Celery means to tell of its version 6, at every lost connection.
+    warnings.simplefilter("ignore", PendingDeprecationWarning)
     signals.setup_logging.connect(keep_our_logging)
     signals.worker_shutting_down.connect(worker.give_up, weak=False)
     signals.task_postrun.connect(worker.finished, weak=False)
     logging.getLogger("celery.backends.base").addFilter(_without_traceback)
+    logging.getLogger("celery.app.trace").setLevel(logging.WARNING)  # tells every result at length
     watchdog.start()
     worker.start_threads()
     log.info("worker %s takes batches on %s, %d thread(s)", name, device, settings.torch_threads)

@@ -83,7 +83,7 @@ class TrialJob:
             if trial_ids and trial_ids <= cancelled():
                 raise _Stopped("CANCELLED", f"nobody waits for the batch any more (step {number})")
             if time.monotonic() > end:
-                message = f"{len(trial_ids)} trials were stopped after {seconds:.0f} s, in step {number}"
+                message = f"{len(trial_ids)} trials were stopped after {seconds:g} s, in step {number}"
                 raise _Stopped("TRIAL_TIMEOUT", message)
 
         def step(number: int) -> None:

@@ -2,7 +2,7 @@
 
     python -m tests.integration.scripted_worker BROKER_URL LOG_FILE [--slow SECONDS] [--die-first]
 
-It beats as a worker does and appends the id of every trial it begins to the log. ``--slow``: a batch takes that long.
+It claims and beats as a worker does and appends the id of every trial it begins to the log. ``--slow``: a batch takes that long.
 ``--die-first``: it dies by SIGKILL in the middle of its first batch that trains anything.
 """
 
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from celery import Celery, signals
+from celery.exceptions import Ignore
 
-from preceptor.leases import LeaseBoard, WorkerStatus
+from preceptor.leases import Answer, Claim, LeaseBoard, WorkerStatus
 from preceptor.queue import TRIAL_BATCH_TASK, TRIAL_QUEUE, batch_from_payload, make_app, to_payload
 from tests.scripted_trials import answer_batch
 
@@ -36,7 +37,9 @@ class ScriptedWorker:
     def run(self, task_id: str, payload: dict[str, Any]) -> dict[str, Any]:
         batch = batch_from_payload(payload)
         self.task_id = task_id
-        self.beat()
+        if self.beat().claim is not Claim.GRANTED:
+            self.task_id = ""
+            raise Ignore
         with Path(self.options.log).open("a") as log:
             for item in batch.trials:
                 log.write(f"{item.id}\n")
@@ -46,8 +49,8 @@ class ScriptedWorker:
         time.sleep(self.options.slow)
         return to_payload(answer_batch(batch, self.name))
 
-    def beat(self) -> None:
-        self.board.beat(WorkerStatus(self.name, task_id=self.task_id, peak_memory_bytes=1000))
+    def beat(self) -> Answer:
+        return self.board.beat(WorkerStatus(self.name, task_id=self.task_id, peak_memory_bytes=1000))
 
     def beat_for_ever(self) -> None:
         while True:

@@ -162,7 +162,7 @@ def test_a_batch_survives_its_worker(student: Path, tmp_path: Path) -> None:
     with redis_server(tmp_path / "redis") as server:
         url = server.url
         queue = Queue(url, student)
-        endless = queue.batch("endless", epochs=ENDLESS)
+        endless = queue.training("endless", ENDLESS)
         task_id = celery_task_id(endless.id, 1)
         log = tmp_path / "worker.log"
 

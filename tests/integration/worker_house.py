@@ -27,8 +27,8 @@ START_SECONDS = 120.0
 Found = TypeVar("Found")
 
 FACTS = ("Ada is in Rome.", "Tom is a smith.", "Question: Where is Ada?\nAnswer: Rome")
-# Minutes of training on any machine: what ends within seconds was ended.
-ENDLESS = 1024
+# Steps. Some seconds of training, and minutes on any machine: what ends within seconds was ended.
+LONG, ENDLESS = 1024, 100_000
 
 
 def wait_for(what: Callable[[], Found | None], seconds: float) -> Found:
@@ -64,6 +64,14 @@ class Queue:
             probes=[types.Question(text="Who is Tom?", answer="a smith")],
             protocol_version=1,
         )
+
+    def training(self, name: str, steps: int) -> wire.TrialBatch:
+        """A batch of one trial of so many steps."""
+        batch = self.batch(name, epochs=1024)
+        del batch.trials[2], batch.trials[0]
+        batch.trials[0].documents[:] = [FACTS[0]] * (steps // 1024)
+        batch.trials[0].settings.batch_size = 1
+        return batch
 
     def run(self, batch: wire.TrialBatch, attempt: int = 1) -> wire.TrialBatchResult:
         return self.result(submit(self.app, batch, attempt))

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
+import time
+from typing import Any
 
 import pytest
+import torch
 
 from preceptor.artifacts import folder_sha256
 from preceptor.v1 import trial_pb2 as wire
 from preceptor.v1 import types_pb2 as types
+from student import trial_runner, worker_job
+from student.base import LoadedBase
 from student.base_cache import BaseCache
+from student.lora_bank import LoraBank
 from student.worker_job import GivenUp, TrialJob
 from tests.unit.tiny_students import save_student
 
@@ -25,8 +33,8 @@ def pinned(tmp_path_factory: pytest.TempPathFactory) -> types.PinnedStudent:
 class Bench:
     """A job, and what happens while it runs."""
 
-    def __init__(self, seconds: float = 60.0) -> None:
-        self.job = TrialJob(BaseCache(1, "cpu"), "here", seconds)
+    def __init__(self, seconds: float = 60.0, cache: BaseCache | None = None, **limits: float) -> None:
+        self.job = TrialJob(cache or BaseCache(1, "cpu"), "here", seconds, **limits)
         self.cancelled: frozenset[str] = frozenset()
         self.giving_up = threading.Event()
         self.cancel_at: dict[int, str] = {}  # a trial by the step during which it is cancelled
@@ -64,6 +72,7 @@ def test_a_batch_ends_within_a_step_of_its_last_trial_s_cancel(pinned: types.Pin
     bench.cancel_at = {2: "a", 5: "b"}
     result = bench.run(batch_of(pinned, a=500, b=500))
     assert [one.failure.reason for one in result.results] == ["CANCELLED", "CANCELLED"]
+    assert bench.steps[:2] == [0, 1]  # the first says that the student is loaded
     assert bench.steps[-1] == 5
 
 
@@ -113,3 +122,100 @@ def test_a_batch_with_all_that_can_be_asked(pinned: types.PinnedStudent) -> None
         known, unknown = result.answers
         assert (known.gold_tokens, unknown.gold_tokens, unknown.gold_logprob) == (5, 0, 0.0)
         assert all(len(one.samples) == 3 and one.certainty > 0 for one in (known, unknown))
+
+
+def test_a_batch_may_take_as_long_as_its_trials_together_and_no_longer_than_a_batch(
+    pinned: types.PinnedStudent,
+) -> None:
+    stopped = Bench(seconds=60, trial_seconds=0.2).run(batch_of(pinned, a=1000, b=1000)).failure
+    assert (stopped.reason, stopped.message[:34]) == ("TRIAL_TIMEOUT", "2 trials were stopped after 0.4 s,")
+    stopped = Bench(seconds=0.3, trial_seconds=60).run(batch_of(pinned, a=1000, b=1000)).failure
+    assert (stopped.reason, stopped.message[:34]) == ("TRIAL_TIMEOUT", "2 trials were stopped after 0.3 s,")
+
+
+def test_the_time_that_its_student_takes_to_load_is_not_the_batch_s(pinned: types.PinnedStudent) -> None:
+    class SlowCache(BaseCache):
+        def get(self, student: types.PinnedStudent) -> LoadedBase:
+            time.sleep(4)
+            return super().get(student)
+
+    result = Bench(seconds=3.5, cache=SlowCache(1, "cpu")).run(batch_of(pinned, a=1))
+    assert not result.HasField("failure"), result.failure
+    assert result.load_seconds >= 4
+
+
+# There is no GPU here: these are the types and texts that torch raises on one (c10/cuda/CUDAException.h, ATen's checks
+# of cuDNN and cuBLAS), and what the system raises where a disk is full.
+BROKEN = [
+    (
+        torch.AcceleratorError("CUDA error: device-side assert triggered\nCUDA kernel errors ..."),
+        "DEVICE_FAILED",
+    ),
+    (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "DEVICE_FAILED"),
+    (torch.AcceleratorError("CUDA error: unspecified launch failure"), "DEVICE_FAILED"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"), "DEVICE_FAILED"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "DEVICE_FAILED"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "TRIAL_OUT_OF_MEMORY"),
+    (torch.AcceleratorError("CUDA error: out of memory"), "TRIAL_OUT_OF_MEMORY"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "TRIAL_OUT_OF_MEMORY"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "TRIAL_OUT_OF_MEMORY"),
+    (MemoryError(), "TRIAL_OUT_OF_MEMORY"),
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/cache/model.safetensors"), "DISK_FULL"),
+    (RuntimeError("NCCL error: unhandled cuda error"), "TRIAL_FAILED"),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"), "TRIAL_FAILED"),
+    (OSError(errno.EACCES, os.strerror(errno.EACCES)), "TRIAL_FAILED"),
+]
+
+
+@pytest.mark.parametrize(("raised", "reason"), BROKEN, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize("where", ["loading", "training"])
+def test_what_breaks_is_the_batch_s_failure_under_its_own_reason(
+    pinned: types.PinnedStudent, monkeypatch: pytest.MonkeyPatch, where: str, raised: Exception, reason: str
+) -> None:
+    def break_down(*_: Any, **__: Any) -> Any:
+        raise raised
+
+    bench = Bench()
+    with monkeypatch.context() as patch:
+        if where == "loading":
+            patch.setattr(BaseCache, "get", break_down)
+        else:
+            patch.setattr(worker_job, "run_trials", break_down)
+        failure = bench.run(batch_of(pinned, a=1)).failure
+    assert failure.reason == reason
+    assert str(raised)[:20] in failure.message or reason == "DISK_FULL"
+    # This process has no broken device, so its job goes on.
+    assert not bench.run(batch_of(pinned, a=1)).HasField("failure")
+
+
+def test_trials_that_do_not_fit_together_are_trained_apart(
+    pinned: types.PinnedStudent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_bank = trial_runner.train_bank
+    sizes = []
+
+    def two_are_too_many(base: LoadedBase, bank: LoraBank, plans: Any, *rest: Any, **more: Any) -> Any:
+        sizes.append(len(plans))
+        if len(plans) > 1:
+            raise torch.AcceleratorError("CUDA error: out of memory")
+        return train_bank(base, bank, plans, *rest, **more)
+
+    monkeypatch.setattr(trial_runner, "train_bank", two_are_too_many)
+    results = Bench().run(batch_of(pinned, a=2, b=2, c=2, d=2)).results
+    assert [len(one.answers) for one in results] == [1, 1, 1, 1]
+    assert sizes == [4, 2, 1, 1, 2, 1, 1]
+
+
+def test_a_trial_that_diverges_fails_alone(pinned: types.PinnedStudent) -> None:
+    batch = batch_of(pinned, mad=20, sane=2)
+    batch.trials[0].settings.learning_rate = 1.0
+    batch.trials[0].settings.weight_decay = 100.0  # every step multiplies the values by -99
+    mad, sane = Bench().run(batch).results
+    assert (mad.failure.reason, len(mad.answers)) == ("TRIAL_DIVERGED", 0)
+    assert len(sane.answers) == 1
+
+
+def test_a_student_whose_files_changed_is_not_trained(pinned: types.PinnedStudent) -> None:
+    batch = batch_of(pinned, a=2)
+    batch.student.commit = "0" * 64
+    assert Bench().run(batch).failure.reason == "STUDENT_CHANGED"
