@@ -18,6 +18,9 @@ from preceptor.leases import Lease, LeaseBoard, WorkerStatus
 from preceptor.queue import TRIAL_QUEUE, fetch_results, make_app, submit
 from preceptor.v1 import trial_pb2 as trial
 
+# Without expiry: it is gone only where everything is.
+_MARK = "preceptor:queue"
+
 
 class Broker(Protocol):
     """What the dispatcher needs of a queue. A task id is ``preceptor.queue.celery_task_id(batch, attempt)``."""
@@ -40,6 +43,10 @@ class Broker(Protocol):
 
     def depth(self) -> int:
         """How many tasks wait for a worker."""
+        ...
+
+    def has_forgotten(self) -> bool:
+        """Whether it has lost its data since this was asked last: everything that was on the queue is gone then."""
         ...
 
     def cancel(self, task_id: str, trial_ids: Sequence[str]) -> None:
@@ -86,6 +93,11 @@ class RedisBroker:
         """See Broker."""
         with _unreachable():
             return int(self._redis.llen(TRIAL_QUEUE))
+
+    def has_forgotten(self) -> bool:
+        """See Broker."""
+        with _unreachable():
+            return bool(self._redis.set(_MARK, "here", nx=True))
 
     def cancel(self, task_id: str, trial_ids: Sequence[str]) -> None:
         """See Broker."""

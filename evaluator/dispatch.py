@@ -11,8 +11,9 @@ What is promised:
   next attempt. So is one whose worker holds it and makes no step for ``stall_seconds``; as soon as somebody has begun
   the next attempt, the fence (``preceptor.leases``) has that worker leave. A result that an earlier attempt brings late
   is the same work and is taken; whoever is at a later one then is told to leave it.
-* A batch that no worker ever took while the queue has been empty for ``orphan_seconds`` (Redis lost its data) is
-  submitted again, too. That is not a try.
+* A batch that nobody took and that is not on the queue any more is submitted again, too, and that is not a try: at once
+  where Redis has lost its data; after ``orphan_seconds`` where the queue is empty, or where a batch that was sent later
+  has been begun (the queue is first in, first out, and a job can be lost on its way to a worker).
 * A batch that was lost in ``max_attempts`` tries is cut in halves, which get one more try each, and so on: a trial that
   kills its workers does not take its neighbours along, and costs log2 of the batch's size tries more. Machines that die
   by themselves look the same, and a cut changes who trains together (the last bits of results, ADR 2), so it must be
@@ -86,6 +87,8 @@ class _Flight:
 
     record: BatchRecord
     last_sign: float  # when its lease was last seen, or when it was last known to be in the queue
+    number: int  # in the order of submission
+    gone: bool = False  # from the queue, with everything else
     lease: Lease | None = None  # as last seen
     moved: float = 0.0  # when its steps last changed
 
@@ -132,6 +135,7 @@ class Dispatcher:
         self._sent: set[str] = set()  # attempts that are on the queue while SQL could not be told
         self._work_may_wait = True  # spares SQL a look in every turn; only ever set by others, cleared before a look
         self._cancelled_may_wait = True  # likewise
+        self._submitted = self._newest_begun = 0  # numbers of flights
         self._next_look = self._next_forgetting = 0.0
         self._backoff = 0.0
         self._trouble = ""
@@ -209,7 +213,8 @@ class Dispatcher:
     def _recover(self) -> dict[str, _Flight]:
         """Reads what is under way from SQL, and finishes what was answered but not scored."""
         now = self._clock()
-        flights = {record.id: _Flight(record, now) for record in self._batches.under_way()}
+        # In which order they were sent is not known; all of them before what is sent from now on.
+        flights = {record.id: _Flight(record, now, self._submitted) for record in self._batches.under_way()}
         self._marking.settle_all()
         self._flights = flights
         return flights
@@ -260,6 +265,7 @@ class Dispatcher:
                 flight.record = replace(record, since=attempt + 1)  # a later attempt is under way already
                 continue
             del flights[batch]
+            self._newest_begun = max(self._newest_begun, flight.number)
             if not wanted[batch]:  # cancelled meanwhile
                 continue
             if found.again:
@@ -293,6 +299,7 @@ class Dispatcher:
     def _look_at_workers(self, flights: dict[str, _Flight]) -> None:
         workers = len(self._broker.workers())
         self._most = min(max(BATCHES_PER_WORKER * workers, FEWEST_BATCHES), self._limits.in_flight)
+        forgotten = self._broker.has_forgotten()
         if not flights:
             return
         leases = self._broker.holders([flight.task_id for flight in flights.values()])
@@ -307,14 +314,17 @@ class Dispatcher:
                 begun.append((record, lease.worker if lease else ""))
                 flight.record = replace(record, state=BatchState.RUNNING)
                 flight.last_sign = now
+                self._newest_begun = max(self._newest_begun, flight.number)
             if lease is not None:
                 self._held(flights, flight, lease, now)
             elif flight.is_running:
                 if now - flight.last_sign > self._limits.lease_grace:
                     self._lost(flights, flight, "its worker's lease is gone")
-            elif not queue_empty:
+            elif forgotten:  # a worker that has it says so with its next beat
+                flight.last_sign, flight.gone = now, True
+            elif not flight.gone and not queue_empty and flight.number >= self._newest_begun:
                 flight.last_sign = now
-            elif now - flight.last_sign > self._limits.orphan_seconds:
+            elif now - flight.last_sign > (self._limits.lease_grace if flight.gone else self._limits.orphan_seconds):
                 self._orphaned(flights, flight)
         if begun:
             self._batches.mark_running(begun)
@@ -328,7 +338,7 @@ class Dispatcher:
             self._lost(flights, flight, why)
 
     def _orphaned(self, flights: dict[str, _Flight], flight: _Flight) -> None:
-        record, why = flight.record, "no worker has it and the queue is empty"
+        record, why = flight.record, "no worker has it and it is not on the queue any more"
         del flights[record.id]
         log.warning("batch %s, attempt %d: %s; submitting it again", record.id, record.attempt, why)
         self._batches.try_again(record.id, record.attempt, flight.ending(why), discard=False, counts=False)
@@ -381,7 +391,8 @@ class Dispatcher:
             self._sent.discard(celery_task_id(record.id, record.attempt))
             if record.id in marked:
                 submitted = replace(record, state=BatchState.SUBMITTED, tries=record.tries + 1)
-                flights[record.id] = _Flight(submitted, self._clock())
+                self._submitted += 1
+                flights[record.id] = _Flight(submitted, self._clock(), self._submitted)
 
     def _forget(self) -> None:
         if self._clock() >= self._next_forgetting:

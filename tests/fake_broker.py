@@ -29,6 +29,7 @@ class FakeBroker:
         self.batches: list[trial.TrialBatch] = []  # of those
         self.cancelled: dict[str, set[str]] = {}  # trials by task
         self.trained: list[str] = []  # trial ids, once for each training
+        self.marked = False
         self.down = False
 
     def submit(self, batch: trial.TrialBatch, attempt: int) -> None:
@@ -53,6 +54,11 @@ class FakeBroker:
     def depth(self) -> int:
         self._answer()
         return len(self.waiting)
+
+    def has_forgotten(self) -> bool:
+        self._answer()
+        known, self.marked = self.marked, True
+        return not known
 
     def cancel(self, task_id: str, trial_ids: Sequence[str]) -> None:
         self._answer()
@@ -99,6 +105,7 @@ class FakeBroker:
 
     def flush(self) -> None:
         """Redis loses its data."""
+        self.marked = False
         self.waiting, self.done, self.leased, self.cancelled, self.fences = {}, {}, set(), {}, {}
 
     def _answer(self) -> None:

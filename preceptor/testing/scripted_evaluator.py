@@ -42,6 +42,9 @@ class ScriptedEvaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
         self._results: dict[str, pb.Evaluation] = {}  # what each will be when its time has come
         self._ends: dict[str, float] = {}
         self._owners: dict[str, set[str]] = {}
+        self._asked: dict[str, tuple[pb.CreateEvaluationsRequest, types.Task, types.SelfEdit]] = {}
+        self._attempts: dict[str, list[pb.Attempt]] = {}
+        self._retried: dict[str, int] = {}  # by request id
         self._answered: dict[str, str] = {}  # request id -> hash of the body
         self._openings: dict[str, set[str]] = {}  # task id -> owners who asked for its sealed questions
         self.graders = {"", "exact", "lexical"}  # those it has
@@ -99,6 +102,9 @@ class ScriptedEvaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
                 self._owners[name].discard(request.owner)
                 if evaluation.state in _OPEN and not self._owners[name]:
                     evaluation.state = pb.EVALUATION_STATE_CANCELLED
+                    self._attempts[name][-1].end_time.GetCurrentTime()
+                    cancelled_here = types.Failure(reason="CANCELLED", message="nobody wants it any more", attempts=1)
+                    self._attempts[name][-1].failure.CopyFrom(cancelled_here)
                     cancelled += 1
             self._changed.notify_all()
         return pb.CancelEvaluationsResponse(cancelled=cancelled)
@@ -112,11 +118,53 @@ class ScriptedEvaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
             correct=[question.answer == answer for question, answer in pairs], grader=f"{request.grader}/scripted"
         )
 
+    def ListAttempts(self, request: pb.ListAttemptsRequest, context: grpc.ServicerContext) -> pb.ListAttemptsResponse:
+        """One for each time that the evaluation was begun; an evaluation is a batch of its own here."""
+        with self._changed:
+            self._advance()
+            if request.evaluation_id not in self._evaluations:
+                raise PreceptorError("EVALUATION_NOT_FOUND", f"no evaluation {request.evaluation_id!r}")
+            return pb.ListAttemptsResponse(attempts=self._attempts[request.evaluation_id])
+
+    def RetryEvaluations(
+        self, request: pb.RetryEvaluationsRequest, context: grpc.ServicerContext
+    ) -> pb.RetryEvaluationsResponse:
+        """Those that failed are queued again, and end as ``fails`` says now."""
+        body = sha256(str(message_json(request)))
+        with self._changed:
+            self._advance()
+            if self._answered.setdefault(request.request_id, body) != body:
+                raise PreceptorError("REQUEST_ID_REUSED", "another body under the same request_id")
+            if request.request_id not in self._retried:
+                meant = [name for name, evaluation in self._evaluations.items() if self._is_meant(evaluation, request)]
+                for name in meant:
+                    self._queue(name, *self._asked[name])
+                self._retried[request.request_id] = len(meant)
+                self._changed.notify_all()
+            return pb.RetryEvaluationsResponse(retried=self._retried[request.request_id])
+
     def GetQueueStatus(
         self, request: pb.GetQueueStatusRequest, context: grpc.ServicerContext
     ) -> pb.GetQueueStatusResponse:
-        """Two workers that need no memory."""
-        return pb.GetQueueStatusResponse(workers_alive=2, worker_peak_memory_bytes=1)
+        """Two workers that need no memory and are at nothing that could be named."""
+        with self._changed:
+            self._advance()
+            states = [evaluation.state for evaluation in self._evaluations.values()]
+        return pb.GetQueueStatusResponse(
+            workers_alive=2,
+            worker_peak_memory_bytes=1,
+            evaluations_waiting=sum(state in _OPEN for state in states),
+            evaluations_failed=states.count(pb.EVALUATION_STATE_FAILED),
+            workers=[pb.WorkerReport(name=f"scripted:{number}", peak_memory_bytes=1) for number in (1, 2)],
+        )
+
+    def _is_meant(self, evaluation: pb.Evaluation, request: pb.RetryEvaluationsRequest) -> bool:
+        return (
+            evaluation.state == pb.EVALUATION_STATE_FAILED
+            and (not request.evaluation_ids or evaluation.id in request.evaluation_ids)
+            and (bool(request.evaluation_ids) or request.owner in ("", *self._owners[evaluation.id]))
+            and request.reason in ("", evaluation.failure.reason)
+        )
 
     def _create(
         self,
@@ -149,6 +197,10 @@ class ScriptedEvaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
         )
         queued.create_time.GetCurrentTime()
         self._evaluations[name] = queued
+        self._asked[name] = (request, task, edit)
+        attempts = self._attempts.setdefault(name, [])
+        attempts.append(pb.Attempt(batch_id=name, number=len(attempts) + 1, trials=len(request.protocol.seeds)))
+        attempts[-1].submit_time.CopyFrom(queued.create_time)
         result = pb.Evaluation.FromString(queued.SerializeToString())
         if self.fails(task, edit):
             result.state = pb.EVALUATION_STATE_FAILED
@@ -165,6 +217,10 @@ class ScriptedEvaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
         for name, evaluation in self._evaluations.items():
             if evaluation.state in _OPEN and now >= self._ends[name]:
                 evaluation.CopyFrom(self._results[name])
+                attempt = self._attempts[name][-1]
+                attempt.end_time.GetCurrentTime()
+                if evaluation.HasField("failure"):
+                    attempt.failure.CopyFrom(evaluation.failure)
 
 
 def _measure(result: pb.Evaluation, request: pb.CreateEvaluationsRequest, task: types.Task) -> None:

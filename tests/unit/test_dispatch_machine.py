@@ -204,6 +204,12 @@ class DispatchMachine(RuleBasedStateMachine):
     def flush(self) -> None:
         self.broker.flush()
 
+    @precondition(lambda self: self.broker.waiting)
+    @rule(data=st.data())
+    def lose_a_job(self, data: st.DataObject) -> None:
+        """On its way to a worker whose connection is cut."""
+        del self.broker.waiting[data.draw(st.sampled_from(list(self.broker.waiting)))]
+
     @rule(down=st.booleans())
     def be_away(self, down: bool) -> None:
         self.broker.down = down

@@ -83,13 +83,62 @@ def test_a_batch_waiting_behind_others_is_not_lost(house: House) -> None:
 def test_a_queue_that_lost_its_data_is_filled_again(house: House) -> None:
     made = house.create("Ada lives in Lisbon.")
     house.step()
+    house.step(1)
     house.broker.flush()
+    house.pass_time(4)
+    assert len(house.broker.submitted) == 2  # one of them may be with a worker that is about to beat
+    house.pass_time(3)
+    assert len(house.broker.submitted) == 4
+    house.broker.work()
+    house.step()
+    assert house.states(made) == [SUCCEEDED]
+
+
+def test_a_queue_that_lost_its_data_while_the_evaluator_was_away_is_filled_again(house: House) -> None:
+    made = house.create("Ada lives in Lisbon.")
+    house.step()
+    house.broker.flush()
+    house.restart()
+    house.pass_time(7)
+    house.broker.work()
+    house.step()
+    assert house.states(made) == [SUCCEEDED]
+
+
+def test_a_job_that_is_lost_from_an_empty_queue_is_sent_again(house: House) -> None:
+    made = house.create("Ada lives in Lisbon.")
+    house.step()
+    house.broker.waiting.clear()
     house.pass_time(59)
     assert len(house.broker.submitted) == 2
     house.pass_time(3)
     assert len(house.broker.submitted) == 4
     house.broker.work()
     house.step()
+    assert house.states(made) == [SUCCEEDED]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_job_that_others_have_overtaken_is_lost_though_the_queue_is_never_empty(house: House, restart: bool) -> None:
+    made = house.create("Ada lives in Lisbon.")
+    house.step()
+    lost = list(house.broker.waiting)[1]
+    del house.broker.waiting[lost]
+    if restart:
+        house.restart()
+    for number in range(40):  # there is always something waiting, and something begun
+        house.create(f"Document {number}.", seeds=(number,))
+        house.step(2)
+        first = next(iter(house.broker.waiting))
+        later = {task: batch for task, batch in house.broker.waiting.items() if task != first}
+        house.broker.waiting = {first: house.broker.waiting[first]}
+        house.broker.work()
+        house.broker.waiting = later
+        house.step()
+        assert later
+    house.broker.work()
+    house.step()
+    assert lost.replace(".1", ".2") in house.broker.submitted
     assert house.states(made) == [SUCCEEDED]
 
 
