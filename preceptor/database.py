@@ -13,7 +13,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -94,11 +94,14 @@ def _lock(lock: Path, database: Path, wait_seconds: float) -> Iterator[None]:
                         file=str(database),
                     ) from None
                 time.sleep(0.1)
-        file.seek(0)
-        file.truncate()
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        _write_pid(file)
         yield
+
+
+def _write_pid(file: IO[str]) -> None:
+    """For the message that the next one gets. Of a fixed length, so that it needs no new room on a full disk."""
+    with suppress(OSError):
+        os.pwrite(file.fileno(), f"{os.getpid():<10}\n".encode(), 0)
 
 
 def _open_lock(lock: Path) -> IO[str]:

@@ -85,8 +85,12 @@ def test_a_run_that_waits_for_room_survives_the_process_too(tmp_path: Path) -> N
         disk.fill()
         until(lambda: WAITING in process.client.progress(run_id).phase)
         assert process.terminate() == 0  # it does not wait for room to end
-        disk.free()
         process.start()
+        until(lambda: WAITING in process.client.progress(run_id).phase)
+        process.kill()
+        process.start()
+        until(lambda: WAITING in process.client.progress(run_id).phase)
+        disk.free()
         assert process.client.finish(run_id).state == pb.RUN_STATE_SUCCEEDED
         assert results(process.client.summary(run_id)) == expected
         assert process.terminate() == 0
