@@ -189,9 +189,42 @@ def test_redis_that_lost_all_its_data_is_filled_again(stack: Stack) -> None:
     ids = stack.create("Ada lives in Lisbon.")
     with redis.Redis.from_url(stack.server.url) as client:
         wait_until(lambda: client.llen("trials") == 2, 10)
+        time.sleep(1.5)
         client.flushall()
+        wait_until(lambda: client.llen("trials") == 2, 10)  # long before the 60 s of a job that nobody took
     stack.start_worker()
     assert [item.reward.value for item in stack.results(ids)] == [0.5]
+
+
+def test_a_result_of_the_first_attempt_ends_the_second_one(stack: Stack) -> None:
+    """A worker that is stopped and goes on when its batch has been given to another."""
+    first = stack.start_worker("--slow", "6")
+    ids = stack.create("Ada lives in Lisbon.")
+    wait_until(lambda: len(stack.trained()) == 2, START_SECONDS)  # the baseline is done, the trial has begun
+    first.send_signal(signal.SIGSTOP)
+    with redis.Redis.from_url(stack.server.url) as client:
+        wait_until(lambda: client.llen("trials") == 1, 30)
+    first.send_signal(signal.SIGCONT)
+    (found,) = stack.results(ids, 40)
+    assert found.reward.value == 0.5
+    attempts = call(stack.stub.ListAttempts, pb.ListAttemptsRequest(evaluation_id=ids[0])).attempts
+    ends = sorted((one.number, one.failure.reason) for one in attempts)
+    assert ends[:2] == [(1, ""), (1, "")]
+    assert [number for number, _ in ends[2:]] in ([], [2])
+
+
+def test_what_failed_is_retried_on_real_workers(stack: Stack) -> None:
+    stack.start_worker()
+    ids = stack.create("fail:TRIAL_DIVERGED", "Ada lives in Lisbon.")
+    assert [item.state for item in stack.results(ids)] == [pb.EVALUATION_STATE_FAILED, pb.EVALUATION_STATE_SUCCEEDED]
+    stack.kill(stack.evaluator)
+    stack.start_evaluator()
+    request = pb.RetryEvaluationsRequest(request_id="r")
+    assert call(stack.stub.RetryEvaluations, request).retried == 1
+    assert [item.failure.reason for item in stack.results(ids)] == ["TRIAL_DIVERGED", ""]
+    attempts = call(stack.stub.ListAttempts, pb.ListAttemptsRequest(evaluation_id=ids[0])).attempts
+    assert [one.trials for one in attempts if one.HasField("failure")] == [2, 1]
+    assert all(one.worker for one in attempts)
 
 
 def test_sigterm_drains_and_leaves_everything_for_the_next_start(stack: Stack) -> None:
@@ -209,6 +242,7 @@ def test_sigterm_drains_and_leaves_everything_for_the_next_start(stack: Stack) -
         ({"PRECEPTOR_DATABASE_URL": "sqlite:////nowhere/at/all.db"}, "PRECEPTOR_DATABASE_URL"),
         ({"PRECEPTOR_BROKER_URL": "http://127.0.0.1"}, "PRECEPTOR_BROKER_URL"),
         ({"PRECEPTOR_TRIAL_ATTEMPTS": "0"}, "PRECEPTOR_TRIAL_ATTEMPTS"),
+        ({"PRECEPTOR_MAX_WAITING": "0"}, "PRECEPTOR_MAX_WAITING"),
     ],
 )
 def test_a_wrong_environment_is_one_message_and_exit_code_2(
@@ -224,6 +258,27 @@ def test_a_wrong_environment_is_one_message_and_exit_code_2(
     )
     assert done.returncode == 2
     assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_redis_that_refuses_is_one_message_and_exit_code_2(stack: Stack, tmp_path: Path) -> None:
+    with redis.Redis.from_url(stack.server.url) as client:
+        client.config_set("requirepass", "right")
+    done = subprocess.run(
+        [sys.executable, "-m", "evaluator"],
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "PRECEPTOR_HOME": str(tmp_path / "other"),
+            "PRECEPTOR_BROKER_URL": stack.server.url.replace("redis://", "redis://:wrong@"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+    )
+    assert done.returncode == 2
+    assert "BROKER_REFUSED" in done.stderr
+    assert "wrong" not in done.stderr
     assert "Traceback" not in done.stderr
 
 
