@@ -140,15 +140,17 @@ def test_a_teacher_killed_while_it_waits_for_room_ends_with_the_same_policy_and_
         with small_disk(tmp_path / "disk") as disk:
             processes.append(Process(disk.path, source))
             policy = call(processes[0].stub.UpdatePolicy, request).policy
-            disk.fill()
-            wanted = teacher.GetPolicyRequest(policy_id=policy.id)
-            until(lambda: call(processes[0].stub.GetPolicy, wanted).policy.failure.reason == "DISK_FULL")
-            processes[0].kill()
-            disk.free()
             left = disk.path / "artifacts" / "policies" / f".draft-{policy.id}-x"
             left.mkdir(parents=True)
             (left / "adapter_model.safetensors").write_bytes(b"half")
-            processes.append(Process(disk.path, source))
+            disk.fill()
+            wanted = teacher.GetPolicyRequest(policy_id=policy.id)
+            until(lambda: call(processes[-1].stub.GetPolicy, wanted).policy.failure.reason == "DISK_FULL")
+            processes[-1].kill()
+            processes.append(Process(disk.path, source))  # there is no room for it either
+            disk.fill()  # what the first one had left was removed
+            until(lambda: call(processes[-1].stub.GetPolicy, wanted).policy.failure.reason == "DISK_FULL")
+            disk.free()
             finished = ended(processes[1], policy.id)
             assert finished.state == teacher.POLICY_STATE_READY
             assert [path.name for path in left.parent.iterdir()] == [policy.id]
