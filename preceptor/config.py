@@ -61,6 +61,12 @@ ReplayShare = Annotated[float, Field(ge=0, le=MAX_REPLAY_SHARE)]
 SHOWN_PROBLEMS = 20
 _TOO_LONG = f"has more than {MAX_CONFIG_CHARACTERS} characters"
 
+# The deepest key has three.
+MAX_KEY_PARTS = 32
+# Strings and comments of TOML, but for the line ends in them; and what stands between keys.
+_TEXTS = re.compile(r'''"""[\s\S]*?"""|'{3}[\s\S]*?'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|\#[^\n]*''')
+_BETWEEN_KEYS = re.compile(r"[,={}\[\]]")
+
 # Paired differences of fewer tasks are below two of their standard errors by chance too often.
 LEAST_CANARY = 4
 
@@ -364,6 +370,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     Raises PreceptorError(FILE_NOT_FOUND, BAD_CONFIG) naming file, line and key.
     """
     text = "" if path is None else _read(path)
+    if (line := _long_key(text)) is not None:
+        raise PreceptorError("BAD_CONFIG", f"has a key of more than {MAX_KEY_PARTS} parts", file=str(path), line=line)
     try:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # TOMLDecodeError; an integer of thousands of digits; nested deeply
@@ -397,6 +405,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     shown, field = f"--set {_cut(override)!r}", _cut(key or override)
     if len(override) > MAX_CONFIG_CHARACTERS:
         raise PreceptorError("BAD_CONFIG", f"{shown} {_TOO_LONG}", field=field)
+    if key.count(".") >= MAX_KEY_PARTS or _long_key(raw) is not None:
+        raise PreceptorError("BAD_CONFIG", f"{shown} has a key of more than {MAX_KEY_PARTS} parts", field=field)
     if not equals or not key:
         raise PreceptorError("BAD_CONFIG", f"{shown} is not KEY=VALUE", field=field)
     try:
@@ -418,6 +428,15 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values[last] = value
     else:
         values.pop(last, None)
+
+
+def _long_key(text: str) -> int | None:
+    """The line of a dotted key that tomllib, whose time grows with the square of its parts, would take minutes for."""
+    bare = _TEXTS.sub(lambda found: "\n" * found[0].count("\n"), text)
+    for number, line in enumerate(bare.split("\n"), 1):
+        if any(part.count(".") >= MAX_KEY_PARTS for part in _BETWEEN_KEYS.split(line)):
+            return number
+    return None
 
 
 def _bad_config(error: ValidationError, file: str, text: str, overrides: Sequence[str] = ()) -> PreceptorError:

@@ -71,7 +71,7 @@ MAX_RESAMPLES = 100
 MAX_EXAMPLES = 100_000
 
 # A config that people wrote, with everything in it spelt out, has some thousand.
-MAX_CONFIG_CHARACTERS = 100_000
+MAX_CONFIG_CHARACTERS = 50_000
 # A file of tasks: what is in it travels in one message (preceptor.server.MAX_MESSAGE_BYTES).
 MAX_FILE_BYTES = 64 * 2**20
 # Reading ends there: a file with so many problems is another file than was meant.

@@ -236,12 +236,20 @@ def messages(good: Message) -> st.SearchStrategy[Message]:
 _numbers = itertools.count()
 
 
-def requests(good: Message) -> st.SearchStrategy[bytes]:
-    """Requests as bytes: damaged ones, damaged bytes, noise. A request id that nothing was done to is new each time."""
-    whole = messages(good).map(with_new_id)
+def requests(good: Message, heal: Callable[[Any], None] = lambda _message: None) -> st.SearchStrategy[bytes]:
+    """Requests as bytes: damaged ones, damaged bytes, noise.
+
+    A request id that nothing was done to is new each time; ``heal`` mends what else would hide the damage.
+    """
+
+    def prepared(message: Message) -> Message:
+        heal(message)
+        return with_new_id(message)
+
+    whole = messages(good).map(prepared)
     return st.one_of(
         whole.map(_bytes), whole.map(_bytes), whole.map(_bytes),
-        st.builds(_spliced, whole.map(_bytes), st.integers(0, 2**20), st.binary(max_size=6), st.integers(0, 6)),
+        damaged_bytes(whole.map(_bytes)),
         st.binary(max_size=60),
     )  # fmt: skip
 
@@ -258,6 +266,11 @@ def with_new_id(message: Any) -> Any:
 
 def _bytes(message: Message) -> bytes:
     return message.SerializeToString(deterministic=True)
+
+
+def damaged_bytes(whole: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
+    """Good bytes, with noise somewhere or cut somewhere."""
+    return st.builds(_spliced, whole, st.integers(0, 2**20), st.binary(max_size=6), st.integers(0, 6))
 
 
 def _spliced(data: bytes, at: int, noise: bytes, gone: int) -> bytes:

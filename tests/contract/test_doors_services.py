@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 
 from preceptor.channel import call, connect, stream
 from preceptor.errors import PreceptorError
+from preceptor.names import task_id
 from preceptor.redis_server import EmbeddedRedis
 from preceptor.server import Server
 from preceptor.settings import ServiceSettings
@@ -56,14 +57,20 @@ class House:
     serves: Callable[[], object]
     after: Callable[[str, bytes], None] = lambda _method, _data: None  # an accepted request
 
-    def knock(self, method: str, good: Message, *, streams: bool = False, **options: Any) -> None:
-        """Damaged requests like ``good`` to one method."""
-        patience = options.pop("patience", None)
+    def knock(
+        self,
+        method: str,
+        good: Message,
+        *,
+        streams: bool = False,
+        heal: Callable[[Any], None] = lambda _message: None,
+        **options: Any,
+    ) -> None:
+        """Damaged requests like ``good`` to one method; ``options`` are those of ``Caller.answer``."""
 
         def answer(data: bytes) -> str:
             before = rows(self.database, self.tables)
-            more = {} if patience is None else {"patience": patience}
-            reason = self.caller.answer(f"/preceptor.v1.{self.service}/{method}", data, streams=streams, **more)
+            reason = self.caller.answer(f"/preceptor.v1.{self.service}/{method}", data, streams=streams, **options)
             if reason == "OK":
                 self.after(method, data)
             else:
@@ -72,7 +79,7 @@ class House:
 
         whole = with_new_id(type(good).FromString(good.SerializeToString())).SerializeToString()
         assert answer(whole) in ("OK", "NOT_SERVED"), "what is damaged must be good"
-        knock(f"{self.service}.{method}", requests(good), answer, **options)
+        knock(f"{self.service}.{method}", requests(good, heal), answer)
         self.serves()
 
 
@@ -124,6 +131,8 @@ def full_request() -> evaluator.CreateEvaluationsRequest:
         ("WatchEvaluations", True),
         ("CancelEvaluations", False),
         ("GradeAnswers", False),
+        ("ListAttempts", False),
+        ("RetryEvaluations", False),
         ("GetQueueStatus", False),
     ],
 )
@@ -138,6 +147,10 @@ def test_evaluator(evaluation: tuple[House, list[str]], method: str, streams: bo
         "CancelEvaluations": evaluator.CancelEvaluationsRequest(request_id=GOOD_ID, owner="somebody"),
         "GradeAnswers": evaluator.GradeAnswersRequest(
             grader="lexical", questions=[asked, asked], answers=["Lisbon", "in Lisboa, by the sea"]
+        ),
+        "ListAttempts": evaluator.ListAttemptsRequest(evaluation_id=ids[0]),
+        "RetryEvaluations": evaluator.RetryEvaluationsRequest(
+            request_id=GOOD_ID, evaluation_ids=ids, owner="run-1", reason="TRIAL_DIVERGED"
         ),
         "GetQueueStatus": evaluator.GetQueueStatusRequest(),
     }
@@ -216,7 +229,16 @@ def test_orchestrator(runs: tuple[House, str, str], method: str, streams: bool) 
         "ListSelfEdits": orchestrator.ListSelfEditsRequest(run_id=run_id, round=1, page_size=1, page_token="1"),
         "GetRunReport": orchestrator.GetRunReportRequest(run_id=run_id),
     }
-    house.knock(method, good[method], streams=streams)
+    known = {task.id for task in (*request.tasks, *request.heldout_tasks)}
+
+    def heal(message: Any) -> None:
+        """What a client damages it names by its content, as every client does."""
+        for damaged in (*message.tasks, *message.heldout_tasks):
+            if damaged.id in known:
+                damaged.id = task_id(damaged)
+
+    more = {"heal": heal} if method == "CreateRun" else {}
+    house.knock(method, good[method], streams=streams, **more)
 
 
 # The students
