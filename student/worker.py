@@ -368,7 +368,6 @@ def run(settings: WorkerSettings) -> None:
     signals.worker_shutting_down.connect(worker.give_up, weak=False)
     signals.task_postrun.connect(worker.finished, weak=False)
     logging.getLogger("celery.backends.base").addFilter(_without_traceback)
-    logging.getLogger("celery.app.trace").setLevel(logging.WARNING)  # tells every result at length
     watchdog.start()
     worker.start_threads()
     log.info("worker %s takes batches on %s, %d thread(s)", name, device, settings.torch_threads)

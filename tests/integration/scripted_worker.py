@@ -2,8 +2,8 @@
 
     python -m tests.integration.scripted_worker BROKER_URL LOG_FILE [--slow SECONDS] [--die-first]
 
-It claims and beats as a worker does and appends the id of every trial it begins to the log. ``--slow``: a batch takes that long.
-``--die-first``: it dies by SIGKILL in the middle of its first batch that trains anything.
+It claims and beats as a worker does and appends the id of every trial it begins to the log. ``--slow``: a batch takes
+that long. ``--die-first``: it dies by SIGKILL in the middle of its first batch that trains anything.
 """
 
 from __future__ import annotations

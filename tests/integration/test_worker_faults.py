@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import redis
 
 from preceptor.leases import LEASE_SECONDS
-from preceptor.names import celery_task_id
 from preceptor.queue import TRIAL_QUEUE, fetch_result, submit
 from student.watchdog import ENDED_ITSELF
 from tests.chaos.proxy import Proxy
@@ -158,18 +156,19 @@ def test_a_result_that_ends_while_redis_takes_nothing_arrives_later(pair: Pair, 
     assert pair.said("Traceback") == 0
 
 
-def test_a_batch_is_not_begun_before_redis_has_been_asked(pair: Pair) -> None:
-    """Redis refuses writes just when both workers have a message each: they wait, and nothing is done twice."""
+def test_nothing_is_begun_before_redis_has_granted_it(pair: Pair) -> None:
+    batch = pair.queue.training("not granted", LONG // 8)
     with pair.server.client() as client:
-        wait_for(lambda: not client.hlen("unacked"), NOTICED_SECONDS)
-        batches = [pair.queue.training(f"unasked {number}", LONG // 8) for number in range(4)]
-        for number in range(2):
-            client.client_pause(1500, all=False)  # every write waits, reads do not
-            for batch in batches[2 * number : 2 * number + 2]:
-                submit(pair.queue.app, batch, 1)
-    for batch in batches:
-        assert not pair.queue.result(celery_task_id(batch.id, 1)).HasField("failure")
-        assert pair.said(f"batch {batch.id}: 1 trials in") == 1
+        client.execute_command("ACL", "SETUSER", "default", "-eval")  # messages come, claims fail
+        try:
+            task_id = submit(pair.queue.app, batch, 1)
+            wait_for(lambda: pair.said("waiting for Redis before beginning: ") >= 3, 20)
+            assert not pair.queue.leases.holders([task_id])
+            assert not pair.said(f"batch {batch.id}: ")
+        finally:
+            client.execute_command("ACL", "SETUSER", "default", "+eval")
+    assert not pair.queue.result(task_id).HasField("failure")
+    assert pair.said(f"batch {batch.id}: 1 trials in") == 1
 
 
 @pytest.mark.slow
@@ -315,9 +314,7 @@ def test_sigterm_ends_a_worker_that_cannot_store_its_result(student: Path, tmp_p
 
 def test_a_killed_connection_is_no_error_for_a_lease_board(pair: Pair) -> None:
     board = pair.queue.leases
-    board.workers()
+    names = [worker.name for worker in pair.queue.workers(2)]
     with pair.server.client() as client:
-        client.client_kill_filter(_type="normal", skipme=True)
-    assert len(board.workers()) == 2
-    with pytest.raises(redis.ResponseError), pair.server.client() as client:
-        client.client_kill("127.0.0.1:1")  # (there is no such connection: the kill above was one that bites)
+        assert client.client_kill_filter(_type="normal", skipme=True) > 0
+    assert [worker.name for worker in board.workers()] == names
