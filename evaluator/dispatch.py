@@ -75,9 +75,9 @@ class DispatchLimits:
     poll_seconds: float = 0.05  # 20 looks a second, each one round trip
     lease_grace: float = 3.0  # after a lease has expired: one beat and a half; with it a kill is noticed in about 11 s
     orphan_seconds: float = 60.0  # longer than a worker needs from taking a job to its first beat
-    # A stuck worker ends itself after 300 s (student.settings); this is for one whose watchdog is stuck, too. The rest
-    # is for loading a model, in which no steps are made.
-    stall_seconds: float = 900.0
+    # A stuck worker ends itself after 300 s (student.settings); this is for one whose watchdog is stuck, too. Loading a
+    # model (at most 1800 s) and answering (at most what is left of a batch's 3600 s) make no steps, so it must be longer.
+    stall_seconds: float = 7200.0
     history_seconds: float = 30 * 86400.0  # ended attempts are remembered so long
 
 
@@ -167,7 +167,11 @@ class Dispatcher:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            self._wake.wait(self.turn())
+            pause = self.turn()
+            if self._flights is None:  # it failed: whoever asks for more meanwhile does not make it better
+                self._stopping.wait(pause)
+            else:
+                self._wake.wait(pause)
             self._wake.clear()
 
     def turn(self) -> float:

@@ -82,3 +82,24 @@ def test_a_model_without_an_address_is_refused(
 ) -> None:
     assert start(monkeypatch, model=MODEL)[0] == 2
     assert "PRECEPTOR_JUDGE_URL and PRECEPTOR_JUDGE_MODEL need each other" in capsys.readouterr().err
+
+
+def test_the_dispatcher_s_numbers_are_set_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {
+        **{"TRIAL_ATTEMPTS": "7", "LEASE_STALL_SECONDS": "90", "HISTORY_DAYS": "2", "BATCHES_IN_FLIGHT": "9"},
+        **{"STALL_SECONDS": "5", "MAX_WAITING": "10"},
+    }
+    for name, value in names.items():
+        monkeypatch.setenv(f"PRECEPTOR_{name}", value)
+    settings = EvaluatorSettings()
+    limits = settings.dispatch_limits
+    assert (limits.max_attempts, limits.stall_seconds, limits.in_flight) == (7, 90.0, 9)  # the worker's own 5 s apart
+    assert limits.history_seconds == 2 * 86400
+    assert settings.max_waiting == 10
+
+
+def test_a_stuck_worker_has_time_to_end_itself_before_its_batch_is_given_to_another() -> None:
+    from student.settings import WorkerSettings
+
+    worker = WorkerSettings()
+    assert EvaluatorSettings().lease_stall_seconds > worker.load_seconds + worker.batch_seconds + worker.stall_seconds

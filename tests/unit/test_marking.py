@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Connection
 
+from evaluator import marking
 from evaluator.graders import chat
 from evaluator.graders.chat import ChatLimits
 from evaluator.graders.judge import JudgeSettings
@@ -209,3 +212,81 @@ def test_a_judge_that_is_set_differently_after_a_restart_fails_with_the_reason(
     with pytest.raises(PreceptorError) as raised:
         ask(house, "Ada is a baker.")
     assert raised.value.reason == "JUDGE_NOT_SET"
+
+
+def test_of_many_that_wait_for_a_judge_a_bounded_number_is_in_memory(
+    build: Callable[..., House], server: JudgeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marking, "MOST_IN_HAND", 4)
+    house = build(server.url)
+    server.script = lambda *_: (503, {})
+    made = ask(house, *(f"Ada lives in Lisbon. {number}" for number in range(20)))
+    for _ in range(5):
+        train(house)
+    assert house.marking.under_way == 4
+    house.restart()
+    house.step()
+    assert house.marking.under_way == 4
+    server.script = honest
+    end = time.monotonic() + 20
+    while house.states(made) != [SUCCEEDED] * 20 and time.monotonic() < end:
+        house.step()
+        time.sleep(0.02)
+    assert house.states(made) == [SUCCEEDED] * 20
+    assert house.marking.under_way == 0
+
+
+def test_a_full_disk_between_a_verdict_and_its_reward_loses_neither(
+    build: Callable[..., House], server: JudgeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = build(server.url)
+    write = house.database.write
+    full = [True]
+
+    @contextmanager
+    def scarce() -> Iterator[Connection]:
+        if full[0]:
+            raise PreceptorError("DISK_FULL", "the disk is full")
+        with write() as tx:
+            yield tx
+
+    made = ask(house, EDIT)
+    house.step()
+    house.broker.work()
+    finish = house.marking._evaluations.finish
+
+    def finish_on_a_full_disk(evaluations: list[pb.Evaluation]) -> list[pb.Evaluation]:
+        monkeypatch.setattr(house.database, "write", scarce)
+        return finish(evaluations)
+
+    monkeypatch.setattr(house.marking._evaluations, "finish", finish_on_a_full_disk)
+    house.step()
+    while not server.bodies or not full[0]:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert house.states(made)[0] in LIVE
+    full[0] = False
+    assert wait_for(house, made, SUCCEEDED)[0].reward.value == 0.5
+
+
+def test_what_could_not_be_scored_when_it_was_asked_for_is_scored_later(
+    build: Callable[..., House], server: JudgeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its trials are known, so no result will ever bring it up again."""
+    house = build(server.url)
+    ask(house, EDIT, grader="exact")
+    train(house)
+
+    def full(_: object) -> list[pb.Evaluation]:
+        raise PreceptorError("DISK_FULL", "the disk is full")
+
+    request = group(EDIT)
+    request.protocol.weights.CopyFrom(pb.RewardWeights(gold_logprob_gain=1.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(house.marking._evaluations, "finish", full)
+        with pytest.raises(PreceptorError, match="disk is full"):
+            house.evaluations.create(request)
+    (again,) = house.evaluations.create(request)
+    assert again.state in LIVE
+    house.step()
+    assert house.evaluations.get(again.id).reward.value == 1.25
