@@ -229,7 +229,7 @@ def measure_cpu(quick: bool) -> dict[str, Any]:
         found[f"run, {shape.name}"] = through_a_run(shape, 60 if quick else 1200)
         tell_cpu(f"run, {shape.name}", found)
     found["waiting"] = while_waiting(5.0 if quick else 20.0)
-    print(f"  256 batches with workers, none ends: {found['waiting']['cores']:.1%} of a core")
+    print(f"  260 evaluations wait, 4 workers at long trials: {found['waiting']['cores']:.1%} of a core")
     return found
 
 
@@ -352,7 +352,7 @@ def count_evaluations(house: House) -> int:
 
 
 def while_waiting(seconds: float) -> dict[str, float]:
-    """The services' CPU while the queue is full and 4 workers are at long trials: what polling costs."""
+    """The services' CPU while 260 evaluations wait and 4 workers are at long trials: what looking costs."""
     with house_of("waiting", batch_trials=1) as house:
         house.workers(4, 3600.0)
         for number in range(26):
