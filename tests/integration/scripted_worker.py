@@ -14,9 +14,11 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import redis
 from celery import Celery, signals
 from celery.exceptions import Ignore
 
@@ -54,7 +56,8 @@ class ScriptedWorker:
 
     def beat_for_ever(self) -> None:
         while True:
-            self.beat()
+            with suppress(redis.RedisError):  # away; so it beats again when it is back
+                self.beat()
             time.sleep(0.5)
 
     def stored(self, **_: Any) -> None:
