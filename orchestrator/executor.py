@@ -154,9 +154,11 @@ class RunExecutor:
                 try:
                     self._execute_once(run_id)
                 except DatabaseError as error:
-                    log.warning("%s waits for the disk: %s", run_id, error)
+                    words = f"waiting for the disk: {error}"
                     with self._lock:
-                        self._waiting[run_id] = f"waiting for the disk: {error}"
+                        if self._waiting.get(run_id) != words:  # once: the log may be on the same disk
+                            log.warning("%s is %s", run_id, words)
+                        self._waiting[run_id] = words
                 else:
                     if run_id not in self._to_cancel:
                         return

@@ -81,6 +81,7 @@ def when_there_is_room(
     ``waits`` is told each time, then ``pause`` waits so many seconds, and ends the waiting by raising something.
     Raises all else that the action raises.
     """
+    said = ""
     while True:
         try:
             return action()
@@ -88,7 +89,9 @@ def when_there_is_room(
             reason = storage_error(error)
             if reason is None:
                 raise
-        log.warning("waiting for the disk: %s", reason)
+        if str(reason) != said:  # once: the log may be on the same disk
+            said = str(reason)
+            log.warning("waiting for the disk: %s", said)
         waits(reason)
         pause(ROOM_SECONDS)
 

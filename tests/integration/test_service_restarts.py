@@ -88,6 +88,27 @@ def test_a_killed_student_service_knows_what_it_has_answered(tmp_path: Path, end
     assert (found.name, found.active, found.pinned) == ("tiny", True, registered.pinned)
 
 
+def test_without_room_a_student_is_refused_with_the_disk_named_and_the_same_request_works_later(
+    tmp_path: Path, ending: list[StudentProcess]
+) -> None:
+    folder = save_student(tmp_path / "model")
+    register = students.RegisterStudentRequest(request_id="r1", name="tiny", source=str(folder))
+    with small_disk(tmp_path / "disk") as disk:
+        process = StudentProcess(disk.path).serve()
+        ending.append(process)
+        disk.fill()
+        with pytest.raises(PreceptorError) as refused:
+            call(process.stub.RegisterStudent, register)
+        assert refused.value.reason == "DISK_FULL"
+        assert str(disk.path) in refused.value.message
+        with pytest.raises(PreceptorError) as missing:  # it serves what it can
+            call(process.stub.GetStudent, students.GetStudentRequest(name="tiny"))
+        assert missing.value.reason == "STUDENT_NOT_FOUND"
+        disk.free()
+        assert call(process.stub.RegisterStudent, register).student.name == "tiny"
+        process.end()
+
+
 def test_a_second_student_service_on_one_home_names_the_first_and_takes_over_when_it_ends(
     tmp_path: Path, ending: list[StudentProcess]
 ) -> None:
