@@ -33,12 +33,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from evaluator.attempts import Ending, History
-from evaluator.batch_store import BatchRecord, BatchStore, End, Waiting
+from evaluator.attempts import History
+from evaluator.batch_store import BatchStore, End, Waiting
 from evaluator.broker import Broker
 from evaluator.database import BatchState
+from evaluator.flights import DispatchLimits, Flight, Look
 from evaluator.marking import Marking
 from evaluator.outcomes import lost, verdict
 from preceptor.errors import PreceptorError
@@ -66,54 +67,6 @@ IDLE_SECONDS = 5.0
 FORGET_SECONDS = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class DispatchLimits:
-    """Numbers of the dispatcher; times in seconds."""
-
-    max_attempts: int = 5  # tries of the same work; the reason for the number stands above
-    in_flight: int = 256  # batches on the queue at once, however many workers there are
-    poll_seconds: float = 0.05  # 20 looks a second, each one round trip
-    lease_grace: float = 3.0  # after a lease has expired: one beat and a half; with it a kill is noticed in about 11 s
-    orphan_seconds: float = 60.0  # longer than a worker needs from taking a job to its first beat
-    # A stuck worker ends itself after 300 s (student.settings); this is for one whose watchdog is stuck, too. Loading a
-    # model (at most 1800 s) and answering (at most what is left of a batch's 3600 s) make no steps, so it must be longer.
-    stall_seconds: float = 7200.0
-    history_seconds: float = 30 * 86400.0  # ended attempts are remembered so long
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A batch under way, as the thread remembers it between looks."""
-
-    record: BatchRecord
-    last_sign: float  # when its lease was last seen, or when it was last known to be in the queue
-    number: int  # in the order of submission
-    gone: bool = False  # from the queue, with everything else
-    lease: Lease | None = None  # as last seen
-    moved: float = 0.0  # when its steps last changed
-
-    @property
-    def task_id(self) -> str:
-        """The present attempt. Only its lease is a sign of life: who wakes up at an earlier one is soon fenced off."""
-        return celery_task_id(self.record.id, self.record.attempt)
-
-    @property
-    def task_ids(self) -> list[str]:
-        """All attempts whose result would be taken."""
-        record = self.record
-        return [celery_task_id(record.id, attempt) for attempt in range(record.since, record.attempt + 1)]
-
-    @property
-    def is_running(self) -> bool:
-        """Whether a worker was seen at it."""
-        return self.record.state is BatchState.RUNNING
-
-    def ending(self, why: str) -> Ending:
-        """How the attempt ends if it is given up."""
-        lease = self.lease or Lease("")
-        return Ending("TRIAL_LOST", why, lease.worker, lease.steps_done)
-
-
 class Dispatcher:
     """The thread. ``step`` is one turn of it, for tests that hold the clock (seconds, monotonic)."""
 
@@ -129,7 +82,7 @@ class Dispatcher:
     ) -> None:
         self._batches, self._history, self._broker, self._marking = batches, history, broker, marking
         self._limits, self._clock, self._wall_clock = limits, clock, wall_clock
-        self._flights: dict[str, _Flight] | None = None  # None: to be read from SQL
+        self._flights: dict[str, Flight] | None = None  # None: to be read from SQL
         self._most = FEWEST_BATCHES  # on the queue at once
         self._resting: dict[str, float] = {}  # batches that wait in SQL for a time to come
         self._sent: set[str] = set()  # attempts that are on the queue while SQL could not be told
@@ -214,16 +167,16 @@ class Dispatcher:
         busy = flights or self._work_may_wait or self._cancelled_may_wait
         return self._limits.poll_seconds if busy else IDLE_SECONDS
 
-    def _recover(self) -> dict[str, _Flight]:
+    def _recover(self) -> dict[str, Flight]:
         """Reads what is under way from SQL, and finishes what was answered but not scored."""
         now = self._clock()
         # In which order they were sent is not known; all of them before what is sent from now on.
-        flights = {record.id: _Flight(record, now, self._submitted) for record in self._batches.under_way()}
+        flights = {record.id: Flight(record, now, self._submitted) for record in self._batches.under_way()}
         self._marking.settle_all()
         self._flights = flights
         return flights
 
-    def _broker_away(self, error: PreceptorError, flights: dict[str, _Flight]) -> float:
+    def _broker_away(self, error: PreceptorError, flights: dict[str, Flight]) -> float:
         self._work_may_wait = self._cancelled_may_wait = True  # what was to be sent may not have been
         if not self._backoff:
             log.warning("%s; waiting for it (%d batches under way)", error, len(flights))
@@ -232,7 +185,7 @@ class Dispatcher:
             flight.last_sign = flight.moved = self._clock() + self._backoff
         return self._backoff
 
-    def _tell_cancelled(self, flights: dict[str, _Flight]) -> None:
+    def _tell_cancelled(self, flights: dict[str, Flight]) -> None:
         if not self._cancelled_may_wait:
             return
         self._cancelled_may_wait = False
@@ -247,13 +200,13 @@ class Dispatcher:
             self._batches.told(told)
             self._cancelled_may_wait = True  # until there is nothing more
 
-    def _take_results(self, flights: dict[str, _Flight]) -> None:
+    def _take_results(self, flights: dict[str, Flight]) -> None:
         task_ids = [task_id for flight in flights.values() for task_id in flight.task_ids]
         found = list(self._broker.results(task_ids).items())
         for start in range(0, len(found), TAKEN_AT_ONCE):
             self._take(flights, dict(found[start : start + TAKEN_AT_ONCE]))
 
-    def _take(self, flights: dict[str, _Flight], results: dict[str, trial.TrialBatchResult]) -> None:
+    def _take(self, flights: dict[str, Flight], results: dict[str, trial.TrialBatchResult]) -> None:
         """Takes results that came together together: a transaction costs more than what is done in it."""
         wanted = self._batches.wanted(list({split_task_id(task_id)[0] for task_id in results}))
         ends: list[tuple[End, float]] = []
@@ -300,55 +253,36 @@ class Dispatcher:
         if seconds:
             self._resting |= dict.fromkeys(batch_ids, self._clock() + seconds)
 
-    def _look_at_workers(self, flights: dict[str, _Flight]) -> None:
+    def _look_at_workers(self, flights: dict[str, Flight]) -> None:
         workers = len(self._broker.workers())
         self._most = min(max(BATCHES_PER_WORKER * workers, FEWEST_BATCHES), self._limits.in_flight)
-        forgotten = self._broker.has_forgotten()
-        if not flights:
-            return
-        leases = self._broker.holders([flight.task_id for flight in flights.values()])
-        queue_empty = self._broker.depth() == 0
-        fences = self._broker.begun([flight.record.id for flight in flights.values() if not flight.is_running])
-        now = self._clock()
-        begun = []
-        for flight in list(flights.values()):
-            lease, record = leases.get(flight.task_id), flight.record
-            # Also one that was begun and dropped between two looks is RUNNING, and lost like any other.
-            if not flight.is_running and (lease or fences.get(record.id) == record.attempt):
-                begun.append((record, lease.worker if lease else ""))
-                flight.record = replace(record, state=BatchState.RUNNING)
-                flight.last_sign = now
-                self._newest_begun = max(self._newest_begun, flight.number)
-            if lease is not None:
-                self._held(flights, flight, lease, now)
-            elif flight.is_running:
-                if now - flight.last_sign > self._limits.lease_grace:
-                    self._lost(flights, flight, "its worker's lease is gone")
-            elif forgotten:  # a worker that has it says so with its next beat
-                flight.last_sign, flight.gone = now, True
-            elif not flight.gone and not queue_empty and flight.number >= self._newest_begun:
-                flight.last_sign = now
-            elif now - flight.last_sign > (self._limits.lease_grace if flight.gone else self._limits.orphan_seconds):
-                self._orphaned(flights, flight)
+        waiting = [flight.record.id for flight in flights.values() if not flight.is_running]
+        look = Look(
+            leases=self._broker.holders([flight.task_id for flight in flights.values()]),
+            fences=self._broker.begun(waiting),
+            queue_is_empty=self._broker.depth() == 0,
+            queue_was_lost=self._broker.has_forgotten(),  # last: the answer is given once
+            now=self._clock(),
+        )
+        begun = [flight for flight in flights.values() if flight.begins(look)]
         if begun:
-            self._batches.mark_running(begun)
+            self._newest_begun = max(self._newest_begun, *(flight.number for flight in begun))
+            workers_of = [(flight.record, look.leases.get(flight.task_id, Lease("")).worker) for flight in begun]
+            self._batches.mark_running(workers_of)
+        for flight in list(flights.values()):
+            if why := flight.why_lost(look, self._limits):
+                self._lost(flights, flight, why)
+            elif flight.is_off_the_queue(look, self._limits, self._newest_begun):
+                self._orphaned(flights, flight)
 
-    def _held(self, flights: dict[str, _Flight], flight: _Flight, lease: Lease, now: float) -> None:
-        flight.last_sign = now
-        if lease != flight.lease:
-            flight.lease, flight.moved = lease, now
-        elif now - flight.moved > self._limits.stall_seconds:
-            why = f"{lease.worker} holds it and made no step for {self._limits.stall_seconds:.0f} s"
-            self._lost(flights, flight, why)
-
-    def _orphaned(self, flights: dict[str, _Flight], flight: _Flight) -> None:
+    def _orphaned(self, flights: dict[str, Flight], flight: Flight) -> None:
         record, why = flight.record, "no worker has it and it is not on the queue any more"
         del flights[record.id]
         log.warning("batch %s, attempt %d: %s; submitting it again", record.id, record.attempt, why)
         self._batches.try_again(record.id, record.attempt, flight.ending(why), discard=False, counts=False)
         self._work_may_wait = True
 
-    def _lost(self, flights: dict[str, _Flight], flight: _Flight, why: str) -> None:
+    def _lost(self, flights: dict[str, Flight], flight: Flight, why: str) -> None:
         record = flight.record
         del flights[record.id]
         if record.tries < self._limits.max_attempts:
@@ -367,7 +301,7 @@ class Dispatcher:
             end = End(record.id, record.attempt, given_up, flight.ending(why))
         self._end([(end, 0.0)])
 
-    def _submit_waiting(self, flights: dict[str, _Flight]) -> None:
+    def _submit_waiting(self, flights: dict[str, Flight]) -> None:
         now = self._clock()
         self._resting = {batch: until for batch, until in self._resting.items() if until > now}
         if not self._work_may_wait:
@@ -380,7 +314,7 @@ class Dispatcher:
                 return
         self._work_may_wait = True
 
-    def _submit(self, flights: dict[str, _Flight], waiting: Sequence[Waiting]) -> None:
+    def _submit(self, flights: dict[str, Flight], waiting: Sequence[Waiting]) -> None:
         for batch in waiting:
             task_id = celery_task_id(batch.record.id, batch.record.attempt)
             if task_id in self._sent:
@@ -396,7 +330,7 @@ class Dispatcher:
             if record.id in marked:
                 submitted = replace(record, state=BatchState.SUBMITTED, tries=record.tries + 1)
                 self._submitted += 1
-                flights[record.id] = _Flight(submitted, self._clock(), self._submitted)
+                flights[record.id] = Flight(submitted, self._clock(), self._submitted)
 
     def _forget(self) -> None:
         if self._clock() >= self._next_forgetting:

@@ -6,14 +6,14 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 
-from evaluator.dispatch import DispatchLimits
+from evaluator.flights import DispatchLimits
 from evaluator.graders.chat import ChatLimits
 from evaluator.graders.judge import JudgeSettings
 from preceptor.settings import ServiceSettings
 
 
 class EvaluatorSettings(ServiceSettings):
-    """Settings of the evaluator. Times in seconds; the reasons for the defaults are in ``evaluator.dispatch``."""
+    """Settings of the evaluator. Times in seconds; the reasons for the defaults are in ``evaluator.flights``."""
 
     trial_attempts: int = Field(5, ge=1, le=100, description="tries of the same trials before they FAIL")
     lease_grace_seconds: float = Field(

@@ -7,9 +7,10 @@ from pathlib import Path
 from evaluator.attempts import History
 from evaluator.batch_store import BatchStore
 from evaluator.database import Database
-from evaluator.dispatch import Dispatcher, DispatchLimits
+from evaluator.dispatch import Dispatcher
 from evaluator.evaluations import Evaluations
 from evaluator.feed import Feed
+from evaluator.flights import DispatchLimits
 from evaluator.graders.judge import Judge, JudgeSettings
 from evaluator.graders.rack import Graders
 from evaluator.graders.verdicts import VerdictStore

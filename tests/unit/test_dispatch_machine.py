@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sqlalchemy import Connection, select
 
 from evaluator.database import OPEN, Database, TrialState, attempts, batches, cancellations, trials
-from evaluator.dispatch import DispatchLimits
+from evaluator.flights import DispatchLimits
 from preceptor.errors import PreceptorError
 from preceptor.names import split_task_id
 from preceptor.v1 import evaluator_pb2 as pb
