@@ -59,6 +59,36 @@ def test_what_is_final_stays_until_something_final_replaces_it(engine: Engine) -
     assert seen == [(QUEUED, None), (SUCCEEDED, 0.5), (SUCCEEDED, 0.5), (SUCCEEDED, 0.4), (FAILED, None)]
 
 
+def test_reports_that_come_together_do_what_they_do_one_after_another(engine: Engine) -> None:
+    reports = [
+        report(QUEUED),
+        report(SUCCEEDED, 2.5, Kind.LOOK),
+        report(SUCCEEDED, 0.5),
+        report(QUEUED, 0.1),
+        report(FAILED, kind=Kind.FRESH, at=key(0, 1)),
+        Reported((key(0, 1), key(0, 2)), report(SUCCEEDED, 0.75).evaluation),
+    ]
+    told: list[list[Entry]] = []
+    together = Ledger(engine, "together", 0.0, lambda entries: told.append(list(entries)))
+    apart = Ledger(engine, "apart", 0.0)
+    for ledger in (together, apart):
+        ledger.write([entry(), entry(0, 1), entry(0, 2)])
+    together.record(*reports)
+    for one in reports:
+        apart.record(one)
+    assert together.entries() == apart.entries()
+    assert told[1:] == [together.entries()], "each line once, as it stands at the end"
+    assert [line.reward.value if line.reward else None for line in together.entries()] == [0.5, 0.75, 0.75]
+
+
+def test_more_lines_in_a_report_than_are_asked_for_at_once(engine: Engine) -> None:
+    ledger = Ledger(engine, "run", 0.0)
+    keys = [key(0, index) for index in range(2_500)]
+    ledger.write([entry(0, index) for index in range(len(keys))])
+    ledger.record(Reported(tuple(keys), report(SUCCEEDED, 0.5).evaluation))
+    assert all(line.reward is not None for line in ledger.entries())
+
+
 def test_looks_and_fresh_rewards_are_kept_beside_the_evaluation(engine: Engine) -> None:
     ledger = Ledger(engine, "run", 0.0)
     ledger.write([entry(), entry(0, 1), entry(0, 2)])
@@ -151,3 +181,20 @@ def test_progress_counts_what_was_stopped_as_done_and_shows_the_fresh_reward(eng
     assert (shown.self_edits_stopped, shown.evaluations_done, shown.evaluations_running) == (1, 1, 1)
     assert shown.done_share == 0.5
     assert [reward.mean for reward in shown.rewards] == [0.25]
+
+
+def test_every_look_at_the_progress_has_the_rewards_of_all_rounds_as_they_are_now(engine: Engine) -> None:
+    progress = Progress(rounds=2, planned=4, elapsed=lambda: 1.0)
+    ledger = Ledger(engine, "run", 0.0, progress.show)
+    ledger.write([entry(0, index, number) for number in (1, 2) for index in range(2)])
+
+    def shown() -> list[tuple[int, float, int]]:
+        return [(one.round, one.mean, one.count) for one in progress.snapshot(pb.RUN_STATE_RUNNING).rewards]
+
+    assert shown() == []
+    ledger.record(report(SUCCEEDED, 0.5, at=key(0, 0, 1)))
+    assert shown() == [(1, 0.5, 1)]
+    ledger.record(report(SUCCEEDED, 1.0, at=key(0, 1, 2)))
+    assert shown() == shown() == [(1, 0.5, 1), (2, 1.0, 1)]
+    ledger.record(report(SUCCEEDED, 0.25, at=key(0, 1, 1)), report(FAILED, at=key(0, 1, 2)))
+    assert shown() == [(1, 0.375, 2)]
