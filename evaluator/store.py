@@ -15,7 +15,6 @@ from sqlalchemy import (
     BindParameter,
     Connection,
     Row,
-    Select,
     bindparam,
     case,
     delete,
@@ -155,15 +154,9 @@ class EvaluationStore:
 
     def ready(self, *, trial_ids: Sequence[str] = (), evaluation_ids: Sequence[str] = ()) -> list[str]:
         """The live evaluations among these, or with one of these trials, none of whose trials is pending."""
-        return self._ready(_READY_AMONG, trial_ids=trial_ids, evaluation_ids=evaluation_ids)
-
-    def all_ready(self) -> list[str]:
-        """As ``ready``, among all: for a start after a crash between a result and its reward."""
-        return self._ready(_READY)
-
-    def _ready(self, query: Select[tuple[str]], **values: Sequence[str]) -> list[str]:
         with self._database.read() as tx:
-            return [str(found) for found in tx.execute(query, values).scalars()]
+            found = tx.execute(_READY, {"trial_ids": trial_ids, "evaluation_ids": evaluation_ids})
+            return [str(one) for one in found.scalars()]
 
     def sittings(self, evaluation_ids: Sequence[str]) -> list[Sitting]:
         """What is needed to score these evaluations (see ``ready``)."""
@@ -299,18 +292,18 @@ _READY = (
     select(evaluations.c.id)
     .join(evaluation_trials, evaluation_trials.c.evaluation_id == evaluations.c.id)
     .outerjoin(trials, trials.c.id == evaluation_trials.c.trial_id)
-    .where(evaluations.c.state.in_(LIVE))
+    .where(
+        evaluations.c.state.in_(LIVE),
+        or_(
+            evaluations.c.id.in_(
+                select(evaluation_trials.c.evaluation_id).where(evaluation_trials.c.trial_id.in_(_among("trial_ids")))
+            ),
+            evaluations.c.id.in_(_among("evaluation_ids")),
+        ),
+    )
     .group_by(evaluations.c.id, evaluations.c.seq)
     .having(func.sum(case((trials.c.state.in_((TrialState.DONE, TrialState.FAILED)), 0), else_=1)) == 0)
     .order_by(evaluations.c.seq)
-)
-_READY_AMONG = _READY.where(
-    or_(
-        evaluations.c.id.in_(
-            select(evaluation_trials.c.evaluation_id).where(evaluation_trials.c.trial_id.in_(_among("trial_ids")))
-        ),
-        evaluations.c.id.in_(_among("evaluation_ids")),
-    )
 )
 _SAT = select(evaluations).where(evaluations.c.id.in_(_among("ids"))).order_by(evaluations.c.seq)
 _EXAMS = select(exams).where(exams.c.id.in_(_among("ids")))
