@@ -171,6 +171,19 @@ def test_nothing_is_begun_before_redis_has_granted_it(pair: Pair) -> None:
     assert pair.said(f"batch {batch.id}: 1 trials in") == 1
 
 
+def test_workers_that_are_refused_their_jobs_wait_and_go_on(pair: Pair) -> None:
+    before = [worker.name for worker in pair.queue.workers(2)]
+    lost = pair.said("Connection to broker lost")
+    with pair.server.client() as client:
+        client.execute_command("ACL", "SETUSER", "default", "-brpop")  # as MISCONF does, where Redis's disk is full
+        try:
+            wait_for(lambda: pair.said("Connection to broker lost") >= lost + 4, 20)
+        finally:
+            client.execute_command("ACL", "SETUSER", "default", "+brpop")
+    assert not pair.queue.run(pair.queue.training("after the refusal", LONG // 8)).HasField("failure")
+    assert [worker.name for worker in pair.queue.workers(2)] == before
+
+
 @pytest.mark.slow
 def test_a_network_that_stalls_for_half_a_minute_does_not_wedge_a_worker(student: Path, tmp_path: Path) -> None:
     log = tmp_path / "worker.log"
