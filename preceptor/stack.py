@@ -348,8 +348,8 @@ class Stack:
         """Ends children of an owner that was killed before it could. They are known by how they look: an owner may have
         died before it had written down whom it had started."""
         for process in find_processes(self._is_ours):
-            self._say(f"ending {process.name()} of an earlier stack (pid {process.pid})")
-            with suppress(psutil.Error):
+            with suppress(psutil.Error):  # they end by themselves, too, and may just have done so
+                self._say(f"ending {process.name()} of an earlier stack (pid {process.pid})")
                 process.kill()
                 process.wait(5)
 
