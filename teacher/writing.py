@@ -20,7 +20,6 @@ import torch
 from preceptor.completions import Limits, MalformedSelfEdit, parse
 from preceptor.errors import PreceptorError
 from preceptor.names import canonical_json, content_id
-from preceptor.storage import when_there_is_room
 from teacher.decoding import Decoder
 from teacher.model import PolicyModels, TeacherBase
 from teacher.policies import DAMAGED, Policies
@@ -96,12 +95,13 @@ class Writer:
         self._device = device
         self._rows = rows
         self._answer_room = answer_room
+        self._unsaved: dict[str, bytes] = {}  # groups that the disk had no room for
 
     def write(self, request: WritingRequest, stopped: Callable[[], bool]) -> Iterator[WrittenGroup]:
         """Yields one group per task. Everything about the request is checked before the first.
 
-        Raises PreceptorError: POLICY_NOT_FOUND, POLICY_NOT_READY, UNKNOWN_PROMPT_FORMAT, PASSAGE_TOO_LONG, and
-        CANCELLED when ``stopped`` says so.
+        Raises PreceptorError: POLICY_NOT_FOUND, POLICY_NOT_READY, UNKNOWN_PROMPT_FORMAT, PASSAGE_TOO_LONG, DISK_FULL
+        (ask again when there is room), and CANCELLED when ``stopped`` says so.
         """
         policy = self._policies.restored(request.policy_id, stopped)
         form = prompt_format(request.prompt_format)
@@ -111,18 +111,24 @@ class Writer:
             tasks = request.tasks[batch]
             keys = [_key(request, policy.id, form, task) for task in tasks]
             known = self._store.written(keys)
-            if len(known) < len(set(keys)):
-                groups = self._groups(policy, request, tasks, prompts[batch], stopped)
-                made = {key: _to_bytes(group) for key, group in zip(keys, groups, strict=True)}
-                self._keep(made, stopped)
+            if missing := set(keys) - known.keys():
+                made = {key: self._unsaved[key] for key in missing if key in self._unsaved}
+                if len(made) < len(missing):
+                    groups = self._groups(policy, request, tasks, prompts[batch], stopped)
+                    made = {key: _to_bytes(group) for key, group in zip(keys, groups, strict=True)}
+                self._keep(made)
                 known = made | known
             seconds = (time.monotonic() - began) / len(tasks)
             for key, task in zip(keys, tasks, strict=True):
                 yield WrittenGroup(task.id, policy.id, _from_bytes(known[key]), seconds)
 
-    def _keep(self, made: Mapping[str, bytes], stopped: Callable[[], bool]) -> None:
-        """Stores groups before anybody sees them; waits for room on the disk rather than writing them twice."""
-        when_there_is_room(lambda: self._store.keep_written(made), lambda seconds: _pause(seconds, stopped))
+    def _keep(self, made: Mapping[str, bytes]) -> None:
+        """Stores groups before anybody sees them. Where there is no room they stay in memory, so that who asks again
+        when there is gets them without their being written twice. Raises DatabaseError."""
+        self._unsaved.update(made)
+        self._store.keep_written(made)
+        for key in made:
+            self._unsaved.pop(key, None)
 
     def _groups(
         self,
@@ -261,12 +267,3 @@ def _hold(lock: threading.Lock, stopped: Callable[[], bool]) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _pause(seconds: float, stopped: Callable[[], bool]) -> None:
-    """Waits so long, while somebody wants the result."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if stopped():
-            raise PreceptorError("CANCELLED", "the client went away while the teacher waited for the disk")
-        time.sleep(0.1)

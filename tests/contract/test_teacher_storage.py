@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from preceptor.artifacts import ArtifactStore
 from preceptor.channel import call, stream
+from preceptor.errors import PreceptorError
 from preceptor.v1 import teacher_pb2 as pb
 from tests.contract.test_teacher_service import Running, generate_request, update_request, watched
 from tests.small_disk import small_disk
@@ -188,13 +188,29 @@ def test_an_update_that_waits_for_room_does_not_keep_the_service_up_and_goes_on_
             running.stop()
 
 
-def test_what_was_written_without_room_comes_when_there_is_some(tmp_path: Path, expected: dict[str, Any]) -> None:
+def test_what_was_written_without_room_is_not_written_twice(
+    tmp_path: Path, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with small_disk(tmp_path / "disk") as disk:
         running = Running(disk.path)
+        batches: list[int] = []
+        write = running.teacher.writer._batch
+
+        def counted(*arguments: Any) -> Any:
+            batches.append(1)
+            return write(*arguments)
+
+        monkeypatch.setattr(running.teacher.writer, "_batch", counted)
         try:
             first = made(running)
             disk.fill()
-            threading.Timer(1.0, disk.free).start()
+            for _ in range(2):
+                with pytest.raises(PreceptorError) as refused:
+                    written(running, first.id)
+                assert refused.value.reason == "DISK_FULL"
+            disk.free()
             assert written(running, first.id) == expected["text"]
+            assert len(batches) == 2  # of a task each, as the first batches are small
+            assert not running.teacher.writer._unsaved
         finally:
             running.stop()
