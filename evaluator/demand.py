@@ -42,7 +42,7 @@ AT_ONCE = 500
 
 def ask_for(tx: Connection, owner: str, wanted: Sequence[trial.TrialBatch]) -> None:
     """Batches to run, in the owner's turns."""
-    last = tx.execute(select(owner_turns.c.turn).where(owner_turns.c.owner == owner)).scalar()
+    last = tx.execute(_LAST_TURN, {"of": owner}).scalar()
     turn = max(last or 0, _now(tx))
     puts = []
     for batch in wanted:
@@ -52,17 +52,27 @@ def ask_for(tx: Connection, owner: str, wanted: Sequence[trial.TrialBatch]) -> N
     if last is None:
         tx.execute(insert(owner_turns).values(owner=owner, turn=turn))
     else:
-        tx.execute(update(owner_turns).where(owner_turns.c.owner == owner).values(turn=turn))
+        tx.execute(_NEXT_TURN, {"of": owner, "reached": turn})
 
 
 def _now(tx: Connection) -> int:
-    submitted = tx.execute(select(func.max(batches.c.turn)).where(batches.c.state.in_(UNDER_WAY))).scalar()
-    if submitted is not None:
-        return int(submitted)
-    waiting = tx.execute(select(func.min(batches.c.turn)).where(batches.c.state == BatchState.WAITING)).scalar()
-    if waiting is not None:
-        return int(waiting)
-    return int(tx.execute(select(func.max(owner_turns.c.turn))).scalar() or 0)
+    for known in (_SUBMITTED_LAST, _WAITING_FIRST, _REACHED):
+        if (turn := tx.execute(known).scalar()) is not None:
+            return int(turn)
+    return 0
+
+
+# Statements that are not built anew each time are not hashed anew either.
+_LAST_TURN = select(owner_turns.c.turn).where(owner_turns.c.owner == bindparam("of"))
+_NEXT_TURN = update(owner_turns).where(owner_turns.c.owner == bindparam("of")).values(turn=bindparam("reached"))
+_SUBMITTED_LAST = select(func.max(batches.c.turn)).where(batches.c.state.in_(UNDER_WAY))
+_WAITING_FIRST = select(func.min(batches.c.turn)).where(batches.c.state == BatchState.WAITING)
+_REACHED = select(func.max(owner_turns.c.turn))
+_ATTEMPTS = select(batches.c.id, batches.c.attempt).where(batches.c.id.in_(bindparam("ids", expanding=True)))
+_BATCH_OF = select(trials.c.id, trials.c.batch_id).where(trials.c.id.in_(bindparam("ids", expanding=True)))
+_WANTED = select(trials.c.id, trials.c.batch_id).where(
+    trials.c.batch_id.in_(bindparam("batch_ids", expanding=True)), trials.c.state == TrialState.PENDING
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +92,7 @@ def put_batches(tx: Connection, puts: Sequence[Put]) -> None:
 
 def _put_batches(tx: Connection, puts: Sequence[Put]) -> None:
     ids = [put.batch.id for put in puts]
-    rows = tx.execute(select(batches.c.id, batches.c.attempt).where(batches.c.id.in_(ids)))
+    rows = tx.execute(_ATTEMPTS, {"ids": ids})
     attempts = {row.id: row.attempt for row in rows}
     new: list[dict[str, object]] = []
     again: list[dict[str, object]] = []
@@ -109,8 +119,8 @@ def _put_trials(tx: Connection, batch_of: Mapping[str, str]) -> None:
     """These trials are to be run by these batches."""
     names, known = list(batch_of), dict[str, str]()
     for start in range(0, len(names), AT_ONCE):
-        some = trials.c.id.in_(names[start : start + AT_ONCE])
-        known |= {row.id: row.batch_id for row in tx.execute(select(trials.c.id, trials.c.batch_id).where(some))}
+        rows = tx.execute(_BATCH_OF, {"ids": names[start : start + AT_ONCE]})
+        known |= {row.id: row.batch_id for row in rows}
     pending = {"state": TrialState.PENDING, "result": b""}
     if new := [{"id": one, "batch_id": batch_of[one], **pending} for one in names if one not in known]:
         tx.execute(insert(trials), new)
@@ -177,12 +187,6 @@ def leave_word(tx: Connection, batch_id: str, numbers: range, trial_ids: Sequenc
     ]
     if notes:
         tx.execute(insert(cancellations), notes)
-
-
-# A statement that is not built anew each time is not hashed anew either.
-_WANTED = select(trials.c.id, trials.c.batch_id).where(
-    trials.c.batch_id.in_(bindparam("batch_ids", expanding=True)), trials.c.state == TrialState.PENDING
-)
 
 
 def wanted_trials(tx: Connection, batch_ids: Collection[str]) -> dict[str, set[str]]:
