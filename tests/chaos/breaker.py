@@ -136,9 +136,7 @@ class Breaker(threading.Thread):
                 else:
                     self._watch(lambda: self._until_back(victim, pid, "stopped"))
             case Kind.FLUSH:
-                client = redis.Redis.from_url(self._arena.broker_url(), socket_timeout=5)
-                with closing(client):
-                    client.flushall()
+                self._flush()
             case Kind.WIPE | Kind.TEAR | Kind.GARBLE:
                 os.kill(pid, signal.SIGSTOP)  # so that nothing is written any more
                 _spoil(self._arena.home / "redis", blow.kind)
@@ -156,6 +154,18 @@ class Breaker(threading.Thread):
                 ballast = self._arena.home / "ballast"
                 _fill(ballast)
                 self._later(blow.seconds, lambda: ballast.unlink(missing_ok=True))
+
+    def _flush(self) -> None:
+        end = time.monotonic() + RECOVERY_SECONDS
+        while True:
+            client = redis.Redis.from_url(self._arena.broker_url(), socket_timeout=5)
+            with closing(client):
+                try:
+                    client.flushall()
+                    return
+                except redis.RedisError:  # an earlier blow: it is away, or its disk is full
+                    if self.over.wait(0.2) or time.monotonic() > end:
+                        raise
 
     def _kill(self, victim: str, pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
