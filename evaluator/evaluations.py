@@ -30,6 +30,9 @@ from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import types_pb2 as types
 
 
+MOST_IN_A_FIELD = 2**32 - 1
+
+
 class Evaluations:
     """Creates, shows, watches, cancels and retries evaluations.
 
@@ -209,12 +212,15 @@ class Evaluations:
 
 
 def _report(worker: WorkerStatus) -> pb.WorkerReport:
-    batch, attempt = split_task_id(worker.task_id) if worker.task_id else ("", 0)
+    try:
+        batch, attempt = split_task_id(worker.task_id)
+    except ValueError:  # it is idle, or says what no worker of ours would say
+        batch, attempt = "", 0
     return pb.WorkerReport(
         name=worker.name,
         batch_id=batch,
-        attempt=attempt,
-        steps_done=worker.steps_done,
+        attempt=min(max(attempt, 0), MOST_IN_A_FIELD),
+        steps_done=min(worker.steps_done, MOST_IN_A_FIELD),
         trials_done=worker.trials_done,
         peak_memory_bytes=worker.peak_memory_bytes,
     )

@@ -19,6 +19,7 @@ from evaluator.servicer import SERVICE, EvaluatorServicer
 from evaluator.settings import EvaluatorSettings
 from preceptor.channel import call, open_channel, stream
 from preceptor.errors import PreceptorError
+from preceptor.leases import WorkerStatus
 from preceptor.server import Server
 from preceptor.settings import ServiceSettings
 from preceptor.v1 import evaluator_pb2 as pb
@@ -294,6 +295,14 @@ def test_what_failed_is_put_back_and_every_attempt_at_it_is_told(bench: Bench) -
     with pytest.raises(PreceptorError) as raised:
         call(bench.stub.ListAttempts, asked)
     assert raised.value.reason == "EVALUATION_NOT_FOUND"
+
+
+@pytest.mark.parametrize("task_id", ["", "nonsense", "a.b", "batch.99999999999999", "batch.-1"])
+def test_a_worker_that_talks_nonsense_spoils_nobody_s_view(bench: Bench, task_id: str) -> None:
+    nonsense = WorkerStatus("odd:1", task_id=task_id, steps_done=2**40)
+    bench.broker.workers = lambda: [nonsense]  # type: ignore[method-assign]
+    (worker,) = call(bench.stub.GetQueueStatus, pb.GetQueueStatusRequest()).workers
+    assert worker.name == "odd:1"
 
 
 def test_a_watcher_that_reads_nothing_harms_nobody(bench: Bench) -> None:
