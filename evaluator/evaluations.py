@@ -29,7 +29,6 @@ from preceptor.names import celery_task_id, split_task_id
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import types_pb2 as types
 
-
 MOST_IN_A_FIELD = 2**32 - 1
 
 

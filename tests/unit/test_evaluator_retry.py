@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select
 
-from evaluator.database import attempts, dead_batches, dead_letters, evaluations
+from evaluator.database import attempts, dead_batches, dead_letters, evaluations, origins, owner_turns
 from preceptor.errors import PreceptorError
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import trial_pb2 as trial
@@ -297,3 +297,21 @@ def test_as_many_as_wait_already_are_refused_and_nothing_is_changed(tmp_path: Pa
     with pytest.raises(PreceptorError):
         house.create("f", "g")
     house.close()
+
+
+def test_a_home_of_before_goes_on(house: House) -> None:
+    """It has none of the tables that came with attempts, letters and turns."""
+    made = house.create("Ada lives in Lisbon.", "fail:TRIAL_DIVERGED")
+    house.step()
+    house.broker.take()
+    house.step(1)
+    with house.database.write() as tx:
+        for table in (attempts, origins, dead_letters, dead_batches, owner_turns):
+            table.drop(tx)
+    house.restart()
+    house.broker.finish()
+    house.step()
+    late = house.create("Ada is a baker.")
+    work(house)
+    assert house.states([*made, *late]) == [SUCCEEDED, FAILED, SUCCEEDED]
+    assert retry(house) == 1
