@@ -144,11 +144,13 @@ class _Absence:
         self._since: float | None = None
         self._internal = 0
         self._told = False
+        self._logged = ""
 
     def over(self) -> None:
         """The service has answered, or nobody waits for it any more."""
-        if self._since is not None and time.monotonic() - self._since > SHOWN_SECONDS:
+        if self._logged:
             log.info("the %s is waited for no more", self._name)
+        self._logged = ""
         self._since = None
         self._internal = 0
         self.unknown()
@@ -163,7 +165,7 @@ class _Absence:
         """Seconds after which to ask again, if the error is one that waiting mends and patience is left; raises it
         otherwise."""
         if error.reason in _BUSY:
-            self.over()
+            self._since = None  # it is not away
             self._tell(f"waiting for the {self._name}: {error.message}")
             return BUSY_PAUSE_SECONDS
         if error.reason == "INTERNAL":
@@ -188,7 +190,8 @@ class _Absence:
         return PAUSE_SECONDS
 
     def _tell(self, words: str) -> None:
-        if not self._told:
+        if words != self._logged:
             log.warning("%s", words)
+        self._logged = words
         self._told = True
         self._hindered(self._name, words)
