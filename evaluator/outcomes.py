@@ -14,6 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from evaluator.attempts import Ending
+from preceptor.errors import CATALOGUE
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
 
@@ -89,6 +90,10 @@ def outcomes_of(wanted: Collection[str], result: trial.TrialBatchResult, tries: 
     for outcome in outcomes:
         if outcome.HasField("failure"):
             outcome.failure.attempts = max(tries, 1)
+            if outcome.failure.reason not in CATALOGUE:  # a newer worker's, or nobody's
+                said = f"{outcome.failure.reason!r}: {outcome.failure.message}"
+                outcome.failure.message = f"the worker gives a reason that is not known here: {said}"[:500]
+                outcome.failure.reason = "TRIAL_FAILED"
     return outcomes
 
 

@@ -99,7 +99,12 @@ class LeaseBoard:
     def __init__(self, broker_url: str) -> None:
         # Once more for a connection that went with the last Redis; redis-py's default is ten times, a minute in all.
         self._redis = redis.Redis.from_url(
-            broker_url, socket_timeout=5, socket_connect_timeout=5, decode_responses=True, retry=Retry(NoBackoff(), 1)
+            broker_url,
+            socket_timeout=5,
+            socket_connect_timeout=5,
+            decode_responses=True,
+            encoding_errors="replace",
+            retry=Retry(NoBackoff(), 1),
         )
 
     def beat(self, status: WorkerStatus) -> Answer:
@@ -142,7 +147,7 @@ class LeaseBoard:
         """The latest attempt at each of these batches that somebody has begun; it outlives its worker and its lease."""
         values = self._redis.mget([_FENCE + batch_id for batch_id in batch_ids]) if batch_ids else []
         fences = zip(batch_ids, map(str, values), strict=True)
-        return {batch_id: int(value) for batch_id, value in fences if value.isdecimal()}
+        return {batch_id: int(value) for batch_id, value in fences if value.isdecimal() and len(value) < 10}
 
     def workers(self) -> list[WorkerStatus]:
         """All workers alive, by name."""
@@ -158,13 +163,18 @@ class LeaseBoard:
 
 def _lease(value: object) -> Lease | None:
     worker, _, steps = str(value or "").partition(" ")
-    return Lease(worker, int(steps or 0)) if worker and (steps or "0").isdecimal() else None
+    number = steps or "0"
+    # More digits than a step count has are nobody's, and thousands of them are more than int() reads.
+    return Lease(worker, int(number)) if worker and number.isdecimal() and len(number) < 10 else None
 
 
 def _status(value: object) -> WorkerStatus | None:
     known = {field.name for field in fields(WorkerStatus)}  # a newer worker may say more
     try:
         said = {name: what for name, what in json.loads(str(value or "")).items() if name in known}
-        return WorkerStatus(**{**said, "students": tuple(said["students"])})
-    except (ValueError, TypeError, AttributeError, KeyError):
+        status = WorkerStatus(**{**said, "students": tuple(map(str, said["students"]))})
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return None
+    texts = isinstance(status.name, str) and isinstance(status.task_id, str)
+    counts = (status.steps_done, status.trials_done, status.peak_memory_bytes)
+    return status if texts and all(type(count) is int and 0 <= count < 2**32 * 2**20 for count in counts) else None

@@ -40,7 +40,7 @@ class DeploymentBoard:
 
     def __init__(self, broker_url: str) -> None:
         self._redis = redis.Redis.from_url(
-            broker_url, socket_timeout=5, socket_connect_timeout=5, decode_responses=True
+            broker_url, socket_timeout=5, socket_connect_timeout=5, decode_responses=True, encoding_errors="replace"
         )
         self._leases = LeaseBoard(broker_url)
 
@@ -57,7 +57,10 @@ class DeploymentBoard:
             value = self._redis.get(_WANTED)
         except redis.RedisError as error:
             raise _unreachable(error) from None
-        return None if value is None else ParseDict(json.loads(str(value)), types.PinnedStudent())
+        try:
+            return None if value is None else ParseDict(json.loads(str(value)), types.PinnedStudent())
+        except Exception:  # what stands in Redis may be anybody's; the service publishes the student again
+            return None
 
     def report_failure(self, commit: str, error: PreceptorError) -> None:
         """A worker could not load the student. Raises PreceptorError(BROKER_UNREACHABLE, BROKER_REFUSED)."""
@@ -84,9 +87,17 @@ class DeploymentBoard:
         if ready:
             return DeploymentStatus("READY", ready, len(workers))
         if failure is not None:
-            reason, message = json.loads(str(failure))
-            return DeploymentStatus("FAILED", 0, len(workers), PreceptorError(reason, message))
+            return DeploymentStatus("FAILED", 0, len(workers), _reported(str(failure)))
         return DeploymentStatus("LOADING", 0, len(workers))
+
+
+def _reported(failure: str) -> PreceptorError:
+    """What a worker has reported, if it is that; a newer worker may have a reason of its own."""
+    try:
+        reason, message = json.loads(failure)
+        return PreceptorError(reason, str(message))
+    except (ValueError, TypeError, RecursionError):
+        return PreceptorError("BAD_STUDENT_SOURCE", f"a worker could not load it, and says: {failure[:500]}")
 
 
 def _unreachable(error: redis.RedisError) -> PreceptorError:

@@ -78,8 +78,12 @@ def fetch(source: str, commit: str) -> Path:
     """
     if is_folder(source):
         folder = Path(source)
-        if not folder.is_dir():
-            raise _bad(folder, "there is no such folder on this machine")
+        try:
+            there = (folder / "config.json").is_file()  # "/" is not walked through to find that it is none
+        except (OSError, ValueError):  # a name too long, a NUL
+            there = False
+        if not there:
+            raise _bad(folder, "there is no such folder on this machine, or no config.json in it")
         if (found := folder_sha256(folder)) != commit:
             message = f"the files have hash {found[:12]}, registered was {commit[:12]}"
             raise PreceptorError("STUDENT_CHANGED", message, file=str(folder))

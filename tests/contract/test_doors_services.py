@@ -43,7 +43,10 @@ from tests.evaluation_requests import group, task
 from tests.orchestrated import create_request, orchestrator_here, run_config
 from tests.unit.tiny_students import save_student
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # by PEFT
+    pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning"),  # a failing input may be long
+]
 
 
 @dataclass
