@@ -76,14 +76,15 @@ def _evaluations(database: sqlite3.Connection, proof: Proof) -> dict[str, pb.Eva
             continue
         if not evaluation.HasField("reward") or evaluation.HasField("failure"):
             proof.lost.append(f"evaluation {evaluation_id} SUCCEEDED without a reward, or with a failure")
-        own = [one for one in trials.get(evaluation_id, []) if one[0] >= 0]
+        known_trials = trials.get(evaluation_id, [])
+        own = [one for one in known_trials if one[0] >= 0]  # the others are the untouched student's
         seeds = [int(seed) for _, _, seed, _ in own]
         counted = [one.seed for one in evaluation.trials]
         if len({one[1] for one in own}) < len(own) or len(set(counted)) < len(counted):
             proof.twice.append(f"evaluation {evaluation_id} counts a trial twice")
         if sorted(counted) != sorted(seeds) or evaluation.reward.seeds != len(seeds):
             proof.lost.append(f"evaluation {evaluation_id} counts seeds {counted}, its trials are {seeds}")
-        if missing := [one[1] for one in own if one[3] != "DONE"]:
+        if missing := [one[1] for one in known_trials if one[3] != "DONE"]:
             proof.lost.append(f"evaluation {evaluation_id} SUCCEEDED without trials {missing}")
     proof.facts.append(f"{len(rows)} evaluations, each with one final state, all SUCCEEDED")
     proof.facts.append(f"{sum(map(len, trials.values()))} trials of evaluations, each counted once")
