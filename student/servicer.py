@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 
 from preceptor.errors import PreceptorError
-from preceptor.limits import MAX_NAME_CHARACTERS, MAX_SOURCE_CHARACTERS, page_size
+from preceptor.limits import MAX_NAME_CHARACTERS, MAX_SOURCE_CHARACTERS, check_name, page_size
 from preceptor.v1 import student_pb2 as api
 from preceptor.v1 import student_pb2_grpc
 from preceptor.v1 import types_pb2 as types
@@ -22,6 +22,8 @@ from student.source import inspect
 log = logging.getLogger(__name__)
 
 SERVICE = api.DESCRIPTOR.services_by_name["StudentService"].full_name
+# The registry's table has room for so many characters.
+MAX_REQUEST_ID = 128
 _NAME = re.compile(r"[a-z0-9_.-]{1,64}")
 
 
@@ -59,7 +61,7 @@ class StudentServicer(student_pb2_grpc.StudentServiceServicer):
             student = self._registry.register(session, request.name, facts)
             return api.RegisterStudentResponse(student=_student(student)).SerializeToString()
 
-        return api.RegisterStudentResponse.FromString(self._registry.once(request.request_id, _body(request), act))
+        return api.RegisterStudentResponse.FromString(self._once(request, act))
 
     def GetStudent(self, request: api.GetStudentRequest, context: grpc.ServicerContext) -> api.GetStudentResponse:
         return api.GetStudentResponse(student=_student(self._registry.get(request.name)))
@@ -79,7 +81,7 @@ class StudentServicer(student_pb2_grpc.StudentServiceServicer):
             self._registry.activate(session, request.name)
             return b""  # the answer is where the deployment stands now
 
-        self._registry.once(request.request_id, _body(request), act)
+        self._once(request, act)
         student = self._registry.get(request.name)
         active = self._registry.get()
         self._publish(active, forget_failure=True)
@@ -121,7 +123,7 @@ class StudentServicer(student_pb2_grpc.StudentServiceServicer):
             self._registry.delete(session, request.name)
             return b""
 
-        self._registry.once(request.request_id, _body(request), act)
+        self._once(request, act)
         return api.DeleteStudentResponse()
 
     def ListVersions(self, request: api.ListVersionsRequest, context: grpc.ServicerContext) -> api.ListVersionsResponse:
@@ -137,6 +139,10 @@ class StudentServicer(student_pb2_grpc.StudentServiceServicer):
         self, request: api.RollbackStudentRequest, context: grpc.ServicerContext
     ) -> api.RollbackStudentResponse:
         raise PreceptorError("NOT_SERVED", "rollback is not served yet")
+
+    def _once(self, request: Any, act: Callable[[Any], bytes]) -> bytes:
+        check_name("request_id", request.request_id, MAX_REQUEST_ID)
+        return self._registry.once(request.request_id, _body(request), act)
 
     def _publish(self, student: RegisteredStudent, *, forget_failure: bool = False) -> None:
         try:

@@ -540,7 +540,9 @@ class WatchEvaluationsRequest(google.protobuf.message.Message):
 
     EVALUATION_IDS_FIELD_NUMBER: builtins.int
     @property
-    def evaluation_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def evaluation_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """1..8192."""
+
     def __init__(
         self,
         *,

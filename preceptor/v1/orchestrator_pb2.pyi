@@ -105,6 +105,7 @@ class CreateRunRequest(google.protobuf.message.Message):
     BANKS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     config_json: builtins.str
+    """At most 50,000 characters."""
     banks: builtins.str
     """How the questions came to their banks, for the report: e.g. "divided once by seed 7"."""
     @property

@@ -129,7 +129,7 @@ class RegisterStudentRequest(google.protobuf.message.Message):
     name: builtins.str
     """Lower-case letters, digits, '-', '_', '.'; at most 64."""
     source: builtins.str
-    """A folder that workers can read, or a hub id."""
+    """A folder that workers can read, or a hub id; at most 4096 printable characters."""
     revision: builtins.str
     """Hub revision; empty: the hub's default branch, pinned to its commit now."""
     def __init__(

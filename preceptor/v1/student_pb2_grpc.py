@@ -133,14 +133,14 @@ class StudentServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PromoteSelfEdit(self, request, context):
-        """Not served yet (UNIMPLEMENTED): makes a rewarded self-edit part of a new version.
+        """Not served yet (UNIMPLEMENTED, NOT_SERVED): makes a rewarded self-edit part of a new version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RollbackStudent(self, request, context):
-        """Not served yet (UNIMPLEMENTED): makes an older version the current one.
+        """Not served yet (UNIMPLEMENTED, NOT_SERVED): makes an older version the current one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -271,10 +271,10 @@ class StudentServiceStub(typing.Generic[_StudentServiceRegisterStudentType, _Stu
     """The student's lineage: the base and what was promoted onto it, newest first."""
 
     PromoteSelfEdit: _StudentServicePromoteSelfEditType
-    """Not served yet (UNIMPLEMENTED): makes a rewarded self-edit part of a new version."""
+    """Not served yet (UNIMPLEMENTED, NOT_SERVED): makes a rewarded self-edit part of a new version."""
 
     RollbackStudent: _StudentServiceRollbackStudentType
-    """Not served yet (UNIMPLEMENTED): makes an older version the current one."""
+    """Not served yet (UNIMPLEMENTED, NOT_SERVED): makes an older version the current one."""
 
 StudentServiceAsyncStub: typing_extensions.TypeAlias = StudentServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -377,7 +377,7 @@ class StudentServiceServicer(metaclass=abc.ABCMeta):
         request: preceptor.v1.student_pb2.PromoteSelfEditRequest,
         context: _ServicerContext,
     ) -> typing.Union[preceptor.v1.student_pb2.PromoteSelfEditResponse, collections.abc.Awaitable[preceptor.v1.student_pb2.PromoteSelfEditResponse]]:
-        """Not served yet (UNIMPLEMENTED): makes a rewarded self-edit part of a new version."""
+        """Not served yet (UNIMPLEMENTED, NOT_SERVED): makes a rewarded self-edit part of a new version."""
 
     @abc.abstractmethod
     def RollbackStudent(
@@ -385,6 +385,6 @@ class StudentServiceServicer(metaclass=abc.ABCMeta):
         request: preceptor.v1.student_pb2.RollbackStudentRequest,
         context: _ServicerContext,
     ) -> typing.Union[preceptor.v1.student_pb2.RollbackStudentResponse, collections.abc.Awaitable[preceptor.v1.student_pb2.RollbackStudentResponse]]:
-        """Not served yet (UNIMPLEMENTED): makes an older version the current one."""
+        """Not served yet (UNIMPLEMENTED, NOT_SERVED): makes an older version the current one."""
 
 def add_StudentServiceServicer_to_server(servicer: StudentServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -146,11 +146,11 @@ class SamplingSettings(google.protobuf.message.Message):
     TOP_P_FIELD_NUMBER: builtins.int
     MAX_NEW_TOKENS_FIELD_NUMBER: builtins.int
     temperature: builtins.float
-    """Default 1."""
+    """0.000001..100. Default 1."""
     top_p: builtins.float
     """Default 1."""
     max_new_tokens: builtins.int
-    """A completion that runs into it is malformed. Default 512."""
+    """A completion that runs into it is malformed. At most 131,072. Default 512."""
     def __init__(
         self,
         *,
@@ -164,7 +164,7 @@ Global___SamplingSettings: typing_extensions.TypeAlias = SamplingSettings
 
 @typing.final
 class DirectiveLimits(google.protobuf.message.Message):
-    """What a directive may ask for; 0 means the built-in bound."""
+    """What a directive may ask for; 0 means the built-in bound. At most what the evaluator takes: 1, 1024, 0.9, 1024, 1000."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -206,13 +206,13 @@ class GenerateSelfEditsRequest(google.protobuf.message.Message):
     policy_id: builtins.str
     """Empty: the active policy."""
     samples_per_task: builtins.int
-    """Self-edits per task. Default 1."""
+    """Self-edits per task, at most 1024. Default 1."""
     prompt_format: builtins.str
     """See ListPromptFormats. Default "open"."""
     seed: builtins.int
     """All randomness comes from it, the task's id and the sample's index."""
     max_resamples: builtins.int
-    """How often a malformed completion is drawn again. Default 0."""
+    """How often a malformed completion is drawn again, at most 100. Default 0."""
     @property
     def tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[preceptor.v1.types_pb2.Task]:
         """Questions and reference edits are ignored; callers should leave them out."""
@@ -328,6 +328,7 @@ class RewardedSelfEdit(google.protobuf.message.Message):
     completion: builtins.str
     prompt_format: builtins.str
     reward: builtins.float
+    """Like its errors and advantage at most 1e12 in size."""
     reward_stderr: builtins.float
     advantage: builtins.float
     """The reward minus its group's mean, and the standard error of that difference from paired answers and shared seeds,
@@ -386,14 +387,14 @@ class UpdateSettings(google.protobuf.message.Message):
     min_advantage: builtins.float
     """Keep only rewards above the group's mean by so many standard deviations of the group. Default 0."""
     rank: builtins.int
-    """LoRA on the teacher. Defaults 16, 32."""
+    """LoRA on the teacher: a rank of at most 1024, alpha at most 1e6. Defaults 16, 32."""
     alpha: builtins.float
     learning_rate: builtins.float
-    """Default 1e-3."""
+    """At most 1. Default 1e-3."""
     epochs: builtins.int
-    """Passes over the kept self-edits. Default 2."""
+    """Passes over the kept self-edits, at most 1024. Default 2."""
     batch_size: builtins.int
-    """Sequences per step. Default 8."""
+    """Sequences per step, at most 4096. Default 8."""
     min_reward_z: builtins.float
     """Keep only rewards that are so many of their own standard errors above min_reward. Default 0."""
     min_advantage_z: builtins.float
@@ -437,7 +438,9 @@ class UpdatePolicyRequest(google.protobuf.message.Message):
     owner: builtins.str
     """Who waits for it, e.g. a run; see CancelUpdates. Without an owner it is never cancelled."""
     @property
-    def examples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RewardedSelfEdit]: ...
+    def examples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RewardedSelfEdit]:
+        """At most 100,000."""
+
     @property
     def settings(self) -> Global___UpdateSettings: ...
     def __init__(
