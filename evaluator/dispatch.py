@@ -8,7 +8,7 @@ What is promised:
 * The queue holds two batches for each worker alive (``BATCHES_PER_WORKER``), in turns between owners; the rest waits in
   SQL and costs no memory.
 * A batch whose lease was seen and is gone for ``lease_grace`` without a result is lost: it is submitted again under the
-  next attempt. So is one whose worker holds it and makes no step for ``stall_seconds``; as soon as somebody has begun
+  next attempt. So is one whose worker holds it and gets no further for ``stall_seconds``; as soon as somebody has begun
   the next attempt, the fence (``preceptor.leases``) has that worker leave. A result that an earlier attempt brings late
   is the same work and is taken; whoever is at a later one then is told to leave it.
 * A batch that nobody took and that is not on the queue any more is submitted again, too, and that is not a try: at once

@@ -20,9 +20,9 @@ class DispatchLimits:
     poll_seconds: float = 0.05  # 20 looks a second, each one round trip
     lease_grace: float = 3.0  # after a lease has expired: one beat and a half; with it a kill is noticed in about 11 s
     orphan_seconds: float = 60.0  # longer than a worker needs from taking a job to its first beat
-    # A stuck worker ends itself after 300 s (student.settings); this is for one whose watchdog is stuck, too. Loading a
-    # model (at most 1800 s) and answering (at most a batch's 3600 s) make no steps, so it must be longer than both.
-    stall_seconds: float = 7200.0
+    # A stuck worker ends itself after 300 s, or 1800 s of loading a model (student.settings); this is for one whose
+    # watchdog is stuck, too, so it is longer.
+    stall_seconds: float = 2400.0
     history_seconds: float = 30 * 86400.0  # ended attempts are remembered so long
 
 
@@ -46,7 +46,7 @@ class Flight:
     number: int  # in the order of submission
     gone: bool = False  # from the queue, with everything else
     lease: Lease | None = None  # as last seen
-    moved: float = 0.0  # when its steps last changed
+    moved: float = 0.0  # when it last changed: with every step and every chunk of answers
 
     @property
     def task_id(self) -> str:
@@ -82,7 +82,7 @@ class Flight:
             if lease != self.lease:
                 self.lease, self.moved = lease, look.now
             elif look.now - self.moved > limits.stall_seconds:
-                return f"{lease.worker} holds it and made no step for {limits.stall_seconds:.0f} s"
+                return f"{lease.worker} holds it and has got no further for {limits.stall_seconds:.0f} s"
         elif self.is_running and look.now - self.last_sign > limits.lease_grace:
             return "its worker's lease is gone"
         return ""

@@ -20,9 +20,9 @@ class EvaluatorSettings(ServiceSettings):
         3.0, ge=0, description="after a worker's lease expired, before it counts as lost"
     )
     orphan_seconds: float = Field(60.0, gt=0, description="with an empty queue, before a batch nobody took is resent")
-    # Not PRECEPTOR_STALL_SECONDS, which is the worker's own: longer than the worker's load_seconds and batch_seconds.
+    # Not PRECEPTOR_STALL_SECONDS, which is the worker's own: longer than the worker's load_seconds.
     lease_stall_seconds: float = Field(
-        7200.0, gt=0, description="a worker that makes no step for so long has lost its batch, alive or not"
+        2400.0, gt=0, description="a worker that gets no further for so long has lost its batch, alive or not"
     )
     history_days: float = Field(30.0, ge=0, description="how long attempts that have ended are remembered")
     max_waiting: int = Field(1_000_000, ge=1, description="evaluations that are not final; beyond them QUEUE_FULL")

@@ -178,7 +178,7 @@ def test_a_worker_that_beats_and_makes_no_step_loses_its_batch(house: House) -> 
     house.step()
     (attempt, second) = house.evaluations.attempts(house.create("Ada is a baker.")[0].id)[-2:]
     assert (attempt.worker, attempt.steps_done, attempt.failure.reason) == ("fake:1", 5, "TRIAL_LOST")
-    assert "made no step for 120 s" in attempt.failure.message
+    assert "has got no further for 120 s" in attempt.failure.message
     assert second.number == 2
     assert not second.HasField("failure")
 
