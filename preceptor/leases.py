@@ -40,7 +40,7 @@ _CANCELLED = "preceptor:cancelled:"
 _WORKER = "preceptor:worker:"
 _WORKERS = "preceptor:workers"  # the names of all that were alive a moment ago; a SCAN would go through every result
 
-# Claim and renewal are the same question. KEYS: lease, fence. ARGV: worker, attempt, steps, seconds of each key.
+# Claim and renewal are the same question. KEYS: lease, fence. ARGV: worker, attempt, progress, seconds of each key.
 _CLAIM = """
 if tonumber(redis.call('GET', KEYS[2]) or '0') > tonumber(ARGV[2]) then return 'SUPERSEDED' end
 local holder = redis.call('GET', KEYS[1])
@@ -70,6 +70,7 @@ class Lease:
 
     worker: str
     steps_done: int = 0
+    ticks: int = 0  # signs of progress: steps, and chunks of answers; while a model is loaded there are none
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class WorkerStatus:
     steps_done: int = 0  # optimiser steps of that task
     trials_done: int = 0  # since it started
     peak_memory_bytes: int = 0
+    ticks: int = 0  # signs of progress of its task: its steps, and chunks of answers
 
 
 class LeaseBoard:
@@ -117,10 +119,10 @@ class LeaseBoard:
             return Answer()
         batch_id, attempt = split_task_id(status.task_id)
         keys = (_LEASE + status.task_id, _FENCE + batch_id)
+        progress = f"{status.steps_done} {status.ticks}"
         pipe.eval(
-            _CLAIM, len(keys), *keys, status.name, str(attempt), str(status.steps_done), str(LEASE_SECONDS),
-            str(REMEMBERED_SECONDS),
-        )  # fmt: skip
+            _CLAIM, len(keys), *keys, status.name, str(attempt), progress, str(LEASE_SECONDS), str(REMEMBERED_SECONDS)
+        )
         pipe.smembers(_CANCELLED + status.task_id)
         *_, claim, cancelled = pipe.execute()
         return Answer(Claim(claim), frozenset(cancelled))
@@ -162,10 +164,11 @@ class LeaseBoard:
 
 
 def _lease(value: object) -> Lease | None:
-    worker, _, steps = str(value or "").partition(" ")
-    number = steps or "0"
+    worker, *progress = str(value or "").split(" ")
     # More digits than a step count has are nobody's, and thousands of them are more than int() reads.
-    return Lease(worker, int(number)) if worker and number.isdecimal() and len(number) < 10 else None
+    if not worker or not all(one.isdecimal() and len(one) < 10 for one in progress):
+        return None
+    return Lease(worker, *map(int, progress[:2]))
 
 
 def _status(value: object) -> WorkerStatus | None:

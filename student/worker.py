@@ -10,8 +10,8 @@ Promises
   acknowledged without a result; whoever holds the batch brings it.
 - A batch is acknowledged only when its result is stored. One that was done already, by whichever attempt, is not done
   again.
-- SIGTERM ends the worker within a training step; its batch goes back to the queue. SIGKILL is noticed by the evaluator
-  when the lease is not renewed.
+- SIGTERM ends the worker within a training step; its batch's result is SHUTTING_DOWN, and the evaluator gives it to
+  another at once. SIGKILL is noticed by the evaluator when the lease is not renewed.
 - Trials that were cancelled are left at the first step after the next beat; a batch of which nothing is left ends.
 - A batch that fails is a result that says so; the worker lives on. After DEVICE_FAILED it ends itself, with the result
   stored, and so does one that stands still (``student.watchdog``): both with the exit code 70, to be started again.
@@ -85,6 +85,7 @@ class _Held:
 
     task_id: str
     steps: int = 0
+    ticks: int = 0  # steps and chunks of answers
     claim: Claim = Claim.GRANTED
     cancelled: frozenset[str] = frozenset()  # trials that nobody wants any more
     leave: threading.Event = field(default_factory=threading.Event)  # at the next step, without a result
@@ -127,7 +128,7 @@ class TrialWorker:
             threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True).start()
 
     def give_up(self, **_: Any) -> None:
-        """The process is to end: at the next step the batch goes back to the queue."""
+        """The process is to end: at the next step the batch is given back."""
         self._watchdog.expect(_END, STOP_SECONDS)
         self._giving_up.set()
         if (held := self._held) is not None:
@@ -137,7 +138,7 @@ class TrialWorker:
         """The Celery task: a batch's payload in, its result's payload out.
 
         Raises Ignore where another worker has the batch, and Reject, with the batch going back to the queue, if the
-        worker is to end.
+        worker is to end before Redis has granted it.
         """
         batch_id, attempt = split_task_id(task_id)
         held = _Held(task_id)
@@ -165,6 +166,7 @@ class TrialWorker:
 
         def on_step(step: int) -> None:
             held.steps = step
+            held.ticks += 1
             self._watchdog.done(_LOADING)
             self._watchdog.expect(_STEP, self._settings.stall_seconds)
 
@@ -178,8 +180,9 @@ class TrialWorker:
             if held.claim is not Claim.GRANTED:
                 log.warning("%s is left after %d steps: %s", held.task_id, held.steps, _why(held.claim))
                 raise Ignore from None
-            log.info("batch %s goes back to the queue: the worker is to end", batch.id)
-            raise Reject("the worker is to end", requeue=True) from None
+            log.info("batch %s is given back after %d steps: the worker is to end", batch.id, held.steps)
+            ending = PreceptorError("SHUTTING_DOWN", f"the worker was told to end after {held.steps} steps")
+            return edge.failed(batch.id, ending, self._name, attempt)
         finally:
             self._watchdog.done(_LOADING)
             self._watchdog.done(_STEP)
@@ -231,6 +234,7 @@ class TrialWorker:
             students=self._cache.commits(),
             task_id=held.task_id if held else "",
             steps_done=held.steps if held else 0,
+            ticks=held.ticks if held else 0,
             trials_done=self._trials,
             peak_memory_bytes=_peak_memory_bytes(),
         )

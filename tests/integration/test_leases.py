@@ -128,8 +128,9 @@ def test_nothing_is_kept_for_ever(board: LeaseBoard, client: redis.Redis) -> Non
 
 
 def test_what_a_worker_says_of_itself(board: LeaseBoard) -> None:
-    said = WorkerStatus("a:1", ("one", "two"), "batch.1", 7, 3, 1 << 30)
+    said = WorkerStatus("a:1", ("one", "two"), "batch.1", 7, 3, 1 << 30, ticks=9)
     board.beat(said)
+    assert board.holders(["batch.1"]) == {"batch.1": Lease("a:1", steps_done=7, ticks=9)}
     board.beat(status("b:2"))
     assert board.workers() == [said, status("b:2")]
 

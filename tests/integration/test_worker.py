@@ -158,7 +158,7 @@ def test_a_student_that_cannot_be_loaded_is_reported(queue: Queue, tmp_path: Pat
 
 
 def test_a_batch_survives_its_worker(student: Path, tmp_path: Path) -> None:
-    """SIGKILL: the lease ends, the next attempt succeeds. SIGTERM: the batch itself goes back to the queue."""
+    """SIGKILL: the lease ends, and the next attempt is run. SIGTERM: the batch is given back at once, for the next."""
     with redis_server(tmp_path / "redis") as server:
         url = server.url
         queue = Queue(url, student)
@@ -185,10 +185,13 @@ def test_a_batch_survives_its_worker(student: Path, tmp_path: Path) -> None:
             ended.send_signal(signal.SIGTERM)
             assert ended.wait(20) == 0
             assert time.monotonic() - begun < 10, "a worker that is to end does not finish a long batch first"
-            assert fetch_result(queue.app, second) is None
+            assert queue.result(second).failure.reason == "SHUTTING_DOWN"
+            assert not queue.leases.holders([second])
 
         with worker_process(url, log, PRECEPTOR_BATCH_SECONDS="2"):
-            result = wait_for(lambda: fetch_result(queue.app, second), START_SECONDS)
+            # The message of the second attempt may come once more: it was answered.
+            result = queue.result(submit(queue.app, endless, 3), START_SECONDS)
             # it is the same work, and too much for the time limit that this worker has
             assert result.failure.reason == "TRIAL_TIMEOUT"
-            assert result.failure.attempts == 2
+            assert result.failure.attempts == 3
+            assert queue.result(second).failure.reason == "SHUTTING_DOWN"
