@@ -199,9 +199,11 @@ def read_answers(message: pb.GradeAnswersRequest) -> list[Given]:
     _check_count("questions", len(message.questions), MAX_GRADED)
     if len(message.questions) != len(message.answers):
         raise _invalid("answers", f"{len(message.answers)} answers to {len(message.questions)} questions")
-    characters = sum(map(len, message.answers))
+    golds = (text for asked in message.questions for text in (asked.text, asked.answer, *asked.aliases))
+    characters = sum(map(len, message.answers)) + sum(map(len, golds))
     if characters > MAX_GRADED_CHARACTERS:
-        raise _invalid("answers", f"have {characters} characters; at most {MAX_GRADED_CHARACTERS} are allowed")
+        most = f"at most {MAX_GRADED_CHARACTERS} are allowed"
+        raise _invalid("answers", f"have {characters} characters, their questions included; {most}")
     for index, answer in enumerate(message.answers):
         _check_length(f"answers[{index}]", answer, MAX_QUESTION_CHARACTERS)
     questions = questions_from_proto(message.questions, "questions")

@@ -42,9 +42,9 @@ MAX_TRIALS = 8192
 MAX_EVALUATIONS = MAX_TRIALS
 # Evaluations that a request to retry may name; without names it may mean any number.
 MAX_RETRIED = 1000
-# Answers that are graded while a client waits, each compared with its golds word by word.
+# Answers that are graded while a client waits, each compared with its golds word by word; and all their characters.
 MAX_GRADED = 10_000
-MAX_GRADED_CHARACTERS = 2_000_000
+MAX_GRADED_CHARACTERS = 1_000_000
 # Sums of weighted terms stay finite.
 MAX_WEIGHT = 1e6
 # Squares of rewards stay finite.

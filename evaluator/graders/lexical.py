@@ -73,6 +73,13 @@ _RAMBLING = 30
 # gold's, or one where the gold does not come last.
 _OTHERS_OR, _OTHERS_ALONE, _OTHERS, _OTHERS_IN_A_ROW, _OTHERS_BEHIND = 1, 2, 3, 4, 1
 
+# A longer question, gold or answer is cut here, as the judge's is: what comes later answers nothing.
+_MOST_CHARACTERS = 4000
+# A pair of words takes 20 us. Where there are more than so many (200 words in the gold and 100 in the answer), nobody
+# has misspelt a word; looking for it would take minutes.
+_MOST_PAIRS = 20_000
+_MOST_SIDES = 16  # of a gold that is a choice
+
 _ASKING = re.compile(r"[^.!?\n]*\?+")
 _NAME = re.compile(r"(?<![.!?:\"“(] )(?<!^)\b[A-ZÀ-ÖØ-Þ][^\W\d_]+")
 _CAPITALS = re.compile(r"\b[A-Z]{3,}\b")
@@ -116,10 +123,11 @@ def golds(question: Question) -> Iterator[str]:
         if (bare := _ASIDE.sub("", gold).strip()) and bare != gold:
             yield bare
         if len(sides := [side for side in _OR.split(gold) if side.strip()]) > 1:
-            yield from sides
+            yield from sides[:_MOST_SIDES]
 
 
 def _compare(question: str, gold: str, answer: str) -> Verdict:
+    question, gold, answer = (text[:_MOST_CHARACTERS] for text in (question, gold, answer))
     gold_words, words = read(gold), read(statements(answer))
     if not gold_words or not words:  # symbols alone, which did not equal
         return Verdict(False)
@@ -142,7 +150,7 @@ def evidence(question: str, gold: str, answer: str) -> dict[str, float]:
     """What speaks for and against an answer, by the names in ``POINTS``; all zero or one where nothing else is said."""
     said = statements(answer)
     asked_words, gold_words, words = read(question), read(gold), read(said)
-    asked, known, present = content(asked_words), {*asked_words, *gold_words}, set(words)
+    asked, known, present = dict.fromkeys(content(asked_words)), {*asked_words, *gold_words}, set(words)
     wanted = _wanted(asked_words, gold_words)
     found = _found(gold, gold_words, wanted, said, words, asked_words)
     share = sum(map(_weight, found)) / sum(map(_weight, wanted))
@@ -204,7 +212,8 @@ def _found(
     spelt_as_one = {
         word for first, second in pairwise(gold_words) if first + second in present for word in (first, second)
     }
-    return [word for word in wanted if word in present or word in spelt_as_one or _is_misspelt(word, words)]
+    few = len(wanted) * len(words) <= _MOST_PAIRS
+    return [word for word in wanted if word in present or word in spelt_as_one or (few and _is_misspelt(word, words))]
 
 
 def _is_misspelt(word: str, words: list[str]) -> bool:
@@ -259,12 +268,13 @@ def _names_several(asked_words: list[str], gold: str, gold_words: list[str], sai
 def _is_negated(words: list[str], wanted: list[str]) -> bool:
     """Whether a negation stands right before something wanted; "but" ends what it reaches."""
     reach = 0
+    few = len(wanted) * len(words) <= _MOST_PAIRS
     for word in words:
         if is_negation(word):
             reach = _NEGATION_REACH
         elif word == "but":
             reach = 0
-        elif reach and (word in wanted or any(_is_misspelt(one, [word]) for one in wanted)):
+        elif reach and (word in wanted or (few and any(_is_misspelt(one, [word]) for one in wanted))):
             return True
         elif reach and content([word]):
             reach -= 1

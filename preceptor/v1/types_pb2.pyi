@@ -9,7 +9,7 @@ with its reason). A message: 64 MiB. Names and ids that a client chooses (reques
 one self-edit together, the replay documents together and a completion 1,000,000; a question, an answer and a prompt
 20,000. Of a task: 2000 questions of each bank, 64 aliases of a question, 64 labels of 256 characters, 16 reference
 edits. 1000 documents of a self-edit, 100,000 replay documents, 10,000 probes, 100,000 tasks. Of one
-CreateEvaluations: 1024 self-edits, 64 seeds, 8192 trials. Of GradeAnswers: 10,000 answers, 2,000,000 characters. Of
+CreateEvaluations: 1024 self-edits, 64 seeds, 8192 trials. Of GradeAnswers: 10,000 answers, 1,000,000 characters. Of
 training: rank, epochs and max_rank 1024, batch_size 4096, alpha 1,000,000, 64 target modules; 4096 new tokens of an
 answer, 64 samples.
 """

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
+from evaluator.graders.chat import _content as content_of
+from evaluator.graders.judge import read_verdict
 from preceptor.completions import Limits, MalformedSelfEdit, parse
 from preceptor.config import RunConfig, load_config, parse_config_json
 from preceptor.errors import PreceptorError
@@ -268,6 +270,15 @@ def test_completion() -> None:
         return "malformed"
 
     knock("completion of a teacher", completions() | st.text(), answer)
+
+
+def test_reply_of_a_judge() -> None:
+    good = {"choices": [{"message": {"content": "CORRECT"}}], "model": "m", "usage": {"total_tokens": 9}}
+
+    def answer(data: bytes) -> str:
+        return {True: "OK", False: "OK", None: "no verdict"}[read_verdict(content_of(data))]
+
+    knock("reply of a judge", as_text(good), answer)
 
 
 def test_paths() -> None:

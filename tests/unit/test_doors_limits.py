@@ -5,6 +5,8 @@ through before, with the least input that did.
 from __future__ import annotations
 
 import json
+import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,10 @@ from typing import Any
 import pytest
 from google.protobuf.message import Message
 
+from evaluator.graders.chat import _content as content_of
+from evaluator.graders.grader import Given
+from evaluator.graders.judge import read_verdict
+from evaluator.graders.rack import WITHOUT_A_JUDGE
 from evaluator.outcomes import outcomes_of
 from evaluator.request import check_student, read_answers, read_request
 from orchestrator.validation import validated
@@ -24,6 +30,7 @@ from preceptor.names import task_id
 from preceptor.self_edit_files import read_self_edits
 from preceptor.server import to_status
 from preceptor.task_files import read_probes, read_replay, read_task_file
+from preceptor.tasks import Question
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import orchestrator_pb2 as orchestrator
 from preceptor.v1 import teacher_pb2 as teacher
@@ -252,9 +259,9 @@ def test_grading_at_its_limits_and_one_beyond() -> None:
 
     assert len(read_answers(grading(limits.MAX_GRADED))) == limits.MAX_GRADED
     assert field_of(lambda: read_answers(grading(limits.MAX_GRADED + 1))) == "questions"
-    assert field_of(lambda: read_answers(grading(100, limits.MAX_QUESTION_CHARACTERS))) == ""
+    assert field_of(lambda: read_answers(grading(49, limits.MAX_QUESTION_CHARACTERS))) == ""
     assert field_of(lambda: read_answers(grading(1, limits.MAX_QUESTION_CHARACTERS + 1))) == "answers[0]"
-    assert field_of(lambda: read_answers(grading(101, limits.MAX_QUESTION_CHARACTERS))) == "answers"
+    assert field_of(lambda: read_answers(grading(50, limits.MAX_QUESTION_CHARACTERS))) == "answers"
 
 
 def test_a_pinned_student_at_its_limits_and_one_beyond() -> None:
@@ -426,6 +433,27 @@ def test_numbers_of_thousands_of_digits_and_deep_nests_are_named_by_their_key(tm
         with pytest.raises(PreceptorError) as caught:
             load_config(None, [f"seed={value}"])
         assert caught.value.reason == "BAD_CONFIG"
+
+
+@pytest.mark.parametrize("grader", ["exact", "lexical", "grid"])
+def test_no_answer_takes_a_grader_long(grader: str) -> None:
+    dice = random.Random(1)
+    words = " ".join("".join(dice.choice("abcdefgh") for _ in range(8)) for _ in range(2000))
+    began = time.monotonic()
+    for gold, answer in (
+        (words, words[::-1]),
+        ("a or " * 4000, "b or " * 4000),
+        ("lisbon " + words, "not lisbom " * 1800),
+        ("ABC DEF " * 2400, "alpha beta " * 1800),
+        ("?" * 20_000, "a" + " " * 19_000 + "b"),
+    ):
+        WITHOUT_A_JUDGE.named(grader).grade([Given(Question(words, gold), answer)])
+    assert time.monotonic() - began < 60  # 20 s where 16 processes share 2 cores; before, a quarter of an hour
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"[" * 100_000, b'{"choices": 1}', b'{"choices": [{"message": []}]}'])
+def test_a_judge_that_says_no_completion_has_said_nothing(data: bytes) -> None:
+    assert read_verdict(content_of(data)) is None
 
 
 def test_a_path_that_no_file_can_have_is_not_found() -> None:
