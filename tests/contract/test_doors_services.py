@@ -376,6 +376,7 @@ def teaching(folder: Path) -> Iterator[tuple[House, Running, str]]:
         ("ListPolicies", False),
         ("WatchPolicy", True),
         ("ActivatePolicy", False),
+        ("CancelUpdates", False),
         ("ListPromptFormats", False),
     ],
 )
@@ -397,8 +398,22 @@ def test_teacher(tmp_path: Path, method: str, streams: bool) -> None:
             "ListPolicies": teacher.ListPoliciesRequest(page_size=1, page_token="1"),
             "WatchPolicy": teacher.WatchPolicyRequest(policy_id=base),
             "ActivatePolicy": teacher.ActivatePolicyRequest(request_id=GOOD_ID, policy_id=base),
+            "CancelUpdates": teacher.CancelUpdatesRequest(owner="somebody"),
             "ListPromptFormats": teacher.ListPromptFormatsRequest(),
         }
         # Writing for many is long work that was asked for: it is cancelled, and must then be out of the way.
         patience = {"patience": 3.0} if method == "GenerateSelfEdits" else {}
         house.knock(method, good[method], streams=streams, **patience)
+
+
+def test_no_method_is_without_a_door() -> None:
+    tests = {
+        test_evaluator: evaluator,
+        test_orchestrator: orchestrator,
+        test_students: student,
+        test_teacher: teacher,
+    }
+    for test, module in tests.items():
+        [parameters] = [mark.args[1] for mark in test.pytestmark if mark.name == "parametrize"]  # type: ignore[attr-defined]
+        [service] = module.DESCRIPTOR.services_by_name.values()
+        assert {(method.name, method.server_streaming) for method in service.methods} == set(parameters)
