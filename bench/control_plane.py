@@ -16,10 +16,10 @@ How to read it
   together; ``one a batch`` one trial in a batch, the worst. A group's baseline is a trial more, in a batch of its own.
   ``plain Celery`` is an empty task there and back on the same Redis, without anything of Preceptor's, counted in the
   same way (client and Redis). What the simulated workers used is told and not counted.
-- ``efficiency``: with N workers and trials of 1 s, one a batch: with ``end[i]`` the time at which a client got the i-th
-  result, a perfect control plane has ``end[i + N] = end[i] + 1 s``. Steady: that second over the mean of what it was,
-  without the first two rounds and the last. ``whole``: from the first request to the last result, start and end
-  included. The baseline is measured before.
+- ``efficiency``: with N workers and trials of 1 s, one a batch: with ``end[i]`` the time at which the i-th trial ended
+  at its worker, ``end[i + N]`` is a second later where no worker ever waits for work, and never earlier. Steady: that
+  second over the mean of what it was, without the first two rounds and the last. ``whole``: from the first request to
+  the last result at the client, start and end included. The baseline is measured before.
 - ``memory``: resident MiB of evaluator and Redis with so many evaluations waiting and no worker.
 - ``watch``: milliseconds from the end of a trial at its worker to its evaluation at a client that watches.
 - ``recovery``: seconds from a death until the evaluations under way are final, with their trials (1 s each) run
@@ -199,14 +199,14 @@ def cpu_per_evaluation(used: dict[str, float], evaluations: int) -> dict[str, fl
 
 
 def steady_efficiency(ends: Sequence[float], workers: int, seconds: float) -> float:
-    """Ideal over real time of a round of ``workers`` trials of ``seconds`` each, from the times of their results.
+    """Ideal over real time of a round of ``workers`` trials of ``seconds`` each, from the times at which they ended.
 
     Needs five rounds at least. Raises ValueError for fewer.
     """
     ends = sorted(ends)
     first, last = 2 * workers, len(ends) - 2 * workers
     if last <= first:
-        raise ValueError(f"{len(ends)} results of {workers} workers are fewer than five rounds")
+        raise ValueError(f"{len(ends)} trials of {workers} workers are fewer than five rounds")
     return seconds / statistics.fmean(ends[i + workers] - ends[i] for i in range(first, last))
 
 
@@ -383,11 +383,11 @@ def measure_efficiency(workers: Sequence[int], rounds: int) -> dict[str, Any]:
                 for when, evaluation in watch(house, ids):
                     came.append((when, evaluation))
                     bar.add()
-            ends = [when for when, _ in came]
+            ends = [evaluation.trials[0].final_loss for _, evaluation in came]
             late = [1000 * (when - evaluation.trials[0].final_loss) for when, evaluation in came]
             found[str(number)] = {
                 "steady": steady_efficiency(ends, number, 1.0),
-                "whole": math.ceil(len(ids) / number) / (max(ends) - begun),
+                "whole": math.ceil(len(ids) / number) / (max(when for when, _ in came) - begun),
                 "watch_ms": {"median": percentile(late, 0.5), "p99": percentile(late, 0.99)},
                 "cpu_ms": cpu_per_evaluation(used, len(ids)),
                 "evaluations": len(ids),
