@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # a client without the extras has no redis
 # Until the first answer. Importing torch on a busy small machine, or from a disk far away, takes minutes; and who has
 # never answered keeps nobody waiting who was not waiting before.
 START_SECONDS = 300.0
+# A start may take so many times as long as the slowest that came to an end: the machine may be busier than it was then.
+SLOWER_START = 4.0
 # Five questions without an answer. Somebody who is only slow needs to answer one of them within its five seconds.
 SILENCE_SECONDS = 25.0
 ASK_SECONDS = 5.0
@@ -41,18 +43,27 @@ LATE_SECONDS = 2.0
 
 @dataclass(slots=True)
 class Pulse:
-    """What is known of one process's answers."""
+    """What is known of the answers of one child: of the process that it is now, and how long the ones before took."""
 
     pid: int = 0
     answered: bool = False  # at least once
     silence: float = 0.0  # seconds of asking in vain since the last answer
+    slowest_start: float | None = None  # seconds of asking in vain until a first answer came
 
     def note(self, pid: int, answered: bool, seconds: float) -> None:
         """A question to this process was answered, or was not within so many seconds."""
         if pid != self.pid:
             self.pid, self.answered, self.silence = pid, False, 0.0
-        self.answered = self.answered or answered
+        if answered and not self.answered:
+            self.answered, self.slowest_start = True, max(self.slowest_start or 0.0, self.silence)
         self.silence = 0.0 if answered else self.silence + seconds
+
+    def patience(self, limit: float) -> float:
+        """Seconds of silence that mean that it hangs: ``limit`` once it has answered, and before that some more, or
+        much more where none has ever answered."""
+        if self.answered:
+            return limit
+        return START_SECONDS if self.slowest_start is None else limit + SLOWER_START * self.slowest_start
 
 
 class PulseWatch:
@@ -99,7 +110,8 @@ class PulseWatch:
 
     def hangs(self, child: Child) -> bool:
         """Whether the process that the child is now has been silent for too long."""
-        return self.silence(child) >= (self._limits[child.name] if self.answered(child) else START_SECONDS)
+        pulse = self._pulses[child.name]
+        return pulse.pid == child.pid and pulse.silence >= pulse.patience(self._limits[child.name])
 
     def _ask_for_ever(self, children: Sequence[Child], ask: Callable[[], Collection[int] | None], every: float) -> None:
         pause = 0.0

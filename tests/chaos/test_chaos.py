@@ -40,13 +40,13 @@ def proven(outcome: Outcome) -> None:
 
 
 def test_a_dozen_blows_with_scripted_models_lose_nothing_and_count_nothing_twice(tmp_path: Path) -> None:
-    blows = make(3, 8, ["worker-1", "worker-2"], disk=can_mount(tmp_path))
+    storm = make(3, 8, ["worker-1", "worker-2"], disk=can_mount(tmp_path), calm=False)
+    blows = [Blow(Kind.KILL, "worker-1", calm=True), *storm]
     expected = undisturbed(tmp_path, SMALL, LONGER, **SCRIPTED)
     outcome = disturbed(tmp_path, SMALL, LONGER, blows, expected, print, **SCRIPTED, shortest=1, longest=3)
     proven(outcome)
     assert outcome.line["not_dealt"] <= 3
     assert outcome.line["recovery_seconds"]["worker_kill"] <= 15
-    assert outcome.line["recovery_seconds"]["worker_stop"] <= 60
 
 
 @pytest.fixture(scope="module")

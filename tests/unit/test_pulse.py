@@ -29,6 +29,20 @@ def test_silence_is_time_spent_asking_in_vain_and_ends_with_an_answer() -> None:
     assert (heard.answered, heard.silence) == (False, 2.0)
 
 
+def test_who_hangs_while_it_starts_is_given_the_time_that_its_starts_take() -> None:
+    heard = Pulse()
+    assert heard.patience(25.0) == START_SECONDS
+    for seconds in (1.0, 5.0):
+        heard.note(7, False, seconds)
+    heard.note(7, True, 1.0)
+    assert heard.patience(25.0) == 25.0
+    heard.note(8, False, 1.0)  # killed and started again
+    assert heard.patience(25.0) == 25.0 + 4 * 6.0
+    heard.note(8, True, 1.0)
+    heard.note(9, False, 1.0)
+    assert heard.patience(25.0) == 25.0 + 4 * 6.0  # the slowest counts
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenth of every time, but for the beats, which Redis keeps for whole seconds."""
