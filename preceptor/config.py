@@ -163,7 +163,7 @@ class TrainingConfig(Section):
     recipe: Literal["seal-compat"] | None = Field(None, description="a published way to fine-tune (preceptor.recipes)")
     rank: Rank = 8
     alpha: Alpha = 16.0
-    target_modules: tuple[Annotated[Name, Field(min_length=1)], ...] = Field(
+    target_modules: tuple[Annotated[Name, Field(pattern=r"^[A-Za-z0-9_.-]+$")], ...] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         min_length=1,
         max_length=MAX_TARGET_MODULES,
