@@ -243,14 +243,14 @@ class RunExecutor:
 
     def _cancel_elsewhere(self, run_id: str) -> None:
         """Tells the other services that nobody waits any more for what the run has asked for."""
-        request = evaluator.CancelEvaluationsRequest(
-            request_id=f"{run_id}.{self._store.get(run_id).resumes}.cancel", owner=run_id
-        )
+        # A late repetition must not end what the run has asked for since it was resumed.
+        request_id = f"{run_id}.{self._store.get(run_id).resumes}.cancel"
+        request = evaluator.CancelEvaluationsRequest(request_id=request_id, owner=run_id)
         try:
             call(self._services.evaluator.CancelEvaluations, request, deadline=CANCEL_DEADLINE_SECONDS)
         except PreceptorError as error:
             log.warning("%s: its evaluations could not be cancelled: %s", run_id, error)
-        updates = teacher.CancelUpdatesRequest(owner=run_id)
+        updates = teacher.CancelUpdatesRequest(request_id=request_id, owner=run_id)
         try:
             call(self._services.teacher.CancelUpdates, updates, deadline=CANCEL_DEADLINE_SECONDS)
         except PreceptorError as error:

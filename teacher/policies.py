@@ -137,13 +137,16 @@ class Policies:
         self._tell()
         return policy
 
-    def cancel(self, owner: str) -> int:
-        """Ends the updates that this owner waits for and nobody else does, within a step; how many."""
+    def cancel(self, owner: str, request_id: str, body: bytes) -> int:
+        """Ends the updates that this owner waits for and nobody else does, within a step; how many.
+
+        Raises REQUEST_ID_REUSED.
+        """
         with self._changed:
-            ended = self._store.cancel(owner)
+            number, ended = self._store.cancel(owner, request_id, body)
             self._abandoned |= self._in_hand & set(ended)
             self._changed.notify_all()
-        return len(ended)
+        return number
 
     def activate(self, policy_id: str, request_id: str, body: bytes) -> Policy:
         """Makes a policy the active one. Raises POLICY_NOT_FOUND, POLICY_NOT_READY, REQUEST_ID_REUSED."""

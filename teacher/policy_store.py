@@ -67,7 +67,7 @@ _REQUESTS = sa.Table(
     _METADATA,
     sa.Column("request_id", sa.String(200), primary_key=True),
     sa.Column("body_sha256", sa.String(64), nullable=False),
-    sa.Column("policy_id", sa.String(80), nullable=False),
+    sa.Column("policy_id", sa.String(80), nullable=False),  # or how many updates were cancelled, in digits
 )
 _OWNERS = sa.Table(  # who waits for an update; an empty owner waits for ever
     "update_owners",
@@ -197,9 +197,14 @@ class PolicyStore:
             db.execute(_OWNERS.insert().values(policy_id=policy.id, owner=owner))
             return self._policy(db, policy.id), found is None or found["state"] == PolicyState.FAILED
 
-    def cancel(self, owner: str) -> list[str]:
-        """The owner waits for nothing any more; ids of the updates that nobody else waits for, which are FAILED now."""
+    def cancel(self, owner: str, request_id: str, body: bytes) -> tuple[int, list[str]]:
+        """The owner waits for nothing any more; how many updates nobody else waits for, and which are FAILED now.
+
+        A repeated request answers with the first number and ends nothing. Raises REQUEST_ID_REUSED.
+        """
         with self._begin() as db:
+            if (reply := self._reply(db, request_id, body)) is not None:
+                return int(reply), []
             mine = sa.select(_OWNERS.c.policy_id).where(_OWNERS.c.owner == owner)
             waited = list(db.execute(mine).scalars())
             db.execute(_OWNERS.delete().where(_OWNERS.c.owner == owner))
@@ -211,7 +216,8 @@ class PolicyStore:
                     failure = {"failure_reason": "CANCELLED", "failure_message": "nobody waits for it any more"}
                     self._change(db, policy_id, state="failed", **failure)
                     ended.append(policy_id)
-            return ended
+            self._remember(db, request_id, body, str(len(ended)))
+            return len(ended), ended
 
     def activate(self, policy_id: str, request_id: str, body: bytes) -> Policy:
         """Makes a READY policy active. Raises POLICY_NOT_FOUND, POLICY_NOT_READY, REQUEST_ID_REUSED."""
@@ -305,6 +311,11 @@ class PolicyStore:
         db.execute(_ACTIVE.insert().values(only=1, policy_id=policy_id))
 
     def _answered(self, db: sa.Connection, request_id: str, body: bytes) -> Policy | None:
+        reply = self._reply(db, request_id, body)
+        return None if reply is None else self._policy(db, reply)
+
+    @staticmethod
+    def _reply(db: sa.Connection, request_id: str, body: bytes) -> str | None:
         row = db.execute(_REQUESTS.select().where(_REQUESTS.c.request_id == request_id)).mappings().one_or_none()
         if row is None:
             return None
@@ -312,11 +323,11 @@ class PolicyStore:
             raise PreceptorError(
                 "REQUEST_ID_REUSED", f"request_id {request_id!r} came before with another body", field="request_id"
             )
-        return self._policy(db, row["policy_id"])
+        return str(row["policy_id"])
 
     @staticmethod
-    def _remember(db: sa.Connection, request_id: str, body: bytes, policy_id: str) -> None:
-        values = {"request_id": request_id, "body_sha256": hashlib.sha256(body).hexdigest(), "policy_id": policy_id}
+    def _remember(db: sa.Connection, request_id: str, body: bytes, reply: str) -> None:
+        values = {"request_id": request_id, "body_sha256": hashlib.sha256(body).hexdigest(), "policy_id": reply}
         db.execute(_REQUESTS.insert().values(**values))
 
 

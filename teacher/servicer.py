@@ -100,8 +100,10 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     def CancelUpdates(
         self, request: pb.CancelUpdatesRequest, context: grpc.ServicerContext
     ) -> pb.CancelUpdatesResponse:
+        check_name("request_id", request.request_id)
         check_name("owner", request.owner)
-        return pb.CancelUpdatesResponse(cancelled=self._policies.cancel(request.owner))
+        number = self._policies.cancel(request.owner, request.request_id, _body(request))
+        return pb.CancelUpdatesResponse(cancelled=number)
 
     def GetPolicy(self, request: pb.GetPolicyRequest, context: grpc.ServicerContext) -> pb.GetPolicyResponse:
         return pb.GetPolicyResponse(policy=_policy(self._policies.get(request.policy_id)))

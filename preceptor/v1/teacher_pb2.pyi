@@ -480,14 +480,17 @@ Global___UpdatePolicyResponse: typing_extensions.TypeAlias = UpdatePolicyRespons
 class CancelUpdatesRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    REQUEST_ID_FIELD_NUMBER: builtins.int
     OWNER_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
     owner: builtins.str
     def __init__(
         self,
         *,
+        request_id: builtins.str = ...,
         owner: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["owner", b"owner"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["owner", b"owner", "request_id", b"request_id"]) -> None: ...
 
 Global___CancelUpdatesRequest: typing_extensions.TypeAlias = CancelUpdatesRequest
 

@@ -11,9 +11,9 @@ SERVICE_FILES: list[FileDescriptor] = [
 METHODS: list[MethodDescriptor] = [
     method for file in SERVICE_FILES for service in file.services_by_name.values() for method in service.methods
 ]
-MUTATING = ("Create", "Update", "Activate", "Register", "Delete", "Cancel", "Resume", "Promote", "Rollback")
-# Lists that are short by nature: prompt formats, and one student's lineage.
-UNPAGED = {"ListPromptFormats", "ListVersions"}
+MUTATING = ("Create", "Update", "Activate", "Register", "Delete", "Cancel", "Retry", "Resume", "Promote", "Rollback")
+# Lists that are short by nature: prompt formats, one student's lineage, and how often one evaluation was tried.
+UNPAGED = {"ListPromptFormats", "ListVersions", "ListAttempts"}
 
 
 def _id(method: MethodDescriptor) -> str:

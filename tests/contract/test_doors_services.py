@@ -398,7 +398,7 @@ def test_teacher(tmp_path: Path, method: str, streams: bool) -> None:
             "ListPolicies": teacher.ListPoliciesRequest(page_size=1, page_token="1"),
             "WatchPolicy": teacher.WatchPolicyRequest(policy_id=base),
             "ActivatePolicy": teacher.ActivatePolicyRequest(request_id=GOOD_ID, policy_id=base),
-            "CancelUpdates": teacher.CancelUpdatesRequest(owner="somebody"),
+            "CancelUpdates": teacher.CancelUpdatesRequest(request_id="cancel-1", owner="somebody"),
             "ListPromptFormats": teacher.ListPromptFormatsRequest(),
         }
         # Writing for many is long work that was asked for: it is cancelled, and must then be out of the way.

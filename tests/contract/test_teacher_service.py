@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sqlalchemy import create_engine, text
 
 from preceptor.artifacts import ArtifactStore
-from preceptor.channel import call, connect, is_serving, stream
+from preceptor.channel import call, connect, is_serving, new_request_id, stream
 from preceptor.convert import task_to_proto
 from preceptor.errors import PreceptorError
 from preceptor.server import Server
@@ -376,8 +376,9 @@ def long_update(request_id: str, **changes: Any) -> Any:
     return request
 
 
-def cancel(running: Running, owner: str) -> int:
-    return call(running.stub.CancelUpdates, pb.CancelUpdatesRequest(owner=owner)).cancelled
+def cancel(running: Running, owner: str, request_id: str = "") -> int:
+    request = pb.CancelUpdatesRequest(request_id=request_id or new_request_id(), owner=owner)
+    return call(running.stub.CancelUpdates, request).cancelled
 
 
 def test_an_update_that_nobody_waits_for_any_more_ends_within_a_step_and_can_be_asked_for_again(
@@ -419,13 +420,16 @@ def test_a_cancelled_update_stays_so_over_a_restart(tmp_path: Path) -> None:
     running = Running(tmp_path)
     with running.teacher.policies._device:
         policy = call(running.stub.UpdatePolicy, update_request("a", owner="run-1")).policy
-        assert cancel(running, "run-1") == 1
+        assert cancel(running, "run-1", "cancel-1") == 1
     running.stop()
     running = Running(tmp_path)
     try:
         found = call(running.stub.GetPolicy, pb.GetPolicyRequest(policy_id=policy.id)).policy
         assert (found.state, found.failure.reason) == (pb.POLICY_STATE_FAILED, "CANCELLED")
-        again = call(running.stub.UpdatePolicy, update_request("b", owner="run-1")).policy
+        with running.teacher.policies._device:
+            again = call(running.stub.UpdatePolicy, update_request("b", owner="run-1")).policy
+            # A repetition that comes late ends nothing of what was asked for since.
+            assert cancel(running, "run-1", "cancel-1") == 1
         assert watched(running, again.id)[-1].state == pb.POLICY_STATE_READY
     finally:
         running.stop()
