@@ -1,7 +1,7 @@
 """A student for the plumbing's tests: answers by a rule instead of a model. Never used outside the tests.
 
 It knows a question's answer if one of the documents contains it, knows all probes unless a document says "forget", and
-a document "fail:REASON" fails the trial. A sampled answer is the greedy one again.
+a document "fail:REASON words" fails the trial. A sampled answer is the greedy one again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def _answer_trial(item: trial.Trial, batch: trial.TrialBatch) -> trial.TrialResu
     result = trial.TrialResult(trial_id=item.id, first_loss=2.0, final_loss=0.5, steps=3, trained_tokens=30)
     for document in item.documents:
         if document.startswith("fail:"):
-            result.failure.reason, result.failure.message = document.removeprefix("fail:"), "scripted"
+            reason, _, words = document.removeprefix("fail:").partition(" ")
+            result.failure.reason, result.failure.message = reason, words or "scripted"
             return result
     text = "\n".join(item.documents)
     asked = batch.question_sets[item.question_set].questions

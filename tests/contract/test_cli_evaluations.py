@@ -65,7 +65,7 @@ def test_failures_are_read_a_page_at_a_time(
 ) -> None:
     # The package's attribute of this name is the command.
     monkeypatch.setattr(sys.modules["preceptor.cli.evaluations"], "PAGE", 2)
-    ids = fail(bench, *(f"fail:TRIAL_DIVERGED{number}" for number in range(5)))
+    ids = fail(bench, *(f"fail:TRIAL_DIVERGED {number}" for number in range(5)))
     assert main(["evaluations", "failed", "--json"]) == 0
     assert [item["id"] for item in printed(capsys)["failed"]] == ids
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import grpc
 import kombu
+import kombu.pools
 import psutil
 import pytest
 import redis
@@ -706,6 +707,7 @@ def test_redis_is_spoken_to_with_tls_and_its_certificate_is_verified(broker: str
         submit(app, trial_batch("good"), 1)
         assert fetch_result(app, "none.1") is None
         app.close()
+        kombu.pools.reset()  # kombu keeps connections by host and port, and this process would use the good one again
         for wrong in (url, f"{url}?ssl_ca_certs={foreign / 'ca.pem'}"):
             with pytest.raises(redis.ConnectionError, match="CERTIFICATE_VERIFY_FAILED"):
                 LeaseBoard(wrong).workers()

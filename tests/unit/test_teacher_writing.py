@@ -202,7 +202,7 @@ def test_questions_change_no_completion(teacher: Teacher) -> None:
         ({"sampling": pb.SamplingSettings(top_p=1.5)}, "sampling.top_p"),
         ({"samples_per_task": 5000}, "samples_per_task"),
         ({"tasks": [types_pb2.Task(id="t")]}, "tasks[0]"),
-        ({"tasks": [types_pb2.Task(passage=types_pb2.Passage(text="x"))]}, "tasks[0]"),
+        ({"tasks": [types_pb2.Task(passage=types_pb2.Passage(text="x"))]}, "tasks[0].id"),
         ({"tasks": [types_pb2.Task(id="t", passage=types_pb2.Passage(text=" "))]}, "tasks[0]"),
         ({"tasks": [types_pb2.Task(id="t", few_shot=types_pb2.FewShotTask(name="x"))]}, "tasks[0]"),
     ],
