@@ -46,8 +46,8 @@ def test_a_dozen_blows_with_scripted_models_lose_nothing_and_count_nothing_twice
     outcome = disturbed(tmp_path, SMALL, LONGER, blows, expected, print, **SCRIPTED, shortest=1, longest=3)
     proven(outcome)
     assert outcome.line["not_dealt"] <= 3
-    # 15 s is the promise for a machine that is not busy (bench/control_plane.py measures it); this is far from any other
-    # way in which a batch comes back.
+    # 15 s is the promise for a machine that is not busy (bench/control_plane.py measures it); this is far from any
+    # other way in which a batch comes back.
     assert outcome.line["recovery_seconds"]["worker_kill"] <= 45
 
 
