@@ -109,6 +109,11 @@ def test_a_stack_is_found_is_alone_and_leaves_nothing_behind(
     assert "STACK_NOT_UP" in gone.stderr
 
 
+def pids(home: Path) -> dict[str, int]:
+    """Of the stack's children, by name, as other commands see them."""
+    return {child["name"]: child["pid"] for child in json.loads((home / "stack.json").read_text())["children"]}
+
+
 def test_children_that_hang_are_killed_and_started_again_and_say_so(
     stack: tuple[subprocess.Popen[str], Path, dict[str, Any]],
 ) -> None:
@@ -127,8 +132,10 @@ def test_children_that_hang_are_killed_and_started_again_and_say_so(
     assert time.monotonic() - began < 60
     listed = preceptor(home, "students", "list", "--json")
     assert listed.returncode == 0, listed.stderr
-    now = {child["name"]: child["pid"] for child in json.loads((home / "stack.json").read_text())["children"]}
-    assert all(now[name] != pid for name, pid in stopped.items())
+    end = time.monotonic() + 60  # what is said comes before what is done
+    while any((now := pids(home))[name] == pid for name, pid in stopped.items()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
     assert {name: pid for name, pid in now.items() if name not in stopped} == {
         entry["name"]: entry["pid"] for entry in up["processes"] if entry["name"] not in stopped
     }
