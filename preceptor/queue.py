@@ -8,11 +8,14 @@ worker) is another, so a late result of an old attempt is still found by its id 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import redis
 from celery import Celery
+from celery.exceptions import InvalidTaskError
+from celery.worker.strategy import default as celery_strategy
 from google.protobuf.json_format import MessageToDict, ParseDict
 
 from preceptor import __version__
@@ -94,6 +97,27 @@ def make_app(broker_url: str) -> Celery:
         task_ignore_result=False,
     )
     return app
+
+
+def trial_strategy(task: Any, app: Celery, consumer: Any, **options: Any) -> Callable[..., Any]:
+    """How a worker takes a message: as Celery does, but one that is no task of ours is refused for good. Celery would
+    end the worker by it, and it would go back to the queue and end the next one.
+
+    For ``app.task(Strategy="preceptor.queue:trial_strategy")``.
+    """
+    take = celery_strategy(task, app, consumer, **options)
+
+    def take_carefully(message: Any, body: Any, *rest: Any, **more: Any) -> Any:
+        parts = message.payload if body is None else None
+        if not (
+            isinstance(parts, list)
+            and [type(part) for part in parts] == [list, dict, dict]
+            and isinstance(message.headers.get("id"), str)
+        ):
+            raise InvalidTaskError("it has no id, or its body is not [args, kwargs, embed]")  # logged, acknowledged
+        return take(message, body, *rest, **more)
+
+    return take_carefully
 
 
 def celery_url(broker_url: str) -> str:

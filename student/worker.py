@@ -359,7 +359,7 @@ def run(settings: WorkerSettings) -> None:
     watchdog = Watchdog()
     worker = TrialWorker(app, job, cache, name, watchdog, settings)
 
-    @app.task(name=TRIAL_BATCH_TASK, bind=True)  # type: ignore[untyped-decorator]
+    @app.task(name=TRIAL_BATCH_TASK, bind=True, Strategy="preceptor.queue:trial_strategy")  # type: ignore[untyped-decorator]
     def run_trial_batch(task: Any, payload: dict[str, Any]) -> dict[str, Any]:
         return worker.execute(task.request.id, payload)
 

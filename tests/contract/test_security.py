@@ -627,6 +627,9 @@ def test_a_worker_takes_nothing_but_json_and_lives(broker: str, tmp_path: Path) 
                 (b"!!python/object/apply:os.system [true]", "application/x-yaml", "utf-8"),
                 (b"not json", "application/json", "utf-8"),
                 (b"[[], {}, {}]", "application/json", "utf-8"),
+                (b"[]", "application/json", "utf-8"),
+                (b"7", "application/json", "utf-8"),
+                (b'{"args": 7}', "application/json", "utf-8"),
                 (b'[["text"], {}, {}]', "application/json", "utf-8"),
             )
         ):
@@ -637,6 +640,10 @@ def test_a_worker_takes_nothing_but_json_and_lives(broker: str, tmp_path: Path) 
                 headers={**headers, "id": f"bad-{number}.1", "root_id": f"bad-{number}.1"},
                 routing_key=TRIAL_QUEUE,
             )
+        body = b"[[], {}, {}]"
+        nameless = {"content_type": "application/json", "content_encoding": "utf-8", "routing_key": TRIAL_QUEUE}
+        producer.publish(body, headers=headers, **nameless)
+        producer.publish(b'{"task": "preceptor.run_trial_batch", "args": 7}', **nameless)
     submit(app, trial_batch("good"), 1)
     log = tmp_path / "worker.log"
     with log.open("wb") as output:

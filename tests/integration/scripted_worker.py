@@ -69,7 +69,7 @@ class ScriptedWorker:
 def make_worker_app(worker: ScriptedWorker) -> Celery:
     app = make_app(worker.options.broker_url)
 
-    @app.task(name=TRIAL_BATCH_TASK, bind=True)  # type: ignore[untyped-decorator]
+    @app.task(name=TRIAL_BATCH_TASK, bind=True, Strategy="preceptor.queue:trial_strategy")  # type: ignore[untyped-decorator]
     def run_trial_batch(self: Any, payload: dict[str, Any]) -> dict[str, Any]:
         return worker.run(self.request.id, payload)
 
