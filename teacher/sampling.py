@@ -121,8 +121,9 @@ def choose(logits_RV: Tensor, uniforms_R: Tensor, settings: SamplingSettings) ->
     order = None
     if settings.top_p < 1:
         weights, order = weights.sort(dim=-1, descending=True, stable=True)
-        before = weights.cumsum(-1) - weights
-        weights = weights.masked_fill(before >= settings.top_p, 0.0)
+        left_out = weights.cumsum(-1) - weights >= settings.top_p
+        left_out[:, 0] = False  # also where top_p is too small for a float
+        weights = weights.masked_fill(left_out, 0.0)
     cumulative = weights.double().cumsum(-1)
     targets = uniforms_R[:, None] * cumulative[:, -1:]
     picked = torch.searchsorted(cumulative, targets, right=True)

@@ -174,6 +174,12 @@ def test_top_p_draws_from_the_smallest_set_that_has_the_probability(
     assert probabilities[token] > 0
 
 
+@pytest.mark.parametrize("top_p", [5e-324, 1e-45, 1e-7])
+def test_the_likeliest_token_stays_however_small_top_p_is(top_p: float) -> None:
+    row = torch.tensor([[0.5, 2.0, 1.0]])
+    assert choose(row, torch.tensor([0.9], dtype=torch.float64), SamplingSettings(1.0, top_p)).tolist() == [1]
+
+
 def test_a_model_that_decodes_still_reads_padded_batches_as_before() -> None:
     model = tiny_model()
     ids = torch.tensor([[2, 2, 40, 41, 42], [50, 51, 52, 53, 54]])
