@@ -122,7 +122,7 @@ def test_connections_that_drop_while_redis_stays_up_train_nothing_twice(pair: Pa
     # and both workers go on taking jobs
     names = set()
     for number in range(20):
-        names.add(pair.queue.run(pair.queue.training(f"after the drop {number}", LONG // 8)).worker)
+        names.add(pair.queue.run(pair.queue.training(f"after the drop {number}", LONG // 32)).worker)
     assert names <= set(pair.processes)
 
 
@@ -157,7 +157,7 @@ def test_a_result_that_ends_while_redis_takes_nothing_arrives_later(pair: Pair, 
 
 
 def test_nothing_is_begun_before_redis_has_granted_it(pair: Pair) -> None:
-    batch = pair.queue.training("not granted", LONG // 8)
+    batch = pair.queue.training("not granted", LONG // 32)
     with pair.server.client() as client:
         client.execute_command("ACL", "SETUSER", "default", "-eval")  # messages come, claims fail
         try:
@@ -180,7 +180,7 @@ def test_workers_that_are_refused_their_jobs_wait_and_go_on(pair: Pair) -> None:
             wait_for(lambda: pair.said("Connection to broker lost") >= lost + 4, 20)
         finally:
             client.execute_command("ACL", "SETUSER", "default", "+brpop")
-    assert not pair.queue.run(pair.queue.training("after the refusal", LONG // 8)).HasField("failure")
+    assert not pair.queue.run(pair.queue.training("after the refusal", LONG // 32)).HasField("failure")
     assert [worker.name for worker in pair.queue.workers(2)] == before
 
 

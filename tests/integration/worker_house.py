@@ -27,8 +27,8 @@ START_SECONDS = 120.0
 Found = TypeVar("Found")
 
 FACTS = ("Ada is in Rome.", "Tom is a smith.", "Question: Where is Ada?\nAnswer: Rome")
-# Steps. Some seconds of training, and minutes on any machine: what ends within seconds was ended.
-LONG, ENDLESS = 1024, 100_000
+# Steps. Some seconds of training, so several beats; and minutes on any machine: what ends within seconds was ended.
+LONG, ENDLESS = 4096, 100_000
 
 
 def wait_for(what: Callable[[], Found | None], seconds: float) -> Found:

@@ -58,6 +58,9 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [at, *(place for key, one in inner if len(at) < 9 for place in places(one, (*at, key)))]
 
 
+MOST_CHARACTERS = 5_000_000
+
+
 def replaced(good: Any, changes: list[tuple[int, int, Any]]) -> Any:
     """A JSON value of which parts are replaced, left out, repeated or renamed."""
     value = deepcopy(good)
@@ -73,7 +76,9 @@ def replaced(good: Any, changes: list[tuple[int, int, Any]]) -> Any:
         if what == 1:
             del parent[last]
         elif what == 2 and isinstance(parent, list):
-            parent.extend([parent[last]] * (1, 5, 300)[where % 3])
+            times = (1, 5, 300)[where % 3]
+            # Long texts, repeated and repeated again, would fill the memory before anybody had read them.
+            parent.extend([parent[last]] * (times if len(repr(parent[last])) * times < MOST_CHARACTERS else 1))
         elif what == 2:
             parent[str(new)[:99]] = parent.pop(last)
         else:
