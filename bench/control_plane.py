@@ -38,6 +38,7 @@ import os
 import signal
 import sqlite3
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -181,6 +182,8 @@ class Bar:
     def add(self, count: int = 1) -> None:
         """So many more."""
         self._done += count
+        if not sys.stdout.isatty():
+            return  # a log gets the results
         if count and (time.monotonic() - self._shown > 0.5 or self._done >= self._total):
             self._shown = time.monotonic()
             filled = round(30 * self._done / max(self._total, 1))
