@@ -83,7 +83,7 @@ def main() -> int:
     )
     say("broken: " + ", ".join(outcome.broken))
     if outcome.line["not_dealt"]:
-        say(f"not dealt: {outcome.line['not_dealt']} blows; the run was over. Make it longer, e.g. --set rounds.count=24")
+        say(f"not dealt: {outcome.line['not_dealt']} blows; the run was over, make it longer with --set rounds.count=N")
     for fact in outcome.proof.facts:
         say(f"looked at: {fact}")
     for word in ("lost", "twice", "left"):
