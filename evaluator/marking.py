@@ -23,7 +23,7 @@ from evaluator.feed import Feed
 from evaluator.graders.rack import Graders
 from evaluator.overview import Overview
 from evaluator.scoring import asks_a_judge, failed, score
-from evaluator.store import EvaluationStore
+from evaluator.store import EvaluationStore, Sitting
 from preceptor.errors import PreceptorError
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import types_pb2 as types
@@ -118,8 +118,18 @@ class Marking:
                 if asks_a_judge(sitting, self._graders):
                     self._hand_over(sitting.evaluation.id)
                 else:
-                    now.append(score(sitting, self._graders))
+                    now.append(self._scored(sitting))
             self._finish(now)
+
+    def _scored(self, sitting: Sitting) -> pb.Evaluation:
+        try:
+            return score(sitting, self._graders)
+        except PreceptorError:
+            raise
+        except Exception as error:  # a bug: it must not hold up everybody's rewards, turn after turn
+            log.exception("evaluation %s could not be scored", sitting.evaluation.id)
+            what = f"{type(error).__name__} when it was scored"
+            return failed(sitting.evaluation, types.Failure(reason="INTERNAL", message=what, attempts=1))
 
     def _hand_over(self, evaluation_id: str) -> None:
         with self._lock:
@@ -152,7 +162,7 @@ class Marking:
         while not self._stopping.is_set() and self._evaluations.ready(evaluation_ids=[evaluation_id]):
             (sitting,) = self._evaluations.sittings([evaluation_id])
             try:
-                finished = score(sitting, self._graders)
+                finished = self._scored(sitting)
                 self._away_since = None
             except PreceptorError as error:
                 if error.reason == "SHUTTING_DOWN":

@@ -22,6 +22,9 @@ from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
 
+# Of a sum of log-probabilities: 0, and some rounding.
+MOST_LOGPROB = 0.1
+
 
 def asks_a_judge(sitting: Sitting, graders: Graders) -> bool:
     """Whether ``score`` may take minutes."""
@@ -154,6 +157,8 @@ def _first_failure(sitting: Sitting) -> types.Failure | None:
             return _failure("TRIAL_FAILED", f"{name}: the worker did not sample {exam.samples} answers per question")
         if not all(math.isfinite(answer.gold_logprob + answer.certainty) for answer in result.answers):
             return _failure("TRIAL_DIVERGED", f"{name}: log-probabilities that are not finite")
+        if any(answer.gold_logprob > MOST_LOGPROB for answer in result.answers) or not math.isfinite(result.seconds):
+            return _failure("TRIAL_FAILED", f"{name}: the worker gives a log-probability above 0, or no finite time")
     return None
 
 

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from evaluator import marking
+from evaluator.graders.rack import Graders
+from evaluator.scoring import score
+from evaluator.store import Sitting
 from preceptor.errors import PreceptorError
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import trial_pb2 as trial
@@ -209,6 +213,8 @@ def test_a_failing_baseline_fails_the_evaluation(house: House) -> None:
         lambda result: result.results[0].answers.pop(),
         lambda result: result.results[0].probe_answers.pop(),
         lambda result: setattr(result.results[0].answers[0], "gold_logprob", float("nan")),
+        lambda result: setattr(result.results[0].answers[0], "gold_logprob", 1e20),
+        lambda result: setattr(result.results[0], "seconds", float("inf")),
         lambda result: result.ClearField("results"),
     ],
 )
@@ -227,6 +233,23 @@ def test_an_incomplete_answer_is_a_failure_and_never_a_score(house: House, spoil
     found = house.evaluations.get(made[0].id)
     assert found.state == FAILED
     assert not found.HasField("reward")
+
+
+def test_what_cannot_be_scored_fails_alone_and_holds_nobody_up(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def buggy(sitting: Sitting, graders: Graders) -> pb.Evaluation:
+        if "odd" in sitting.evaluation.self_edit.documents[0]:
+            raise ZeroDivisionError("a bug")
+        return score(sitting, graders)
+
+    monkeypatch.setattr(marking, "score", buggy)
+    odd, plain = house.create("Something odd.", "Ada lives in Lisbon.")
+    house.step()
+    house.broker.work()
+    house.step()
+    found = house.evaluations.get(odd.id)
+    assert (found.state, found.failure.reason) == (FAILED, "INTERNAL")
+    assert not found.HasField("reward")
+    assert house.evaluations.get(plain.id).state == SUCCEEDED
 
 
 def test_a_failed_evaluation_is_tried_anew_by_a_new_request_only(house: House) -> None:
