@@ -28,8 +28,9 @@ def launch(process: str, settings_type: type[Settings], run: Callable[[Settings]
         settings = settings_type()
     except ValidationError as error:
         for problem in error.errors():
+            message = problem["msg"].removeprefix("Value error, ")
             variable = "_".join(("PRECEPTOR", *map(str, problem["loc"]))).upper()
-            print(f"{process}: {variable}: {problem['msg'].removeprefix('Value error, ')}", file=sys.stderr)
+            print(f"{process}: {variable}: {message}" if problem["loc"] else f"{process}: {message}", file=sys.stderr)
         return 2
     set_up_logging(process, settings)
     try:

@@ -6,9 +6,10 @@ What experiment is run is another question, answered by ``preceptor.config``. Th
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
+from urllib.parse import quote, urlsplit, urlunsplit
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from preceptor.errors import PreceptorError
@@ -38,12 +39,12 @@ class SecuritySettings(BaseSettings):
         return value
 
     def environment(self) -> dict[str, str]:
-        """All settings as environment variables, secrets in clear: for the environment of a child process."""
-        values: dict[str, object] = dict(self)
+        """All settings as environment variables, secrets in clear: for the environment of a child process. What is not
+        set here is set to nothing there, whatever the child inherits."""
+        values: dict[str, object] = {name: "" if value is None else value for name, value in self}
         return {
             f"PRECEPTOR_{name.upper()}": value.get_secret_value() if isinstance(value, SecretStr) else str(value)
             for name, value in values.items()
-            if value is not None
         }
 
 
@@ -54,13 +55,37 @@ class HouseSettings(SecuritySettings):
     broker_url: str = Field(
         "redis://127.0.0.1:6379/0", repr=False, description="Redis (with its password): the queue, results and leases"
     )
+    broker_password_file: Path | None = Field(
+        None, exclude=True, description="the file that holds the password of Redis, where its URL has none"
+    )
+    artifacts_url: str = Field(
+        "", description="where weights are kept: a folder, file:// or s3://bucket/prefix; empty: artifacts under home"
+    )
     teacher_address: str = "127.0.0.1:7101"
     student_address: str = "127.0.0.1:7102"
     evaluator_address: str = "127.0.0.1:7103"
     orchestrator_address: str = "127.0.0.1:7104"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["text", "json"] = "text"
+    metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus metrics over HTTP; 0: none")
+    metrics_host: str = Field("127.0.0.1", description="interface of the metrics; only loopback by default")
+    otlp_endpoint: str = Field(
+        "", description="OpenTelemetry collector (OTLP over HTTP), like http://127.0.0.1:4318; empty: no traces"
+    )
     parent_pid: int = Field(0, description="end when this parent process is gone; 0: never (set by the embedded stack)")
+
+    @field_validator("broker_password_file", mode="before")
+    @classmethod
+    def _no_file_is_not_set(cls, value: object) -> object:
+        return value or None
+
+    @model_validator(mode="after")
+    def _broker_password(self) -> Self:
+        """The broker's URL has its password from here on, whichever way it was given."""
+        if self.broker_password_file is not None:
+            self.broker_url = _with_password("PRECEPTOR_BROKER", self.broker_url, self.broker_password_file)
+            self.broker_password_file = None
+        return self
 
     @field_validator("broker_url")
     @classmethod
@@ -80,13 +105,41 @@ class ServiceSettings(HouseSettings):
 
     host: str = Field("127.0.0.1", description="interface to listen on; only loopback by default")
     port: int = Field(0, ge=0, le=65535, description="0: any free port")
-    database_url: str = Field("", description="SQLAlchemy URL; empty: SQLite under home")
+    database_url: str = Field(
+        "",
+        repr=False,
+        description="SQLAlchemy URL, on PostgreSQL with a schema for each service; empty: SQLite under home",
+    )
+    database_password_file: Path | None = Field(
+        None, exclude=True, description="the file that holds the password of the database, where its URL has none"
+    )
     grace_seconds: float = Field(10.0, description="time for calls under way after SIGTERM")
     max_threads: int = Field(32, ge=1, description="unary calls served at once; four times as many may wait")
     max_streams: int = Field(256, ge=1, description="open streams (watches); each holds a thread")
 
+    @field_validator("database_password_file", mode="before")
+    @classmethod
+    def _no_database_file_is_not_set(cls, value: object) -> object:
+        return value or None
+
+    @model_validator(mode="after")
+    def _database_password(self) -> Self:
+        if self.database_password_file is not None:
+            if not self.database_url:
+                raise ValueError("PRECEPTOR_DATABASE_PASSWORD_FILE is set, and PRECEPTOR_DATABASE_URL is not")
+            self.database_url = _with_password("PRECEPTOR_DATABASE", self.database_url, self.database_password_file)
+            self.database_password_file = None
+        return self
+
     def database(self, service: str) -> str:
-        """The SQLAlchemy URL of one service's own database; makes the folder for SQLite."""
+        """The SQLAlchemy URL of one service's own database; makes the folder for SQLite.
+
+        On PostgreSQL all services may be given the same URL: each has a schema of its name there.
+        """
+        if self.database_url.startswith("postgresql"):
+            parts = urlsplit(self.database_url)
+            query = "&".join(filter(None, (parts.query, f"options=-csearch_path%3D{service}")))
+            return urlunsplit(("postgresql+psycopg", parts.netloc, parts.path, query, ""))
         if self.database_url:
             return self.database_url
         try:
@@ -98,3 +151,19 @@ class ServiceSettings(HouseSettings):
                 file=str(self.home),
             ) from None
         return f"sqlite:///{(self.home / service).resolve()}.db"
+
+
+def _with_password(prefix: str, url: str, file: Path) -> str:
+    """The URL with the password that the file holds."""
+    try:
+        password = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise ValueError(f"{prefix}_PASSWORD_FILE={file} cannot be read: {reason}") from None
+    if not password:
+        raise ValueError(f"{prefix}_PASSWORD_FILE={file} is empty")
+    parts = urlsplit(url)
+    user, at, place = parts.netloc.rpartition("@")
+    if ":" in user:
+        raise ValueError(f"{prefix}_URL has a password too; give one of the two")
+    return urlunsplit(parts._replace(netloc=f"{user if at else ''}:{quote(password, safe='')}@{place}"))
