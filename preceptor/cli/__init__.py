@@ -24,6 +24,7 @@ from types import FrameType
 import click
 
 from preceptor import __version__
+from preceptor.cli.capacity import capacity
 from preceptor.cli.doctor import doctor
 from preceptor.cli.evaluate import evaluate
 from preceptor.cli.evaluations import evaluations
@@ -44,7 +45,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, evaluate, up, runs, evaluations, students, tasks, doctor):
+for _command in (run, evaluate, up, runs, evaluations, students, tasks, doctor, capacity):
     cli.add_command(_command)
 
 
