@@ -23,7 +23,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -101,6 +101,15 @@ class _Draft:
     generated: list[int] = field(default_factory=list)
     finished: bool = False
 
+    def take(self, token: int, base: LoadedBase, settings: AnsweringSettings) -> None:
+        """Appends a token, or ends the answer."""
+        if token in base.end_ids:
+            self.finished = True
+            return
+        self.generated.append(token)
+        newline = settings.stop_at_newline and token in base.newline_ids
+        self.finished = newline or len(self.generated) >= settings.max_new_tokens
+
 
 @dataclass(slots=True)
 class _Row:
@@ -118,6 +127,21 @@ class _Open(NamedTuple):
     seat: int
     prompt: Prompt
     draft: _Draft
+
+
+class Answering(Protocol):
+    """Whatever answers as ``answer`` does."""
+
+    def __call__(
+        self,
+        base: LoadedBase,
+        bank: LoraBank,
+        adapters: Sequence[int],
+        prompts_of: Sequence[Sequence[Prompt]],
+        settings: AnsweringSettings,
+        on_chunk: Callable[[], None] | None = None,
+    ) -> list[list[Answer]]:
+        """Answers ``prompts_of[s]`` with ``adapters[s]``, in the order given."""
 
 
 @torch.inference_mode()
@@ -173,6 +197,16 @@ def _to_answer(base: LoadedBase, row: _Row, settings: AnsweringSettings) -> Answ
     certainties = row.drafts[0].certainties if row.drafts else None
     certainty = sum(certainties) / len(certainties) if certainties else 0.0
     return Answer(prompt.question, texts[0], row.gold_logprob, len(prompt.gold), certainty, tuple(texts[1:]))
+
+
+def finished_text(base: LoadedBase, tokens: Sequence[int], settings: AnsweringSettings) -> str | None:
+    """The answer that begins ``tokens``, as ``answer`` reads it; None if it does not end among them."""
+    draft = _Draft()
+    for token in tokens:
+        draft.take(token, base, settings)
+        if draft.finished:
+            return _text(base, draft, settings)
+    return None
 
 
 def _text(base: LoadedBase, draft: _Draft, settings: AnsweringSettings) -> str:
@@ -289,16 +323,10 @@ class _Asking:
                 self._take(draft, reading, position, 0 if draft.uniforms is None else 1)
 
     def _take(self, draft: _Draft, reading: Reading, position: int, column: int) -> None:
-        """Appends what was chosen at a position, or ends the answer."""
-        token = reading.tokens[position][column]
+        """Gives a draft what was chosen at a position."""
         if draft.certainties is not None:
             draft.certainties.append(reading.certainties[position])
-        if token in self.base.end_ids:
-            draft.finished = True
-            return
-        draft.generated.append(token)
-        newline = self.settings.stop_at_newline and token in self.base.newline_ids
-        draft.finished = newline or len(draft.generated) >= self.settings.max_new_tokens
+        draft.take(reading.tokens[position][column], self.base, self.settings)
 
 
 def _at(uniforms: tuple[float, ...] | None, place: int) -> float:

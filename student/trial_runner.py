@@ -17,7 +17,7 @@ import torch
 
 from preceptor.errors import PreceptorError
 from preceptor.tasks import Question
-from student.answering import Prompt, answer, encode_questions
+from student.answering import Answering, Prompt, answer, encode_questions
 from student.base import Encoded, LoadedBase
 from student.lora_bank import LoraBank, adapter_values
 from student.memory import DEFAULT_CAPS, Caps, free_bytes, plan_memory
@@ -39,6 +39,7 @@ def run_trials(
     on_step: Callable[[int], None] | None = None,
     cancelled: Callable[[], Collection[str]] = tuple,
     caps: Caps = DEFAULT_CAPS,
+    answer: Answering = answer,
 ) -> list[TrialOutcome]:
     """Trains and examines ``trials``; ``questions[k]`` are those of trial k, ``probes`` are asked of every trial.
 
@@ -46,13 +47,13 @@ def run_trials(
     ``on_step`` is called after each training step and after each chunk of answers with the number of steps so far; an
     exception from it stops the batch and passes through, which is how a worker gives a batch up. ``cancelled`` is
     asked before each step for the ids of trials that nobody wants any more: their adapters leave, and they end as
-    CANCELLED.
+    CANCELLED. ``answer`` asks the trained adapters; an error that it raises is the batch's.
     Raises PreceptorError(SEQUENCE_TOO_LONG) for a probe that the student's context cannot hold.
     """
     if len({trial.trial_id for trial in trials}) < len(trials):
         raise ValueError("two trials of a batch have the same id")
     greedy = replace(answering, samples=0, certainty=False)
-    batch = _Batch(base, answering, encode_questions(base, probes, greedy), on_step, cancelled, caps)
+    batch = _Batch(base, answering, encode_questions(base, probes, greedy), on_step, cancelled, caps, answer)
     replay = list(zip(replay_documents, base.encode(replay_documents), strict=True))
     members: list[_Member] = []
     for trial, asked in zip(trials, questions, strict=True):
@@ -98,6 +99,7 @@ class _Batch:
     on_step: Callable[[int], None] | None
     cancelled: Callable[[], Collection[str]]
     caps: Caps
+    answer: Answering
     outcomes: dict[str, TrialOutcome] = field(default_factory=dict)
 
     def fail(self, trial: Trial, error: PreceptorError) -> None:
@@ -169,7 +171,7 @@ class _Batch:
             rows = [members[seat].asked + self.probes for seat in sound]
             steps = max(len(result.losses) for result in results)
             tick = self.on_step
-            answers = answer(
+            answers = self.answer(
                 self.base, bank, sound, rows, self.answering, on_chunk=(lambda: tick(steps)) if tick else None
             )
             answered = time.perf_counter()

@@ -24,6 +24,7 @@ from preceptor.errors import PreceptorError
 from preceptor.storage import storage_error
 from preceptor.v1 import trial_pb2 as wire
 from student import payload
+from student.answering import Answering, answer
 from student.base_cache import BaseCache
 from student.memory import DEFAULT_CAPS, Caps
 from student.trial_runner import is_out_of_memory, run_trials
@@ -49,12 +50,14 @@ class TrialJob:
         batch_seconds: float,
         caps: Caps = DEFAULT_CAPS,
         trial_seconds: float = math.inf,
+        answer: Answering = answer,
     ) -> None:
         self._cache = cache
         self._worker = worker
         self._batch_seconds = batch_seconds
         self._trial_seconds = trial_seconds
         self._caps = caps
+        self._answer = answer
         # Loading a model changes torch's default dtype for a moment, so nothing may run meanwhile.
         self.exclusive = threading.Lock()
 
@@ -108,6 +111,7 @@ class TrialJob:
                     on_step=step,
                     caps=self._caps,
                     cancelled=cancelled,
+                    answer=self._answer,
                 )
             except GivenUp:
                 raise
