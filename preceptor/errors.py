@@ -53,14 +53,31 @@ CATALOGUE: dict[str, Entry] = {
         "set PRECEPTOR_TEACHER_SOURCE to a folder with config.json, tokenizer.json and *.safetensors, or a model id",
     ),
     "STUDENT_CHANGED": Entry(_STATE, "put the registered files back, or register the folder under a new name"),
+    "STUDENT_TOO_LARGE": Entry(_STATE, "use workers with a larger GPU for it, or a smaller student"),
+    "NOT_SERVABLE": Entry(
+        _STATE, "serve another student; workers train and ask this one by themselves (PRECEPTOR_ANSWER_SERVER_URL empty)"
+    ),
+    "VLLM_NOT_FOUND": Entry(
+        _STATE,
+        "install vLLM in an environment of its own (`pip install vllm`, on the CPU `make vllm`) and name its "
+        "interpreter in PRECEPTOR_VLLM_PYTHON",
+    ),
     "UNSAFE_CHECKPOINT": Entry(_INVALID, "convert the checkpoint to safetensors; pickle files are never loaded"),
     "MODEL_UNREACHABLE": Entry(_DOWN, "check the path, the network and the hub's token"),
     "POLICY_NOT_FOUND": Entry(_MISSING, "ListPolicies shows the known ones"),
     "POLICY_NOT_READY": Entry(_STATE, "wait until the policy is READY, or use another one"),
     "UPDATE_FAILED": Entry(grpc.StatusCode.INTERNAL, "look at the teacher's log; the parent policy is as it was"),
     "UPDATE_DIVERGED": Entry(_STATE, "lower the update's learning rate; the parent policy is as it was"),
-    "ARTIFACT_NOT_FOUND": Entry(_MISSING, "check that the artifact folder is shared by all services"),
+    "ARTIFACT_NOT_FOUND": Entry(
+        _MISSING, "check that all services share the artifacts: PRECEPTOR_ARTIFACTS_URL, or one folder for all"
+    ),
     "ARTIFACT_CORRUPT": Entry(grpc.StatusCode.DATA_LOSS, "delete the artifact and run again"),
+    "ARTIFACT_STORE_UNREACHABLE": Entry(
+        _DOWN, "check PRECEPTOR_ARTIFACTS_URL, AWS_ENDPOINT_URL and the network; what was under way goes on by itself"
+    ),
+    "ARTIFACT_STORE_REFUSED": Entry(
+        _STATE, "check the bucket of PRECEPTOR_ARTIFACTS_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION"
+    ),
     # evaluations and trials
     "EVALUATION_NOT_FOUND": Entry(_MISSING, "check the id"),
     "GRADER_UNKNOWN": Entry(_INVALID, "use one of the named graders"),
@@ -104,7 +121,18 @@ CATALOGUE: dict[str, Entry] = {
         _STATE, "install Redis (`apt install redis-server`, `brew install redis`) or set PRECEPTOR_BROKER_URL"
     ),
     "DEVICE_UNUSABLE": Entry(_STATE, "set the named variable to cpu or to a device that torch sees"),
-    "DATABASE_UNREACHABLE": Entry(_DOWN, "check PRECEPTOR_DATABASE_URL, and that the folder can be written"),
+    "GPU_NONE_LEFT": Entry(
+        _EXHAUSTED, "start fewer workers on this machine, one a GPU (or raise PRECEPTOR_GPU_SHARE), or end the named ones"
+    ),
+    "DATABASE_UNREACHABLE": Entry(_DOWN, "check PRECEPTOR_DATABASE_URL, and that the server runs or the folder can be written"),
+    "DATABASE_REFUSED": Entry(
+        _STATE,
+        "correct user, password, database and TLS in PRECEPTOR_DATABASE_URL and PRECEPTOR_DATABASE_PASSWORD_FILE, or "
+        "give the user the right that the message names",
+    ),
+    "DATABASE_TOO_NEW": Entry(
+        _STATE, "run the newer version of Preceptor that has migrated it, or go back to a copy from before"
+    ),
     "DISK_FULL": Entry(_EXHAUSTED, "make room on the named disk; what was under way goes on by itself"),
     "BROKER_REFUSED": Entry(_STATE, "correct user, password and database number in PRECEPTOR_BROKER_URL"),
     "BROKER_UNREACHABLE": Entry(_DOWN, "check that Redis runs and that PRECEPTOR_BROKER_URL is right"),
@@ -117,6 +145,9 @@ CATALOGUE: dict[str, Entry] = {
     "PROCESS_DIED": Entry(grpc.StatusCode.INTERNAL, "look at the named log file"),
     "DEADLINE_EXCEEDED": Entry(grpc.StatusCode.DEADLINE_EXCEEDED, "try again; the service is slow or stuck"),
     "CANCELLED": Entry(grpc.StatusCode.CANCELLED, "nothing to do: it was asked for"),
+    "RATE_LIMITED": Entry(
+        _EXHAUSTED, "call less often, or raise PRECEPTOR_RATE_LIMIT of the service; the client waits by itself"
+    ),
     "SERVICE_BUSY": Entry(
         _DOWN, "try again in a few seconds, or raise PRECEPTOR_MAX_THREADS or PRECEPTOR_MAX_STREAMS of the service"
     ),
