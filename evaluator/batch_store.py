@@ -45,6 +45,7 @@ class BatchRecord:
     attempt: int  # the one to submit, or the last one submitted
     since: int  # results of attempts since..attempt are wanted
     tries: int  # submissions so far that count
+    student: str = ""  # its name
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +94,16 @@ class BatchStore:
     def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
         self._database, self._clock = database, clock
 
-    def waiting(self, limit: int, resting: Collection[str] = ()) -> list[Waiting]:
-        """The next batches to put on the queue, but for those that rest."""
+    def waiting(
+        self, limit: int, resting: Collection[str] = (), student: str = "", dedicated: Collection[str] = ()
+    ) -> list[Waiting]:
+        """The next batches to put on the queue of ``student`` (empty: of all that are not ``dedicated``), but for those
+        that rest."""
         columns = (batches.c.id, batches.c.state, batches.c.attempt, batches.c.since, batches.c.tries)
+        its = [batches.c.student == student] if student else [batches.c.student.not_in(dedicated)] if dedicated else []
         turns = (
-            select(*columns)
-            .where(batches.c.state == BatchState.WAITING)
+            select(*columns, batches.c.student)
+            .where(batches.c.state == BatchState.WAITING, *its)
             .order_by(batches.c.turn, batches.c.id)
             .limit(limit + len(resting))
         )
@@ -278,4 +283,4 @@ def _record_results(tx: Connection, results: Sequence[trial.TrialResult]) -> Non
 
 
 def _record(row: Any) -> BatchRecord:
-    return BatchRecord(row.id, BatchState(row.state), row.attempt, row.since, row.tries)
+    return BatchRecord(row.id, BatchState(row.state), row.attempt, row.since, row.tries, row.student)

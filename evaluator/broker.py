@@ -15,7 +15,7 @@ from kombu.exceptions import OperationalError
 
 from preceptor.errors import PreceptorError
 from preceptor.leases import Lease, LeaseBoard, WorkerStatus
-from preceptor.queue import TRIAL_QUEUE, fetch_results, make_app, submit
+from preceptor.queue import fetch_results, make_app, submit
 from preceptor.v1 import trial_pb2 as trial
 
 # Without expiry: it is gone only where everything is.
@@ -25,8 +25,8 @@ _MARK = "preceptor:queue"
 class Broker(Protocol):
     """What the dispatcher needs of a queue. A task id is ``preceptor.queue.celery_task_id(batch, attempt)``."""
 
-    def submit(self, batch: trial.TrialBatch, attempt: int) -> None:
-        """Puts an attempt on the queue. Doing it twice is harmless."""
+    def submit(self, batch: trial.TrialBatch, attempt: int, queue: str) -> None:
+        """Puts an attempt on a queue. Doing it twice is harmless."""
         ...
 
     def results(self, task_ids: Sequence[str]) -> dict[str, trial.TrialBatchResult]:
@@ -41,8 +41,8 @@ class Broker(Protocol):
         """The latest attempt that anybody has begun at each of these batches that somebody was at."""
         ...
 
-    def depth(self) -> int:
-        """How many tasks wait for a worker."""
+    def depths(self, queues: Sequence[str]) -> dict[str, int]:
+        """How many tasks wait for a worker, by queue."""
         ...
 
     def has_forgotten(self) -> bool:
@@ -69,10 +69,10 @@ class RedisBroker:
         self._leases = LeaseBoard(url)
         self._redis = redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5)
 
-    def submit(self, batch: trial.TrialBatch, attempt: int) -> None:
+    def submit(self, batch: trial.TrialBatch, attempt: int, queue: str) -> None:
         """See Broker."""
         with _unreachable():
-            submit(self._app, batch, attempt)
+            submit(self._app, batch, attempt, queue)
 
     def results(self, task_ids: Sequence[str]) -> dict[str, trial.TrialBatchResult]:
         """See Broker."""
@@ -89,10 +89,13 @@ class RedisBroker:
         with _unreachable():
             return self._leases.begun(list(batch_ids))
 
-    def depth(self) -> int:
+    def depths(self, queues: Sequence[str]) -> dict[str, int]:
         """See Broker."""
         with _unreachable():
-            return int(self._redis.llen(TRIAL_QUEUE))
+            pipe = self._redis.pipeline(transaction=False)
+            for queue in queues:
+                pipe.llen(queue)
+            return dict(zip(queues, map(int, pipe.execute()), strict=True))
 
     def has_forgotten(self) -> bool:
         """See Broker."""

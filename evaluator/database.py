@@ -113,8 +113,11 @@ batches = Table(
     Column("attempt", Integer, nullable=False),  # only ever grows: part of the Celery task's id
     Column("since", Integer, nullable=False),  # results of attempts before this one are not wanted
     Column("tries", Integer, nullable=False),  # submissions spent on this work under the present request
+    # The student's name, which says on which queue the batch goes. (An index that has it finds the next batch of one
+    # queue without a look at the rows of another that has a hundred thousand.)
+    Column("student", String(256), nullable=False, server_default=""),
     Column("payload", LargeBinary, nullable=False),  # preceptor.v1.TrialBatch; empty once final
-    Index("batches_by_state", "state", "turn"),
+    Index("batches_by_state", "state", "turn", "student"),
 )
 
 # What was cancelled and is not yet told to those who may be at it. A row is deleted when it is.

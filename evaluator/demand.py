@@ -105,6 +105,7 @@ def _put_batches(tx: Connection, puts: Sequence[Put]) -> None:
             "attempt": attempt,
             "since": attempt,
             "tries": put.tries,
+            "student": put.batch.student.name,
             "payload": put.batch.SerializeToString(),
         }
         (new if attempt == 1 else again).append(values)

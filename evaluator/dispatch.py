@@ -5,8 +5,8 @@ What is promised:
 
 * A batch is WAITING in SQL before anything is sent, and sent before it is SUBMITTED: a crash between the two sends it
   again under the same Celery id, which is the same work.
-* The queue holds two batches for each worker alive (``BATCHES_PER_WORKER``), in turns between owners; the rest waits in
-  SQL and costs no memory.
+* A queue holds two batches for each worker that serves it, in turns between owners; the rest waits in SQL and costs no
+  memory. A student may have a queue of its own (``evaluator.lanes``), and one that nobody serves holds up no other.
 * A batch whose lease was seen and is gone for ``lease_grace`` without a result is lost: it is submitted again under the
   next attempt. So is one whose worker holds it and gets no further for ``stall_seconds``; as soon as somebody has begun
   the next attempt, the fence (``preceptor.leases``) has that worker leave. A result that an earlier attempt brings late
@@ -40,6 +40,7 @@ from evaluator.batch_store import BatchStore, End, Waiting
 from evaluator.broker import Broker
 from evaluator.database import BatchState
 from evaluator.flights import DispatchLimits, Flight, Look
+from evaluator.lanes import Lane, Lanes
 from evaluator.marking import Marking
 from evaluator.outcomes import lost, verdict
 from preceptor.errors import PreceptorError
@@ -51,10 +52,6 @@ log = logging.getLogger(__name__)
 
 # Leases are renewed every 2 s; looking more often than once a second shows nothing new.
 LOOK_SECONDS = 1.0
-# One that it works on and one that it finds when it is done; the thread looks many times in between.
-BATCHES_PER_WORKER = 2
-# With few workers, or none yet: somebody who starts finds work at once.
-FEWEST_BATCHES = 4
 # Payloads (up to some MB each) in memory at once.
 SUBMITTED_AT_ONCE = 16
 # Results in one transaction: some ten milliseconds, in which no request is written.
@@ -79,16 +76,16 @@ class Dispatcher:
         limits: DispatchLimits,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        lanes: Lanes | None = None,
     ) -> None:
         self._batches, self._history, self._broker, self._marking = batches, history, broker, marking
         self._limits, self._clock, self._wall_clock = limits, clock, wall_clock
+        self._lanes = lanes or Lanes()
         self._flights: dict[str, Flight] | None = None  # None: to be read from SQL
-        self._most = FEWEST_BATCHES  # on the queue at once
         self._resting: dict[str, float] = {}  # batches that wait in SQL for a time to come
         self._sent: set[str] = set()  # attempts that are on the queue while SQL could not be told
-        self._work_may_wait = True  # spares SQL a look in every turn; only ever set by others, cleared before a look
-        self._cancelled_may_wait = True  # likewise
-        self._submitted = self._newest_begun = 0  # numbers of flights
+        self._cancelled_may_wait = True  # as a lane's ``work_may_wait``
+        self._submitted = 0  # flights so far
         self._next_look = self._next_forgetting = 0.0
         self._backoff = 0.0
         self._trouble = ""
@@ -110,7 +107,7 @@ class Dispatcher:
 
     def wake(self) -> None:
         """There may be new batches."""
-        self._work_may_wait = True
+        self._lanes.expect_work()
         self._wake.set()
 
     def tell_cancelled(self) -> None:
@@ -133,7 +130,8 @@ class Dispatcher:
             pause = self.step()
         except Exception as error:
             # Each turn can start from SQL again, so the next one can succeed; what was half done is done again.
-            self._flights, self._work_may_wait, self._cancelled_may_wait = None, True, True
+            self._flights, self._cancelled_may_wait = None, True
+            self._lanes.expect_work()
             if not isinstance(error, PreceptorError):
                 log.exception("a turn of the dispatcher failed; trying again every %.0f s", MAX_BACKOFF_SECONDS)
             elif error.message != self._trouble:
@@ -164,20 +162,24 @@ class Dispatcher:
             self._backoff = 0.0
         self._marking.settle_left_out()
         self._forget()
-        busy = flights or self._work_may_wait or self._cancelled_may_wait
+        busy = flights or self._lanes.work_may_wait() or self._cancelled_may_wait
         return self._limits.poll_seconds if busy else IDLE_SECONDS
 
     def _recover(self) -> dict[str, Flight]:
         """Reads what is under way from SQL, and finishes what was answered but not scored."""
         now = self._clock()
         # In which order they were sent is not known; all of them before what is sent from now on.
-        flights = {record.id: Flight(record, now, self._submitted) for record in self._batches.under_way()}
+        flights = {
+            record.id: Flight(record, now, self._submitted, self._lanes.of(record.student).queue)
+            for record in self._batches.under_way()
+        }
         self._marking.settle_all()
         self._flights = flights
         return flights
 
     def _broker_away(self, error: PreceptorError, flights: dict[str, Flight]) -> float:
-        self._work_may_wait = self._cancelled_may_wait = True  # what was to be sent may not have been
+        self._cancelled_may_wait = True  # what was to be sent may not have been
+        self._lanes.expect_work()
         if not self._backoff:
             log.warning("%s; waiting for it (%d batches under way)", error, len(flights))
         self._backoff = min(max(self._backoff * 2, FIRST_BACKOFF_SECONDS), MAX_BACKOFF_SECONDS)
@@ -222,13 +224,13 @@ class Dispatcher:
                 flight.record = replace(record, since=attempt + 1)  # a later attempt is under way already
                 continue
             del flights[batch]
-            self._newest_begun = max(self._newest_begun, flight.number)
+            self._note_begun(flight)
             if not wanted[batch]:  # cancelled meanwhile
                 continue
             if found.again:
                 text = "batch %s: %d of %d trials are tried again: %s"
                 log.warning(text, batch, len(found.again), len(wanted[batch]), found.ending.message)
-                self._work_may_wait = True
+                self._lanes.expect_work()
             if found.whole:
                 self._rest([batch], found.rest)
                 self._batches.try_again(batch, attempt, found.ending, discard=True, counts=found.counts)
@@ -253,26 +255,30 @@ class Dispatcher:
         if seconds:
             self._resting |= dict.fromkeys(batch_ids, self._clock() + seconds)
 
+    def _note_begun(self, flight: Flight) -> None:
+        lane = self._lanes.of(flight.record.student)
+        lane.newest_begun = max(lane.newest_begun, flight.number)
+
     def _look_at_workers(self, flights: dict[str, Flight]) -> None:
-        workers = len(self._broker.workers())
-        self._most = min(max(BATCHES_PER_WORKER * workers, FEWEST_BATCHES), self._limits.in_flight)
+        self._lanes.make_room(self._broker.workers(), self._limits.in_flight)
         waiting = [flight.record.id for flight in flights.values() if not flight.is_running]
         look = Look(
             leases=self._broker.holders([flight.task_id for flight in flights.values()]),
             fences=self._broker.begun(waiting),
-            queue_is_empty=self._broker.depth() == 0,
+            empty=[queue for queue, depth in self._broker.depths(self._lanes.queues).items() if depth == 0],
             queue_was_lost=self._broker.has_forgotten(),  # last: the answer is given once
             now=self._clock(),
         )
         begun = [flight for flight in flights.values() if flight.begins(look)]
         if begun:
-            self._newest_begun = max(self._newest_begun, *(flight.number for flight in begun))
+            for flight in begun:
+                self._note_begun(flight)
             workers_of = [(flight.record, look.leases.get(flight.task_id, Lease("")).worker) for flight in begun]
             self._batches.mark_running(workers_of)
         for flight in list(flights.values()):
             if why := flight.why_lost(look, self._limits):
                 self._lost(flights, flight, why)
-            elif flight.is_off_the_queue(look, self._limits, self._newest_begun):
+            elif flight.is_off_the_queue(look, self._limits, self._lanes.of(flight.record.student).newest_begun):
                 self._orphaned(flights, flight)
 
     def _orphaned(self, flights: dict[str, Flight], flight: Flight) -> None:
@@ -280,7 +286,7 @@ class Dispatcher:
         del flights[record.id]
         log.warning("batch %s, attempt %d: %s; submitting it again", record.id, record.attempt, why)
         self._batches.try_again(record.id, record.attempt, flight.ending(why), discard=False, counts=False)
-        self._work_may_wait = True
+        self._lanes.expect_work()
 
     def _lost(self, flights: dict[str, Flight], flight: Flight, why: str) -> None:
         record = flight.record
@@ -288,13 +294,13 @@ class Dispatcher:
         if record.tries < self._limits.max_attempts:
             log.warning("batch %s, attempt %d: %s; submitting it again", record.id, record.attempt, why)
             self._batches.try_again(record.id, record.attempt, flight.ending(why), discard=False)
-            self._work_may_wait = True
+            self._lanes.expect_work()
             return
         wanted = self._batches.wanted([record.id])[record.id]
         if len(wanted) > 1:  # perhaps one of them kills the workers, and the others are innocent
             log.warning("batch %s: %s; its halves get one more try each", record.id, why)
             end = End(record.id, record.attempt, (), flight.ending(why), wanted, halve=True, tries=record.tries)
-            self._work_may_wait = True
+            self._lanes.expect_work()
         else:
             log.error("batch %s: %s; given up after %d tries", record.id, why, record.tries)
             given_up = [lost(one, f"batch {record.id}: {why}", record.tries) for one in wanted]
@@ -304,24 +310,29 @@ class Dispatcher:
     def _submit_waiting(self, flights: dict[str, Flight]) -> None:
         now = self._clock()
         self._resting = {batch: until for batch, until in self._resting.items() if until > now}
-        if not self._work_may_wait:
-            return
-        while (room := min(self._most - len(flights), SUBMITTED_AT_ONCE)) > 0:
-            self._work_may_wait = bool(self._resting)
-            waiting = self._batches.waiting(room, self._resting)
-            self._submit(flights, waiting)
+        for lane in self._lanes:
+            if lane.work_may_wait:
+                self._fill(lane, flights)
+
+    def _fill(self, lane: Lane, flights: dict[str, Flight]) -> None:
+        on_it = sum(flight.queue == lane.queue for flight in flights.values())
+        while (room := min(lane.most - on_it, SUBMITTED_AT_ONCE)) > 0:
+            lane.work_may_wait = bool(self._resting)
+            waiting = self._batches.waiting(room, self._resting, lane.student, self._lanes.dedicated)
+            self._submit(flights, waiting, lane.queue)
             if len(waiting) < room:
                 return
-        self._work_may_wait = True
+            on_it += len(waiting)
+        lane.work_may_wait = True
 
-    def _submit(self, flights: dict[str, Flight], waiting: Sequence[Waiting]) -> None:
+    def _submit(self, flights: dict[str, Flight], waiting: Sequence[Waiting], queue: str) -> None:
         for batch in waiting:
             task_id = celery_task_id(batch.record.id, batch.record.attempt)
             if task_id in self._sent:
                 continue
             if batch.unwanted:  # first, so that its worker knows from the first beat
                 self._broker.cancel(task_id, batch.unwanted)
-            self._broker.submit(batch.payload, batch.record.attempt)
+            self._broker.submit(batch.payload, batch.record.attempt, queue)
             self._sent.add(task_id)
         # One that is not marked was cancelled between the look and now; its worker will be told.
         marked = self._batches.mark_submitted(waiting)
@@ -330,7 +341,7 @@ class Dispatcher:
             if record.id in marked:
                 submitted = replace(record, state=BatchState.SUBMITTED, tries=record.tries + 1)
                 self._submitted += 1
-                flights[record.id] = Flight(submitted, self._clock(), self._submitted)
+                flights[record.id] = Flight(submitted, self._clock(), self._submitted, queue)
 
     def _forget(self) -> None:
         if self._clock() >= self._next_forgetting:

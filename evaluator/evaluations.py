@@ -17,6 +17,7 @@ from evaluator.feed import Feed
 from evaluator.graders.grader import grader_label
 from evaluator.graders.rack import WITHOUT_A_JUDGE, Graders
 from evaluator.identity import plan
+from evaluator.lanes import Lanes, serving_workers
 from evaluator.marking import Marking
 from evaluator.overview import Overview
 from evaluator.request import check_student, read_answers, read_request
@@ -50,9 +51,10 @@ class Evaluations:
         batch_trials: int,
         max_waiting: int,
         graders: Graders = WITHOUT_A_JUDGE,
+        lanes: Lanes | None = None,
     ) -> None:
         self._store, self._dispatcher, self._marking = store, dispatcher, marking
-        self._broker, self._feed = broker, feed
+        self._broker, self._feed, self._lanes = broker, feed, lanes or Lanes()
         self._active_student, self._batch_trials, self._graders = active_student, batch_trials, graders
         self._history, self._dead, self._overview = History(database), DeadLetters(database), Overview(database)
         self._admission = Admission(self._overview, max_waiting)
@@ -187,7 +189,15 @@ class Evaluations:
         """Queue and workers. Raises PreceptorError(BROKER_UNREACHABLE)."""
         batches, evaluations = self._overview.batches(), self._overview.counts()
         workers = self._broker.workers()
-        peaks = [worker.peak_memory_bytes for worker in workers]
+        peaks, serving = [worker.peak_memory_bytes for worker in workers], serving_workers(workers)
+        queues = {lane.queue: pb.QueueReport(name=lane.queue, student=lane.student) for lane in self._lanes}
+        for (student, state), count in self._overview.batches_by_student().items():
+            queue = queues[self._lanes.of(student).queue]
+            queue.waiting_batches += count if state is BatchState.WAITING else 0
+            queue.submitted_batches += count if state is BatchState.SUBMITTED else 0
+            queue.running_batches += count if state is BatchState.RUNNING else 0
+        for queue in queues.values():
+            queue.workers_alive = serving[queue.name]
         return pb.GetQueueStatusResponse(
             queued_batches=batches.get(BatchState.WAITING, 0) + batches.get(BatchState.SUBMITTED, 0),
             running_batches=batches.get(BatchState.RUNNING, 0),
@@ -197,6 +207,7 @@ class Evaluations:
             evaluations_waiting=sum(evaluations.get(state, 0) for state in LIVE),
             evaluations_failed=evaluations.get(State.FAILED, 0),
             workers=[_report(worker) for worker in workers],
+            queues=queues.values(),
         )
 
     def _as_known(self, known: Sequence[Known]) -> list[pb.Evaluation]:
@@ -222,6 +233,8 @@ def _report(worker: WorkerStatus) -> pb.WorkerReport:
         steps_done=min(worker.steps_done, MOST_IN_A_FIELD),
         trials_done=worker.trials_done,
         peak_memory_bytes=worker.peak_memory_bytes,
+        students=worker.serves,
+        gpu=worker.gpu,
     )
 
 

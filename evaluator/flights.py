@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from evaluator.attempts import Ending
@@ -9,6 +10,7 @@ from evaluator.batch_store import BatchRecord
 from evaluator.database import BatchState
 from preceptor.leases import Lease
 from preceptor.names import celery_task_id
+from preceptor.queue import TRIAL_QUEUE
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +18,7 @@ class DispatchLimits:
     """Numbers of the dispatcher; times in seconds."""
 
     max_attempts: int = 5  # tries of the same work; for the reason of the number see evaluator.dispatch
-    in_flight: int = 256  # batches on the queue at once, however many workers there are
+    in_flight: int = 256  # batches on a queue at once, however many workers there are
     poll_seconds: float = 0.05  # 20 looks a second, each one round trip
     lease_grace: float = 3.0  # after a lease has expired: one beat and a half; with it a kill is noticed in about 11 s
     orphan_seconds: float = 60.0  # longer than a worker needs from taking a job to its first beat
@@ -33,7 +35,7 @@ class Look:
     now: float  # seconds, monotonic
     leases: dict[str, Lease]  # by task
     fences: dict[str, int]  # the latest attempt that was begun, by batch
-    queue_is_empty: bool
+    empty: Collection[str]  # the queues on which nothing waits
     queue_was_lost: bool  # with everything on it
 
 
@@ -44,6 +46,7 @@ class Flight:
     record: BatchRecord
     last_sign: float  # when its lease was last seen, or when it was last known to be on the queue
     number: int  # in the order of submission
+    queue: str = TRIAL_QUEUE
     gone: bool = False  # from the queue, with everything else
     lease: Lease | None = None  # as last seen
     moved: float = 0.0  # when it last changed: with every step and every chunk of answers
@@ -88,13 +91,13 @@ class Flight:
         return ""
 
     def is_off_the_queue(self, look: Look, limits: DispatchLimits, newest_begun: int) -> bool:
-        """Whether nobody took it and nobody can: ``newest_begun`` is the newest submission that somebody has taken, and
-        the queue is first in, first out."""
+        """Whether nobody took it and nobody can: ``newest_begun`` is the newest submission that somebody has taken of
+        its queue, which is first in, first out."""
         if self.is_running:
             return False
         if look.queue_was_lost:  # a worker that has it says so with its next beat
             self.gone, self.last_sign = True, look.now
-        elif not self.gone and not look.queue_is_empty and self.number >= newest_begun:
+        elif not self.gone and self.queue not in look.empty and self.number >= newest_begun:
             self.last_sign = look.now
         return look.now - self.last_sign > (limits.lease_grace if self.gone else limits.orphan_seconds)
 

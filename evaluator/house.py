@@ -15,6 +15,7 @@ from evaluator.feed import Feed
 from evaluator.graders.judge import Judge
 from evaluator.graders.rack import Graders
 from evaluator.graders.verdicts import VerdictStore
+from evaluator.lanes import Lanes
 from evaluator.marking import Marking
 from evaluator.overview import Overview
 from evaluator.settings import EvaluatorSettings
@@ -41,7 +42,8 @@ class Evaluator:
         self._marking = Marking(store, overview, self._feed, graders, settings.judge_patience_seconds)
         batches, history = BatchStore(self._database, clock), History(self._database)
         limits = settings.dispatch_limits
-        self.dispatcher = Dispatcher(batches, history, broker, self._marking, limits, wall_clock=clock)
+        lanes = Lanes(settings.dedicated)
+        self.dispatcher = Dispatcher(batches, history, broker, self._marking, limits, wall_clock=clock, lanes=lanes)
         students = connect(settings.student_address, StudentServiceStub)
 
         def active_student() -> types_pb2.PinnedStudent:
@@ -61,6 +63,7 @@ class Evaluator:
             settings.batch_trials,
             settings.max_waiting,
             graders,
+            lanes,
         )
 
     def drain(self) -> None:

@@ -50,6 +50,16 @@ class Overview:
         with self._database.read() as tx:
             return {BatchState(state): count for state, count in tx.execute(query)}
 
+    def batches_by_student(self) -> dict[tuple[str, BatchState], int]:
+        """How many batches of each student are in each of the states that are not final."""
+        query = (
+            select(batches.c.student, batches.c.state, func.count())
+            .where(batches.c.state.in_(OPEN))
+            .group_by(batches.c.student, batches.c.state)
+        )
+        with self._database.read() as tx:
+            return {(student, BatchState(state)): count for student, state, count in tx.execute(query)}
+
     def ready_after(self, seq: int, limit: int) -> list[tuple[int, str]]:
         """The live evaluations none of whose trials is pending, by age, from a position on; with their positions."""
         pending = (

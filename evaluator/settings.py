@@ -9,7 +9,7 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from evaluator.flights import DispatchLimits
 from evaluator.graders.chat import ChatLimits
 from evaluator.graders.judge import JudgeSettings
-from preceptor.settings import ServiceSettings
+from preceptor.settings import ServiceSettings, student_names
 
 
 class EvaluatorSettings(ServiceSettings):
@@ -27,7 +27,10 @@ class EvaluatorSettings(ServiceSettings):
     history_days: float = Field(30.0, ge=0, description="how long attempts that have ended are remembered")
     max_waiting: int = Field(1_000_000, ge=1, description="evaluations that are not final; beyond them QUEUE_FULL")
     result_poll_seconds: float = Field(0.05, gt=0, le=60)
-    batches_in_flight: int = Field(256, ge=1, description="batches on the queue at once, at most")
+    batches_in_flight: int = Field(256, ge=1, description="batches on a queue at once, at most")
+    dedicated_students: str = Field(
+        "", description="names, with commas: students that have a queue of their own (PRECEPTOR_STUDENTS of a worker)"
+    )
     # Twice what fills a step (docs/log.md: 8 on a CPU, about 15 on a GPU), so that leavers are followed by others, and
     # small enough that several workers share a request.
     batch_trials: int = Field(32, ge=1, description="trials that one worker trains together, at most")
@@ -69,6 +72,17 @@ class EvaluatorSettings(ServiceSettings):
         if not bare.isascii() or (bare and not bare.isprintable()):
             raise ValueError("has characters that no key has")
         return SecretStr(bare)
+
+    @field_validator("dedicated_students")
+    @classmethod
+    def _are_names(cls, names: str) -> str:
+        student_names(names)
+        return names
+
+    @property
+    def dedicated(self) -> tuple[str, ...]:
+        """The students that have a queue of their own."""
+        return student_names(self.dedicated_students)
 
     @property
     def judge(self) -> JudgeSettings | None:

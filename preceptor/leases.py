@@ -92,6 +92,10 @@ class WorkerStatus:
     trials_done: int = 0  # since it started
     peak_memory_bytes: int = 0
     ticks: int = 0  # signs of progress of its task: its steps, and chunks of answers
+    serves: tuple[
+        str, ...
+    ] = ()  # names of the students that it is there for; none: all without a queue of their own
+    gpu: str = ""  # UUID of the GPU that it holds for itself
 
 
 class LeaseBoard:
@@ -175,9 +179,10 @@ def _status(value: object) -> WorkerStatus | None:
     known = {field.name for field in fields(WorkerStatus)}  # a newer worker may say more
     try:
         said = {name: what for name, what in json.loads(str(value or "")).items() if name in known}
-        status = WorkerStatus(**{**said, "students": tuple(map(str, said["students"]))})
+        lists = {name: tuple(map(str, said.get(name) or ())) for name in ("students", "serves")}
+        status = WorkerStatus(**{**said, **lists})
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return None
-    texts = isinstance(status.name, str) and isinstance(status.task_id, str)
+    texts = all(isinstance(one, str) for one in (status.name, status.task_id, status.gpu))
     counts = (status.steps_done, status.trials_done, status.peak_memory_bytes)
     return status if texts and all(type(count) is int and 0 <= count < 2**32 * 2**20 for count in counts) else None

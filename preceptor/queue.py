@@ -8,7 +8,7 @@ worker) is another, so a late result of an old attempt is still found by its id 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -25,6 +25,8 @@ from preceptor.v1 import trial_pb2 as trial
 
 TRIAL_BATCH_TASK = "preceptor.run_trial_batch"
 TRIAL_QUEUE = "trials"
+# What the name of a student's own queue begins with.
+_OWN_QUEUE = f"{TRIAL_QUEUE}."
 # Part of every evaluation's identity: raise it when the same payload comes to mean another computation.
 PROTOCOL_VERSION = 1
 
@@ -168,8 +170,23 @@ def _without_password(url: str) -> str:
     return f"{scheme}://{user}{':***' if ':' in secret else ''}@{place}" if at else url
 
 
-def submit(app: Celery, batch: trial.TrialBatch, attempt: int) -> str:
-    """Puts one attempt at a batch on the queue; returns the Celery task id.
+def queue_of(student: str, dedicated: Collection[str] = ()) -> str:
+    """The queue of a student's batches: its own where it is one of the ``dedicated``, else the one of all others."""
+    return _OWN_QUEUE + student if student in dedicated else TRIAL_QUEUE
+
+
+def student_of(queue: str) -> str:
+    """Whose own queue this is; empty for the one of all others."""
+    return queue.removeprefix(_OWN_QUEUE) if queue.startswith(_OWN_QUEUE) else ""
+
+
+def served_queues(students: Collection[str]) -> tuple[str, ...]:
+    """The queues that a worker takes batches from that is there for these students; for none: for all others."""
+    return tuple(sorted(queue_of(one, students) for one in students)) or (TRIAL_QUEUE,)
+
+
+def submit(app: Celery, batch: trial.TrialBatch, attempt: int, queue: str = TRIAL_QUEUE) -> str:
+    """Puts one attempt at a batch on a queue; returns the Celery task id.
 
     Raises kombu.exceptions.OperationalError within seconds where Redis does not answer, redis.RedisError where it
     refuses.
@@ -181,7 +198,7 @@ def submit(app: Celery, batch: trial.TrialBatch, attempt: int) -> str:
         task_id, TRIAL_BATCH_TASK, (to_payload(batch),), {}, argsrepr="", kwargsrepr=""
     )
     with app.producer_or_acquire() as producer:
-        app.amqp.send_task_message(producer, TRIAL_BATCH_TASK, message, queue=TRIAL_QUEUE, retry=False)
+        app.amqp.send_task_message(producer, TRIAL_BATCH_TASK, message, queue=queue, retry=False)
     return task_id
 
 

@@ -5,6 +5,7 @@ What experiment is run is another question, answered by ``preceptor.config``. Th
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -13,6 +14,8 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_va
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from preceptor.errors import PreceptorError
+
+STUDENT_NAME = re.compile(r"[a-z0-9_.-]{1,64}")
 
 
 class SecuritySettings(BaseSettings):
@@ -87,6 +90,13 @@ class HouseSettings(SecuritySettings):
             self.broker_password_file = None
         return self
 
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _is_http(cls, url: str) -> str:
+        if url and not url.startswith(("http://", "https://")):
+            raise ValueError("is no URL like http://127.0.0.1:4318")
+        return url
+
     @field_validator("broker_url")
     @classmethod
     def _is_redis(cls, url: str) -> str:
@@ -151,6 +161,15 @@ class ServiceSettings(HouseSettings):
                 file=str(self.home),
             ) from None
         return f"sqlite:///{(self.home / service).resolve()}.db"
+
+
+def student_names(listed: str) -> tuple[str, ...]:
+    """The names in a setting, which has commas between them. Raises ValueError naming what is no student's name."""
+    names = tuple(dict.fromkeys(name for part in listed.split(",") if (name := part.strip())))
+    for name in names:
+        if not STUDENT_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no student's name (lower-case letters, digits, '-', '_', '.')")
+    return names
 
 
 def _with_password(prefix: str, url: str, file: Path) -> str:

@@ -14,6 +14,7 @@ from evaluator.flights import DispatchLimits
 from evaluator.graders.judge import Judge, JudgeSettings
 from evaluator.graders.rack import Graders
 from evaluator.graders.verdicts import VerdictStore
+from evaluator.lanes import Lanes
 from evaluator.marking import Marking
 from evaluator.overview import Overview
 from evaluator.store import EvaluationStore
@@ -42,10 +43,11 @@ class House:
         limits: DispatchLimits = LIMITS,
         max_waiting: int = 1000,
         database: type[Database] = Database,
+        dedicated: tuple[str, ...] = (),
     ) -> None:
         self.path, self.broker, self.now = path, broker, 0.0
         self.limits, self.max_waiting, self.database_type = limits, max_waiting, database
-        self.judge_settings, self.patience = judge, patience
+        self.judge_settings, self.patience, self.dedicated = judge, patience, dedicated
         self.open()
 
     def open(self) -> None:
@@ -57,8 +59,9 @@ class House:
         self.judge = Judge(asked, VerdictStore(self.database)) if asked else None
         graders = Graders(self.judge)
         self.marking = Marking(store, Overview(self.database), self.feed, graders, self.patience, pause=0.02)
+        lanes = Lanes(self.dedicated)
         self.dispatcher = Dispatcher(
-            self.batches, self.history, self.broker, self.marking, self.limits, lambda: self.now, self.time
+            self.batches, self.history, self.broker, self.marking, self.limits, lambda: self.now, self.time, lanes
         )
         self.evaluations = Evaluations(
             self.database,
@@ -71,6 +74,7 @@ class House:
             batch_trials=8,
             max_waiting=self.max_waiting,
             graders=graders,
+            lanes=lanes,
         )
 
     def time(self) -> float:

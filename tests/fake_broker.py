@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from preceptor.errors import PreceptorError
 from preceptor.leases import Lease, WorkerStatus
 from preceptor.names import celery_task_id, split_task_id
+from preceptor.queue import TRIAL_QUEUE
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
 from tests.scripted_trials import answer_batch
@@ -19,10 +20,12 @@ class FakeBroker:
 
     def __init__(self) -> None:
         self.waiting: dict[str, trial.TrialBatch] = {}
+        self.queues: dict[str, str] = {}  # of every task that was ever submitted
         self.taken: dict[str, trial.TrialBatch] = {}
         self.leased: set[str] = set()
         self.steps: dict[str, int] = {}  # that the holder of a task tells of
         self.alive = 1  # workers
+        self.serves: tuple[str, ...] = ()  # students that they are there for
         self.fences: dict[str, int] = {}  # the latest attempt at a batch that was begun
         self.done: dict[str, trial.TrialBatchResult] = {}
         self.submitted: list[str] = []
@@ -32,10 +35,11 @@ class FakeBroker:
         self.marked = False
         self.down = False
 
-    def submit(self, batch: trial.TrialBatch, attempt: int) -> None:
+    def submit(self, batch: trial.TrialBatch, attempt: int, queue: str = TRIAL_QUEUE) -> None:
         self._answer()
         task_id = celery_task_id(batch.id, attempt)
         self.waiting[task_id] = batch
+        self.queues[task_id] = queue
         self.submitted.append(task_id)
         self.batches.append(batch)
 
@@ -51,9 +55,13 @@ class FakeBroker:
         self._answer()
         return {batch: self.fences[batch] for batch in batch_ids if batch in self.fences}
 
-    def depth(self) -> int:
+    def depths(self, queues: Sequence[str]) -> dict[str, int]:
         self._answer()
-        return len(self.waiting)
+        return {queue: len(self.on(queue)) for queue in queues}
+
+    def on(self, queue: str) -> list[str]:
+        """The tasks that wait on a queue."""
+        return [task_id for task_id in self.waiting if self.queues[task_id] == queue]
 
     def has_forgotten(self) -> bool:
         self._answer()
@@ -68,17 +76,16 @@ class FakeBroker:
         self._answer()
         at = min(self.leased, default="")
         return [
-            WorkerStatus(f"fake:{number}", task_id=at if number == 1 else "", peak_memory_bytes=500)
+            WorkerStatus(f"fake:{number}", task_id=at if number == 1 else "", peak_memory_bytes=500, serves=self.serves)
             for number in range(1, self.alive + 1)
         ]
 
-    def take(self) -> list[str]:
-        """A worker takes all that waits and holds the leases."""
-        tasks = list(self.waiting)
-        self.taken |= self.waiting
+    def take(self, queue: str = "") -> list[str]:
+        """A worker takes all that waits (of one queue) and holds the leases."""
+        tasks = self.on(queue) if queue else list(self.waiting)
+        self.taken |= {task_id: self.waiting.pop(task_id) for task_id in tasks}
         self.leased |= set(tasks)
         self.fences |= dict(map(split_task_id, tasks))
-        self.waiting = {}
         return tasks
 
     def finish(self, rule: Callable[[trial.TrialBatch], trial.TrialBatchResult] = answer_batch) -> None:

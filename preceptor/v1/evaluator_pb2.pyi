@@ -801,6 +801,8 @@ class WorkerReport(google.protobuf.message.Message):
     STEPS_DONE_FIELD_NUMBER: builtins.int
     TRIALS_DONE_FIELD_NUMBER: builtins.int
     PEAK_MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    STUDENTS_FIELD_NUMBER: builtins.int
+    GPU_FIELD_NUMBER: builtins.int
     name: builtins.str
     """host:pid"""
     batch_id: builtins.str
@@ -810,6 +812,12 @@ class WorkerReport(google.protobuf.message.Message):
     trials_done: builtins.int
     """Since it started."""
     peak_memory_bytes: builtins.int
+    gpu: builtins.str
+    """UUID of the GPU that it holds for itself; empty where it holds none."""
+    @property
+    def students(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names of the students that it is there for; none: all that have no queue of their own."""
+
     def __init__(
         self,
         *,
@@ -819,10 +827,47 @@ class WorkerReport(google.protobuf.message.Message):
         steps_done: builtins.int = ...,
         trials_done: builtins.int = ...,
         peak_memory_bytes: builtins.int = ...,
+        students: collections.abc.Iterable[builtins.str] | None = ...,
+        gpu: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "batch_id", b"batch_id", "name", b"name", "peak_memory_bytes", b"peak_memory_bytes", "steps_done", b"steps_done", "trials_done", b"trials_done"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "batch_id", b"batch_id", "gpu", b"gpu", "name", b"name", "peak_memory_bytes", b"peak_memory_bytes", "steps_done", b"steps_done", "students", b"students", "trials_done", b"trials_done"]) -> None: ...
 
 Global___WorkerReport: typing_extensions.TypeAlias = WorkerReport
+
+@typing.final
+class QueueReport(google.protobuf.message.Message):
+    """A queue of trial batches."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    STUDENT_FIELD_NUMBER: builtins.int
+    WAITING_BATCHES_FIELD_NUMBER: builtins.int
+    SUBMITTED_BATCHES_FIELD_NUMBER: builtins.int
+    RUNNING_BATCHES_FIELD_NUMBER: builtins.int
+    WORKERS_ALIVE_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    student: builtins.str
+    """Whose own queue it is; empty for the one of all other students."""
+    waiting_batches: builtins.int
+    """Batches to be put on it, on it, and with a worker."""
+    submitted_batches: builtins.int
+    running_batches: builtins.int
+    workers_alive: builtins.int
+    """Workers that take batches from it."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        student: builtins.str = ...,
+        waiting_batches: builtins.int = ...,
+        submitted_batches: builtins.int = ...,
+        running_batches: builtins.int = ...,
+        workers_alive: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "running_batches", b"running_batches", "student", b"student", "submitted_batches", b"submitted_batches", "waiting_batches", b"waiting_batches", "workers_alive", b"workers_alive"]) -> None: ...
+
+Global___QueueReport: typing_extensions.TypeAlias = QueueReport
 
 @typing.final
 class GetQueueStatusResponse(google.protobuf.message.Message):
@@ -836,6 +881,7 @@ class GetQueueStatusResponse(google.protobuf.message.Message):
     EVALUATIONS_WAITING_FIELD_NUMBER: builtins.int
     EVALUATIONS_FAILED_FIELD_NUMBER: builtins.int
     WORKERS_FIELD_NUMBER: builtins.int
+    QUEUES_FIELD_NUMBER: builtins.int
     queued_batches: builtins.int
     running_batches: builtins.int
     workers_alive: builtins.int
@@ -849,6 +895,10 @@ class GetQueueStatusResponse(google.protobuf.message.Message):
     """Evaluations that FAILED: `preceptor evaluations failed`."""
     @property
     def workers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___WorkerReport]: ...
+    @property
+    def queues(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___QueueReport]:
+        """The one of all students that have none of their own comes first."""
+
     def __init__(
         self,
         *,
@@ -860,7 +910,8 @@ class GetQueueStatusResponse(google.protobuf.message.Message):
         evaluations_waiting: builtins.int = ...,
         evaluations_failed: builtins.int = ...,
         workers: collections.abc.Iterable[Global___WorkerReport] | None = ...,
+        queues: collections.abc.Iterable[Global___QueueReport] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["evaluations_failed", b"evaluations_failed", "evaluations_waiting", b"evaluations_waiting", "queued_batches", b"queued_batches", "running_batches", b"running_batches", "trials_done", b"trials_done", "worker_peak_memory_bytes", b"worker_peak_memory_bytes", "workers", b"workers", "workers_alive", b"workers_alive"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["evaluations_failed", b"evaluations_failed", "evaluations_waiting", b"evaluations_waiting", "queued_batches", b"queued_batches", "queues", b"queues", "running_batches", b"running_batches", "trials_done", b"trials_done", "worker_peak_memory_bytes", b"worker_peak_memory_bytes", "workers", b"workers", "workers_alive", b"workers_alive"]) -> None: ...
 
 Global___GetQueueStatusResponse: typing_extensions.TypeAlias = GetQueueStatusResponse
