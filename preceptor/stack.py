@@ -28,13 +28,12 @@ from typing import IO, Any
 
 import psutil
 
-from preceptor.channel import call, connect, is_serving, new_request_id
+from preceptor.channel import is_serving
 from preceptor.errors import PreceptorError
 from preceptor.processes import Child, find_processes, holder_of, identity, is_alive, memory_of
 from preceptor.pulse import PulseWatch
 from preceptor.redis_server import EmbeddedRedis
 from preceptor.settings import HouseSettings
-from preceptor.v1 import student_pb2, student_pb2_grpc
 
 SERVICES = ("student", "evaluator", "teacher", "orchestrator")
 # Importing torch on a busy small machine takes most of it.
@@ -42,6 +41,7 @@ START_SECONDS = 120.0
 STOP_SECONDS = 15.0
 # After the system refused to start a process or to write a file (no memory, no space).
 REFUSED_SECONDS = 2.0
+# A fresh home gets the student that ships, so that a first run needs no other command.
 DEFAULT_STUDENT = "almanac"
 # In the environment of every child: who of the stack it is.
 _CHILD = "PRECEPTOR_CHILD"
@@ -80,7 +80,7 @@ class Stack:
         self._state_is_old = False
         self._redis: EmbeddedRedis | None = None
         self._pulse: PulseWatch | None = None
-        self._up = False  # everything serves, and there is a student
+        self._up = False  # everything serves
         self.addresses = settings
         self.failed: PreceptorError | None = None
 
@@ -138,7 +138,6 @@ class Stack:
         self._pulse.start()
         self._supervisor.start()
         self._wait_until_serving()
-        self._register_default_student()
         self._up = True
         self._write_state()
 
@@ -187,6 +186,7 @@ class Stack:
             {
                 "PRECEPTOR_PARENT_PID": str(os.getpid()),
                 _CHILD: name,
+                "PRECEPTOR_DEFAULT_STUDENT": os.environ.get("PRECEPTOR_DEFAULT_STUDENT", DEFAULT_STUDENT),
                 # One thread each: on a small machine, processes with several threads each are ten times slower.
                 "OMP_NUM_THREADS": "1",
                 "MKL_NUM_THREADS": "1",
@@ -244,24 +244,6 @@ class Stack:
                     "PROCESS_DIED", f"not up after {START_SECONDS:.0f} s: {', '.join(waiting)}", file=logs
                 )
             time.sleep(0.1)
-
-    def _register_default_student(self) -> None:
-        """A fresh home gets the student that ships, so that a first run needs no other command."""
-        folder = shipped_models() / "student"
-        if not folder.is_dir():
-            return
-        students = connect(self.addresses.student_address, student_pb2_grpc.StudentServiceStub)
-        if not call(students.ListStudents, student_pb2.ListStudentsRequest()).students:
-            call(
-                students.RegisterStudent,
-                student_pb2.RegisterStudentRequest(
-                    request_id=new_request_id(), name=DEFAULT_STUDENT, source=str(folder)
-                ),
-            )
-            call(
-                students.ActivateStudent,
-                student_pb2.ActivateStudentRequest(request_id=new_request_id(), name=DEFAULT_STUDENT),
-            )
 
     def _supervise(self) -> None:
         next_sample = 0.0
