@@ -8,11 +8,12 @@ import sys
 from evaluator.settings import EvaluatorSettings
 from preceptor.errors import PreceptorError
 from preceptor.launch import launch
+from preceptor.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
 
-def run(settings: EvaluatorSettings) -> None:
+def run(settings: EvaluatorSettings, telemetry: Telemetry) -> None:
     """Puts the service together and serves it."""
     from evaluator.broker import RedisBroker
     from evaluator.house import Evaluator
@@ -39,6 +40,7 @@ def run(settings: EvaluatorSettings) -> None:
                 lambda server: add_EvaluatorServiceServicer_to_server(servicer, server),
                 settings,
                 on_drain=evaluator.drain,
+                telemetry=telemetry,
             )
         finally:
             evaluator.drain()

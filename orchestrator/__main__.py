@@ -6,9 +6,10 @@ import sys
 
 from orchestrator.settings import OrchestratorSettings
 from preceptor.launch import launch
+from preceptor.telemetry import Telemetry
 
 
-def run(settings: OrchestratorSettings) -> None:
+def run(settings: OrchestratorSettings, telemetry: Telemetry) -> None:
     """Puts the service together and serves it."""
     from orchestrator.execution import Services
     from orchestrator.executor import RunExecutor
@@ -37,6 +38,7 @@ def run(settings: OrchestratorSettings) -> None:
                 lambda server: orchestrator_pb2_grpc.add_OrchestratorServiceServicer_to_server(servicer, server),
                 settings,
                 on_drain=executor.drain,
+                telemetry=telemetry,
             )
         finally:
             executor.drain()

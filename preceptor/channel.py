@@ -29,6 +29,7 @@ from preceptor import versions
 from preceptor.errors import CATALOGUE, DOMAIN, PreceptorError
 from preceptor.security import Security, house_security
 from preceptor.server import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, MAX_MESSAGE_BYTES, MAX_METADATA_BYTES
+from preceptor.tracing import TRACEPARENT, current
 
 # A unary call answers from memory or SQL; what takes longer is a resource with a state.
 DEFAULT_DEADLINE_SECONDS = 60.0
@@ -129,13 +130,18 @@ class _Method:
         self._plain = plain
 
     def __call__(self, request: Any, timeout: float | None = None, metadata: Any = (), **options: Any) -> Any:
-        return self._plain(request, timeout, (*self.channel.metadata, *(metadata or ())), **options)
+        return self._plain(request, timeout, self._metadata(metadata), **options)
 
     def with_call(self, request: Any, timeout: float | None = None, metadata: Any = (), **options: Any) -> Any:
-        return self._plain.with_call(request, timeout, (*self.channel.metadata, *(metadata or ())), **options)
+        return self._plain.with_call(request, timeout, self._metadata(metadata), **options)
 
     def future(self, request: Any, timeout: float | None = None, metadata: Any = (), **options: Any) -> Any:
-        return self._plain.future(request, timeout, (*self.channel.metadata, *(metadata or ())), **options)
+        return self._plain.future(request, timeout, self._metadata(metadata), **options)
+
+    def _metadata(self, callers: Any) -> tuple[Any, ...]:
+        place = current()
+        traced = ((TRACEPARENT, place.traceparent),) if place else ()
+        return (*self.channel.metadata, *traced, *(callers or ()))
 
 
 def new_request_id() -> str:

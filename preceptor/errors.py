@@ -116,6 +116,7 @@ CATALOGUE: dict[str, Entry] = {
     # the house
     "STACK_NOT_UP": Entry(_DOWN, "start it with `preceptor up`, or leave out --connect"),
     "STACK_ALREADY_UP": Entry(_STATE, "use --connect to work with it, or end it first"),
+    "EXTRA_MISSING": Entry(_STATE, "install the named extra: pip install 'preceptor[EXTRA]'"),
     "PORT_IN_USE": Entry(_STATE, "end the named process or choose another port"),
     "REDIS_NOT_FOUND": Entry(
         _STATE, "install Redis (`apt install redis-server`, `brew install redis`) or set PRECEPTOR_BROKER_URL"
@@ -124,7 +125,9 @@ CATALOGUE: dict[str, Entry] = {
     "GPU_NONE_LEFT": Entry(
         _EXHAUSTED, "start fewer workers on this machine, one a GPU (or raise PRECEPTOR_GPU_SHARE), or end the named ones"
     ),
-    "DATABASE_UNREACHABLE": Entry(_DOWN, "check PRECEPTOR_DATABASE_URL, and that the server runs or the folder can be written"),
+    "DATABASE_UNREACHABLE": Entry(
+        _DOWN, "check PRECEPTOR_DATABASE_URL, and that its server runs, or that the folder can be written"
+    ),
     "DATABASE_REFUSED": Entry(
         _STATE,
         "correct user, password, database and TLS in PRECEPTOR_DATABASE_URL and PRECEPTOR_DATABASE_PASSWORD_FILE, or "

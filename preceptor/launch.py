@@ -14,13 +14,13 @@ from pydantic import ValidationError
 from preceptor.errors import PreceptorError
 from preceptor.security import load_security
 from preceptor.settings import HouseSettings
-from preceptor.telemetry import set_up_logging
+from preceptor.telemetry import Telemetry, set_up_logging, telemetry
 
 Settings = TypeVar("Settings", bound=HouseSettings)
 
 
-def launch(process: str, settings_type: type[Settings], run: Callable[[Settings], None]) -> int:
-    """Runs ``run(settings)`` until it returns; ``run`` imports what is heavy.
+def launch(process: str, settings_type: type[Settings], run: Callable[[Settings, Telemetry], None]) -> int:
+    """Runs ``run(settings, telemetry)`` until it returns; ``run`` imports what is heavy.
 
     Returns the exit code: 0 after a drain, 2 where the process cannot start (said on stderr, without a traceback).
     """
@@ -35,7 +35,8 @@ def launch(process: str, settings_type: type[Settings], run: Callable[[Settings]
     set_up_logging(process, settings)
     try:
         load_security(settings)
-        run(settings)
+        with telemetry(process, settings) as seen:
+            run(settings, seen)
     except PreceptorError as error:
         print(f"{process}: {error}\n  next: {error.next_step} ({error.reason})", file=sys.stderr)
         return 2

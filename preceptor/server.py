@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -29,8 +30,11 @@ from grpc_status import rpc_status
 
 from preceptor import versions
 from preceptor.errors import DOMAIN, PreceptorError
+from preceptor.metrics import CALL_SECONDS, CALLS, ERRORS, STREAMS
 from preceptor.security import Security, load_security
 from preceptor.settings import ServiceSettings
+from preceptor.telemetry import OFF, Telemetry
+from preceptor.tracing import TRACEPARENT, about, parse_traceparent
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +130,9 @@ class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
     function that serves the call.
     """
 
-    def __init__(self, security: Security, max_threads: int, max_streams: int) -> None:
+    def __init__(self, security: Security, max_threads: int, max_streams: int, telemetry: Telemetry = OFF) -> None:
         self._security = security
+        self._telemetry = telemetry
         # A short queue: what waits longer than others need for four calls should rather be told to come again.
         self._unary = _Pool(max_threads, max_threads * (1 + WAITING_PER_THREAD), "unary")
         self._streams = _Pool(max_streams, max_streams, "stream")
@@ -150,12 +155,12 @@ class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
         if method != HEALTH_CHECK:
             metadata: dict[str, Any] = dict(handler_call_details.invocation_metadata or ())
             if refusal := self._security.refusal(metadata.get("authorization")):
-                return self._refused(refusal, log_it=True)
+                return self._refused(refusal, method, log_it=True)
             contract = metadata.get(versions.CONTRACT_KEY)
             if contract is not None and (
                 refusal := versions.skew(contract, str(metadata.get(versions.VERSION_KEY, "")))
             ):
-                return self._refused(refusal, log_it=True)
+                return self._refused(refusal, method, log_it=True)
         handler = self._handlers.get(method)
         if handler is None:
             handler = continuation(handler_call_details)
@@ -166,14 +171,19 @@ class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
             streams = handler.request_streaming or handler.response_streaming
             if (self._streams if streams else self._unary).full():
                 kind = "open streams" if streams else "calls"
-                return self._refused(PreceptorError("SERVICE_BUSY", f"the service has as many {kind} as it can serve"))
+                busy = PreceptorError("SERVICE_BUSY", f"the service has as many {kind} as it can serve")
+                return self._refused(busy, method)
         return handler
 
-    def _refused(self, error: PreceptorError, log_it: bool = False) -> Any:
+    def _refused(self, error: PreceptorError, method: str, log_it: bool = False) -> Any:
+        known = method if method in self._handlers else ""  # names that somebody tries are not to be labels
+
         def refuse(_requests: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             if log_it and time.monotonic() >= self._next_log:
                 self._next_log = time.monotonic() + SECONDS_BETWEEN_REFUSALS_LOGGED
                 log.warning("refused a call from %s: %s (%s)", context.peer(), error, error.reason)
+            self._telemetry.metrics.count(CALLS, method=_short(known), code=error.code.name)
+            self._telemetry.metrics.count(ERRORS, reason=error.reason)
             context.abort_with_status(rpc_status.to_status(to_status(error)))
             yield
 
@@ -204,29 +214,75 @@ class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
                 return handler  # it holds no thread
 
             def stream(raw: bytes, context: grpc.ServicerContext) -> Iterator[Any]:
-                try:
-                    yield from handler.unary_stream(_read(read, raw), context)
-                except Exception as error:  # everything a servicer can raise ends here, as a status
-                    _abort(error, method, context)
+                with self._seen(method, context, streams=True):
+                    try:
+                        yield from handler.unary_stream(_read(read, raw), context)
+                    except Exception as error:  # everything a servicer can raise ends here, as a status
+                        self._abort(error, method, context)
 
             stream.experimental_thread_pool = self._streams  # type: ignore[attr-defined]
             return grpc.unary_stream_rpc_method_handler(stream, None, handler.response_serializer)
 
         def unary(raw: bytes, context: grpc.ServicerContext) -> Any:
-            try:
-                return handler.unary_unary(_read(read, raw), context)
-            except Exception as error:  # as above
-                _abort(error, method, context)
+            with self._seen(method, context):
+                try:
+                    return handler.unary_unary(_read(read, raw), context)
+                except Exception as error:  # as above
+                    self._abort(error, method, context)
 
         def check(raw: bytes, context: grpc.ServicerContext) -> Any:
             context.set_trailing_metadata((*versions.METADATA, (versions.TIME_KEY, f"{time.time():.3f}")))
-            return unary(raw, context)
+            try:
+                return handler.unary_unary(_read(read, raw), context)
+            except Exception as error:  # as above
+                self._abort(error, method, context)
 
         chosen = check if method == HEALTH_CHECK else unary
         chosen.experimental_thread_pool = (  # type: ignore[attr-defined]
             self.door if method == HEALTH_CHECK else self._unary
         )
         return grpc.unary_unary_rpc_method_handler(chosen, None, handler.response_serializer)
+
+    @contextmanager
+    def _seen(self, method: str, context: grpc.ServicerContext, streams: bool = False) -> Iterator[None]:
+        """A call under way, as metrics and traces see it; it is part of its caller's span, where that is told."""
+        if self._telemetry is OFF:
+            yield
+            return
+        metrics, name = self._telemetry.metrics, _short(method)
+        metadata: dict[str, Any] = dict(context.invocation_metadata() or ())
+        if streams:
+            metrics.add(STREAMS, 1, method=name)
+        began = time.perf_counter()
+        try:
+            with (
+                about(parse_traceparent(metadata.get(TRACEPARENT))),
+                self._telemetry.traces.span(name),
+            ):
+                yield
+        finally:
+            if streams:
+                metrics.add(STREAMS, -1, method=name)
+            else:
+                metrics.observe(CALL_SECONDS, time.perf_counter() - began, method=name)
+            code = context.code()  # type: ignore[attr-defined]
+            if code is None:
+                code = grpc.StatusCode.OK if context.is_active() else grpc.StatusCode.CANCELLED
+            metrics.count(CALLS, method=name, code=code.name)
+
+    def _abort(self, error: Exception, method: str, context: grpc.ServicerContext) -> None:
+        if not isinstance(error, PreceptorError):
+            if context.code() is not None:  # type: ignore[attr-defined]
+                raise error  # the servicer has aborted by itself
+            log.error("%s failed", method, exc_info=error)
+            error = PreceptorError("INTERNAL", f"{method.rsplit('/', 1)[-1]} failed: {type(error).__name__}")
+        self._telemetry.metrics.count(ERRORS, reason=error.reason)
+        context.abort_with_status(rpc_status.to_status(to_status(error)))
+
+
+def _short(method: str) -> str:
+    """``TeacherService/GetPolicy`` of ``/preceptor.v1.TeacherService/GetPolicy``."""
+    return method.rpartition(".")[2] or "unknown"
 
 
 def _read(deserializer: Callable[[bytes], Any] | None, raw: bytes) -> Any:
@@ -236,15 +292,6 @@ def _read(deserializer: Callable[[bytes], Any] | None, raw: bytes) -> Any:
         return deserializer(raw)
     except DecodeError:
         raise PreceptorError("INVALID_REQUEST", "the request is no message of this method") from None
-
-
-def _abort(error: Exception, method: str, context: grpc.ServicerContext) -> None:
-    if not isinstance(error, PreceptorError):
-        if context.code() is not None:  # type: ignore[attr-defined]
-            raise error  # the servicer has aborted by itself
-        log.error("%s failed", method, exc_info=error)
-        error = PreceptorError("INTERNAL", f"{method.rsplit('/', 1)[-1]} failed: {type(error).__name__}")
-    context.abort_with_status(rpc_status.to_status(to_status(error)))
 
 
 class Server:
@@ -258,11 +305,12 @@ class Server:
         services: Sequence[str],
         add_servicers: Callable[[grpc.Server], None],
         settings: ServiceSettings,
+        telemetry: Telemetry = OFF,
     ) -> None:
         """``services`` are full names, e.g. ``preceptor.v1.TeacherService``."""
         self._grace = settings.grace_seconds
         security = load_security(settings)
-        self._doorkeeper = Doorkeeper(security, settings.max_threads, settings.max_streams)
+        self._doorkeeper = Doorkeeper(security, settings.max_threads, settings.max_streams, telemetry)
         self._server = grpc.server(self._doorkeeper.door, interceptors=[self._doorkeeper], options=_OPTIONS)
         self._health = health.HealthServicer()
         self._names = ["", *services]
@@ -300,13 +348,14 @@ def serve(
     add_servicers: Callable[[grpc.Server], None],
     settings: ServiceSettings,
     on_drain: Callable[[], None] = lambda: None,
+    telemetry: Telemetry = OFF,
 ) -> None:
     """Serves until SIGTERM or SIGINT (or until the parent named in the settings is gone), then drains.
 
     ``on_drain`` is called first, so that open watches and background work end by themselves.
     """
     stopping = stop_signal(settings.parent_pid)
-    server = Server(services, add_servicers, settings)
+    server = Server(services, add_servicers, settings, telemetry)
     log.info("serving %s on %s:%d", ", ".join(services), settings.host, server.port)
     stopping.wait()
     for number in (signal.SIGTERM, signal.SIGINT):

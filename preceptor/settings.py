@@ -13,6 +13,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from preceptor.artifact_cache import ArtifactCache
 from preceptor.errors import PreceptorError
 
 STUDENT_NAME = re.compile(r"[a-z0-9_.-]{1,64}")
@@ -64,6 +65,9 @@ class HouseSettings(SecuritySettings):
     artifacts_url: str = Field(
         "", description="where weights are kept: a folder, file:// or s3://bucket/prefix; empty: artifacts under home"
     )
+    artifact_cache_gb: float = Field(
+        100.0, gt=0, description="copies of what lies in buckets, kept under home; the least recently used leave first"
+    )
     teacher_address: str = "127.0.0.1:7101"
     student_address: str = "127.0.0.1:7102"
     evaluator_address: str = "127.0.0.1:7103"
@@ -104,10 +108,25 @@ class HouseSettings(SecuritySettings):
             raise ValueError("is not a Redis URL (redis://, rediss:// or unix://)")
         return url
 
+    @field_validator("artifacts_url")
+    @classmethod
+    def _is_a_place(cls, url: str) -> str:
+        scheme, found, rest = url.rpartition("://")
+        if found and scheme not in ("file", "s3"):
+            raise ValueError("is no folder, file:// or s3://bucket/prefix")
+        if scheme == "s3" and (not rest.strip("/") or "@" in rest):
+            raise ValueError("names no bucket (s3://bucket/prefix; keys are AWS_ACCESS_KEY_ID and so on)")
+        return url.rstrip("/")
+
     @property
-    def artifacts(self) -> Path:
-        """Root of the artifact store."""
-        return self.home / "artifacts"
+    def artifacts(self) -> str:
+        """URL or folder of the artifact store (``preceptor.artifacts.artifact_store``)."""
+        return self.artifacts_url or str(self.home / "artifacts")
+
+    @property
+    def artifact_cache(self) -> ArtifactCache:
+        """Where copies of what lies in a bucket are kept on this machine."""
+        return ArtifactCache(self.home / "artifact-cache", int(self.artifact_cache_gb * 1e9))
 
 
 class ServiceSettings(HouseSettings):

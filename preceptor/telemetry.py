@@ -1,4 +1,8 @@
-"""Logs: short lines for a terminal, JSON for machines. Never a secret, never a whole prompt at INFO."""
+"""How a process is seen: its log, its metrics and its traces. Never a secret, never a whole prompt at INFO.
+
+``Telemetry`` is made once per process by ``preceptor.launch`` and passed on to whatever has something to tell. ``OFF``
+has nothing to tell to anybody, and costs an empty call.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,53 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
+from preceptor.metrics import Metrics, PrometheusMetrics
 from preceptor.settings import HouseSettings
+from preceptor.tracing import OtlpTraces, Traces, current, current_names, evaluation_place
+
+# What a log record may carry beside its message (``extra={"evaluation": ...}``), and what ``tracing.about`` sets.
+_NAMES = ("run", "round", "evaluation", "batch", "policy")
+
+
+@dataclass(frozen=True, slots=True)
+class Telemetry:
+    """Where a process tells what it does."""
+
+    metrics: Metrics = field(default_factory=Metrics)
+    traces: Traces = field(default_factory=Traces)
+
+
+OFF = Telemetry()
+
+
+@contextmanager
+def telemetry(process: str, settings: HouseSettings) -> Iterator[Telemetry]:
+    """What the settings of this process ask for, until the end of the context.
+
+    Raises PreceptorError: EXTRA_MISSING, PORT_IN_USE.
+    """
+    if not (settings.metrics_port or settings.otlp_endpoint):
+        yield OFF
+        return
+    metrics, traces = Metrics(), Traces()
+    try:
+        if settings.metrics_port:
+            metrics = PrometheusMetrics(process, settings.metrics_host, settings.metrics_port)
+        if settings.otlp_endpoint:
+            traces = OtlpTraces(process, settings.otlp_endpoint, metrics)
+        yield Telemetry(metrics, traces)
+    finally:
+        traces.close()
+        metrics.close()
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, service, logger, message, and the traceback where there is one."""
+    """One JSON object a line: time, level, service, logger, message, what it is about, the ids of its trace and span,
+    and the traceback where there is one."""
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -26,6 +71,12 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        line |= current_names()
+        line |= {name: str(getattr(record, name)) for name in _NAMES if hasattr(record, name)}
+        if "evaluation" in line:  # its trace has its name, whether anybody records it or not
+            line["trace_id"] = evaluation_place(line["evaluation"]).trace_id
+        elif (place := current()) is not None:
+            line |= {"trace_id": place.trace_id, "span_id": place.span_id}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)

@@ -42,16 +42,18 @@ from preceptor.leases import BEAT_SECONDS, Answer, Claim, LeaseBoard, WorkerStat
 from preceptor.names import celery_task_id, split_task_id
 from preceptor.queue import (
     TRIAL_BATCH_TASK,
-    TRIAL_QUEUE,
     batch_from_payload,
     check_broker,
     fetch_results,
     make_app,
+    served_queues,
     to_payload,
 )
+from preceptor.telemetry import Telemetry
 from preceptor.v1 import trial_pb2 as wire
 from student import payload as edge
 from student.deployment import FAILURE_SECONDS, DeploymentBoard
+from student.gpu_lease import Gpu, leased_gpu
 from student.settings import WorkerSettings
 from student.watchdog import ENDED_ITSELF, Watchdog, end_process
 
@@ -104,7 +106,14 @@ class TrialWorker:
     """The queue's side of a worker: claims, leases, repeated deliveries, giving up."""
 
     def __init__(
-        self, app: Celery, job: TrialJob, cache: BaseCache, name: str, watchdog: Watchdog, settings: WorkerSettings
+        self,
+        app: Celery,
+        job: TrialJob,
+        cache: BaseCache,
+        name: str,
+        watchdog: Watchdog,
+        settings: WorkerSettings,
+        gpu: str = "",
     ) -> None:
         self._app = app
         self._job = job
@@ -114,6 +123,7 @@ class TrialWorker:
         self._name = name
         self._watchdog = watchdog
         self._settings = settings
+        self._gpu = gpu
         self._held: _Held | None = None
         self._trials = 0
         self._beating = threading.Lock()  # no beat may bring back a lease that is being released
@@ -237,6 +247,8 @@ class TrialWorker:
             ticks=held.ticks if held else 0,
             trials_done=self._trials,
             peak_memory_bytes=_peak_memory_bytes(),
+            serves=self._settings.serves,
+            gpu=self._gpu,
         )
 
     def _beat(self) -> None:
@@ -270,6 +282,8 @@ class TrialWorker:
         while True:
             try:
                 student = self._deployments.wanted()
+                if student is not None and self._settings.serves and student.name not in self._settings.serves:
+                    student = None  # it is there for others
                 due = student is not None and time.monotonic() > failed.get(student.commit, 0.0)
                 if student is not None and due and student.commit not in self._cache.commits():
                     error = self._load(student)
@@ -326,10 +340,16 @@ def _peak_memory_bytes() -> int:
     return peak_memory_bytes()
 
 
-def run(settings: WorkerSettings) -> None:
-    """Works until SIGTERM. Raises PreceptorError(BROKER_REFUSED, DEVICE_UNUSABLE)."""
+def run(settings: WorkerSettings, telemetry: Telemetry) -> None:
+    """Works until SIGTERM. Raises PreceptorError(BROKER_REFUSED, DEVICE_UNUSABLE, GPU_NONE_LEFT)."""
     _end_with_parent(settings.parent_pid)
-    _wait_for_broker(settings.broker_url)
+    # before torch is imported: it asks once which GPUs there are
+    with leased_gpu(settings.device, settings.gpu_locks, settings.gpu_share, settings.gpu_wait_seconds) as gpu:
+        _wait_for_broker(settings.broker_url)
+        _work(settings, telemetry, gpu)
+
+
+def _work(settings: WorkerSettings, telemetry: Telemetry, gpu: Gpu | None) -> None:
     # before torch is imported: its thread pools are sized once
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = str(settings.torch_threads)
@@ -343,7 +363,7 @@ def run(settings: WorkerSettings) -> None:
 
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(settings.torch_threads)
-    device = settings.device
+    device = "cuda" if gpu is not None else settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -357,7 +377,7 @@ def run(settings: WorkerSettings) -> None:
     caps = Caps(settings.max_adapters, settings.gradient_checkpointing)
     job = TrialJob(cache, name, settings.batch_seconds, caps, settings.trial_seconds)
     watchdog = Watchdog()
-    worker = TrialWorker(app, job, cache, name, watchdog, settings)
+    worker = TrialWorker(app, job, cache, name, watchdog, settings, gpu.uuid if gpu else "")
 
     @app.task(name=TRIAL_BATCH_TASK, bind=True, Strategy="preceptor.queue:trial_strategy")  # type: ignore[untyped-decorator]
     def run_trial_batch(task: Any, payload: dict[str, Any]) -> dict[str, Any]:
@@ -374,12 +394,13 @@ def run(settings: WorkerSettings) -> None:
     logging.getLogger("celery.backends.base").addFilter(_without_traceback)
     watchdog.start()
     worker.start_threads()
-    log.info("worker %s takes batches on %s, %d thread(s)", name, device, settings.torch_threads)
+    on, queues = f"{gpu.name} ({gpu.uuid})" if gpu else device, served_queues(settings.serves)
+    log.info("worker %s takes batches of %s on %s, %d thread(s)", name, ", ".join(queues), on, settings.torch_threads)
     consumer = app.Worker(
         hostname=f"worker@{name}",
         pool="solo",
         concurrency=1,
-        queues=[TRIAL_QUEUE],
+        queues=list(queues),
         loglevel=settings.log_level,
         # Talk among workers that nobody listens to.
         without_gossip=True,

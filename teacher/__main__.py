@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 
 from preceptor.launch import launch
+from preceptor.telemetry import Telemetry
 from teacher.settings import TeacherSettings
 
 
-def run(settings: TeacherSettings) -> None:
+def run(settings: TeacherSettings, telemetry: Telemetry) -> None:
     """Puts the service together and serves it."""
     from teacher import service  # torch comes with it
 
-    service.run(settings)
+    service.run(settings, telemetry)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 
 import grpc
 from transformers.utils import logging as transformers_logging
 
-from preceptor.artifacts import ArtifactStore
+from preceptor.artifacts import ArtifactStore, artifact_store
 from preceptor.database import HAND_OVER_SECONDS, own_database
+from preceptor.errors import PreceptorError
 from preceptor.server import serve
 from preceptor.stack import shipped_models
+from preceptor.telemetry import Telemetry
 from preceptor.v1 import teacher_pb2_grpc
 from teacher.model import PolicyModels, TeacherBase, load_teacher
 from teacher.policies import Policies
@@ -18,6 +21,8 @@ from teacher.policy_store import PolicyStore
 from teacher.servicer import TeacherServicer
 from teacher.settings import TeacherSettings
 from teacher.writing import Writer
+
+log = logging.getLogger(__name__)
 
 SERVICE = "preceptor.v1.TeacherService"
 
@@ -28,8 +33,8 @@ class Teacher:
     def __init__(self, base: TeacherBase, settings: TeacherSettings) -> None:
         device = threading.Lock()
         self.store = PolicyStore(settings.database("teacher"))
-        artifacts = ArtifactStore(settings.artifacts / "policies")
-        artifacts.remove_leftovers()
+        artifacts = artifact_store(f"{settings.artifacts}/policies", settings.artifact_cache)
+        _tidy(artifacts)
         self.policies = Policies(base, self.store, artifacts, device)
         self.writer = Writer(
             base,
@@ -51,7 +56,18 @@ class Teacher:
         self.policies.stop()
 
 
-def run(settings: TeacherSettings) -> None:
+def _tidy(artifacts: ArtifactStore) -> None:
+    """Removes leftovers, and so finds out whether there is a store. One that is away is waited for later, by whoever
+    needs it; one that lets nobody in is said at once. Raises ARTIFACT_STORE_REFUSED, EXTRA_MISSING."""
+    try:
+        artifacts.remove_leftovers()
+    except PreceptorError as error:
+        if error.reason != "ARTIFACT_STORE_UNREACHABLE":
+            raise
+        log.warning("%s", error)
+
+
+def run(settings: TeacherSettings, telemetry: Telemetry) -> None:
     """Serves until SIGTERM. Raises PreceptorError: what ``load_teacher`` raises, PORT_IN_USE."""
     source = settings.teacher_source or str(shipped_models() / "teacher")
     transformers_logging.disable_progress_bar()  # a log is no terminal
@@ -59,7 +75,7 @@ def run(settings: TeacherSettings) -> None:
     with own_database(settings.database("teacher"), settings.grace_seconds + HAND_OVER_SECONDS):
         teacher = Teacher(base, settings)
         try:
-            serve([SERVICE], teacher.add_to, settings, on_drain=teacher.stop)
+            serve([SERVICE], teacher.add_to, settings, on_drain=teacher.stop, telemetry=telemetry)
         finally:
             teacher.stop()
             teacher.store.close()

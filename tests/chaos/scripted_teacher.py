@@ -17,6 +17,7 @@ from preceptor.launch import launch
 from preceptor.names import content_id, message_json
 from preceptor.server import serve
 from preceptor.settings import ServiceSettings
+from preceptor.telemetry import Telemetry
 from preceptor.testing.scripted_teacher import ScriptedTeacher
 from preceptor.v1 import teacher_pb2 as pb
 from preceptor.v1 import teacher_pb2_grpc
@@ -61,12 +62,13 @@ def _policy(policy_id: str, parent_id: str) -> Policy:
     return Policy(policy_id, parent_id, "scripted", "scripted", PolicyState.READY, datetime.now(UTC))
 
 
-def run(settings: ServiceSettings) -> None:
+def run(settings: ServiceSettings, telemetry: Telemetry) -> None:
     teacher = DurableTeacher(PolicyStore(settings.database("teacher")))  # type: ignore[abstract]
     serve(
         ["preceptor.v1.TeacherService"],
         lambda server: teacher_pb2_grpc.add_TeacherServiceServicer_to_server(teacher, server),
         settings,
+        telemetry=telemetry,
     )
 
 

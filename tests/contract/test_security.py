@@ -234,7 +234,7 @@ def _start(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: p
     """What a process says that begins with these variables and does not get far."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert launch("teacher", ServiceSettings, lambda _settings: pytest.fail("it ran")) == 2
+    assert launch("teacher", ServiceSettings, lambda _settings, _telemetry: pytest.fail("it ran")) == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert TOKEN not in said

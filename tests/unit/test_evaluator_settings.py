@@ -14,7 +14,9 @@ def start(monkeypatch: pytest.MonkeyPatch, **variables: str) -> tuple[int, Evalu
     for name, value in variables.items():
         monkeypatch.setenv(f"PRECEPTOR_JUDGE_{name.upper()}", value)
     seen: list[EvaluatorSettings] = []
-    return launch("evaluator", EvaluatorSettings, seen.append), seen[0] if seen else None
+    return launch("evaluator", EvaluatorSettings, lambda settings, _telemetry: seen.append(settings)), seen[
+        0
+    ] if seen else None
 
 
 def test_without_an_address_there_is_no_judge(monkeypatch: pytest.MonkeyPatch) -> None:

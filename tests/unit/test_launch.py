@@ -7,16 +7,17 @@ from preceptor.database import open_database
 from preceptor.errors import PreceptorError
 from preceptor.launch import launch
 from preceptor.settings import HouseSettings, ServiceSettings
+from preceptor.telemetry import Telemetry
 
 
-def _refuse(_settings: HouseSettings) -> None:
+def _refuse(_settings: HouseSettings, _telemetry: Telemetry) -> None:
     raise PreceptorError("PORT_IN_USE", "cannot listen on 127.0.0.1:1", port=1)
 
 
 def test_a_process_runs_with_the_settings_of_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRECEPTOR_PORT", "7")
     seen: list[int] = []
-    assert launch("x", ServiceSettings, lambda settings: seen.append(settings.port)) == 0
+    assert launch("x", ServiceSettings, lambda settings, _telemetry: seen.append(settings.port)) == 0
     assert seen == [7]
 
 
@@ -32,7 +33,7 @@ def test_a_wrong_setting_is_one_line_with_the_variable_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, value: str, said: str
 ) -> None:
     monkeypatch.setenv(variable, value)
-    assert launch("teacher", ServiceSettings, lambda _settings: pytest.fail("it ran")) == 2
+    assert launch("teacher", ServiceSettings, lambda _settings, _telemetry: pytest.fail("it ran")) == 2
     line = capsys.readouterr().err
     assert line.startswith(f"teacher: {variable}: ")
     assert said in line
