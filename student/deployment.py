@@ -76,10 +76,13 @@ class DeploymentBoard:
         except redis.RedisError as error:
             raise _unreachable(error) from None
 
-    def status(self, commit: str) -> DeploymentStatus:
-        """How many workers hold the student. Raises PreceptorError(BROKER_UNREACHABLE, BROKER_REFUSED)."""
+    def status(self, commit: str, name: str = "") -> DeploymentStatus:
+        """How many workers hold the student, of those that are there for the one of this name (empty: of all).
+
+        Raises PreceptorError(BROKER_UNREACHABLE, BROKER_REFUSED).
+        """
         try:
-            workers = self._leases.workers()
+            workers = [one for one in self._leases.workers() if not (name and one.serves) or name in one.serves]
             failure = self._redis.get(_FAILURE + commit)
         except redis.RedisError as error:
             raise _unreachable(error) from None

@@ -86,7 +86,7 @@ class StudentServicer(student_pb2_grpc.StudentServiceServicer):
         active = self._registry.get()
         self._publish(active, forget_failure=True)
         try:
-            status = self._board.status(student.current.commit)
+            status = self._board.status(student.current.commit, student.name)
         except PreceptorError as error:  # it is active; whether workers have it can be asked for later
             log.warning("activated %s, but: %s", student.name, error)
             status = DeploymentStatus("LOADING", 0, 0)
@@ -101,7 +101,7 @@ class StudentServicer(student_pb2_grpc.StudentServiceServicer):
             if self._draining.is_set():
                 raise PreceptorError("SHUTTING_DOWN", "the student service is shutting down")
             student = self._registry.get(name)
-            status = self._board.status(student.current.commit)
+            status = self._board.status(student.current.commit, student.name)
             if student.active:
                 self._publish(student)  # Redis may have been emptied meanwhile
             elif status.state != "READY":
