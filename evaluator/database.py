@@ -26,7 +26,7 @@ from sqlalchemy import (
     Text,
 )
 
-from preceptor.database import open_database
+from preceptor.database import INT64, open_database
 
 
 class State(StrEnum):
@@ -68,7 +68,7 @@ metadata = MetaData()
 evaluations = Table(
     "evaluations",
     metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=True),  # the order of pages
+    Column("seq", INT64, primary_key=True, autoincrement=True),  # the order of pages
     Column("id", String(64), nullable=False, unique=True),
     Column("state", String(16), nullable=False, index=True),
     Column("exam_id", String(64), nullable=False),
@@ -109,7 +109,7 @@ batches = Table(
     metadata,
     Column("id", String(64), primary_key=True),
     Column("state", String(16), nullable=False),
-    Column("turn", Integer, nullable=False),  # the order of submission, fair between owners (evaluator.demand)
+    Column("turn", INT64, nullable=False),  # the order of submission, fair between owners (evaluator.demand)
     Column("attempt", Integer, nullable=False),  # only ever grows: part of the Celery task's id
     Column("since", Integer, nullable=False),  # results of attempts before this one are not wanted
     Column("tries", Integer, nullable=False),  # submissions spent on this work under the present request
@@ -124,7 +124,7 @@ batches = Table(
 cancellations = Table(
     "cancellations",
     metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("seq", INT64, primary_key=True, autoincrement=True),
     Column("task_id", String(96), nullable=False),  # one attempt at a batch
     Column("trial_ids", Text, nullable=False),  # JSON
     Column("whole", Boolean, nullable=False),  # nothing of the batch is wanted any more
@@ -214,7 +214,7 @@ class Database:
     """A database with the tables above."""
 
     def __init__(self, url: str) -> None:
-        self._engine = open_database(url, metadata)
+        self._engine = open_database(url, "evaluator.migrations")
         self._lock = threading.Lock()
 
     @contextmanager

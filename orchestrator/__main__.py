@@ -14,7 +14,6 @@ def run(settings: OrchestratorSettings, telemetry: Telemetry) -> None:
     from orchestrator.execution import Services
     from orchestrator.executor import RunExecutor
     from orchestrator.servicer import SERVICE, OrchestratorServicer
-    from orchestrator.tables import Base
     from preceptor.channel import connect, health_of
     from preceptor.database import HAND_OVER_SECONDS, open_database, own_database
     from preceptor.server import serve
@@ -22,7 +21,7 @@ def run(settings: OrchestratorSettings, telemetry: Telemetry) -> None:
 
     url = settings.database("orchestrator")
     with own_database(url, settings.grace_seconds + HAND_OVER_SECONDS):
-        engine = open_database(url, Base.metadata)
+        engine = open_database(url, "orchestrator.migrations")
         services = Services(
             teacher=connect(settings.teacher_address, teacher_pb2_grpc.TeacherServiceStub),
             student=connect(settings.student_address, student_pb2_grpc.StudentServiceStub),

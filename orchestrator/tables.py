@@ -5,6 +5,8 @@ from __future__ import annotations
 from sqlalchemy import Float, LargeBinary, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from preceptor.database import INT64
+
 
 class Base(DeclarativeBase):
     """All tables of this service."""
@@ -15,7 +17,7 @@ class RunRow(Base):
 
     __tablename__ = "runs"
     id: Mapped[str] = mapped_column(String(96), primary_key=True)
-    number: Mapped[int] = mapped_column(index=True, unique=True)  # in the order of creation
+    number: Mapped[int] = mapped_column(INT64, index=True, unique=True)  # in the order of creation
     name: Mapped[str] = mapped_column(String(64))
     state: Mapped[int] = mapped_column(index=True)  # preceptor.v1.RunState
     request: Mapped[bytes] = mapped_column(LargeBinary)  # CreateRunRequest: config, tasks, probes, replay
@@ -25,7 +27,7 @@ class RunRow(Base):
     resumes: Mapped[int] = mapped_column(default=0)  # how often it was resumed on request
     base_policy: Mapped[str] = mapped_column(String(128), default="")
     first_reward_seconds: Mapped[float | None] = mapped_column(Float)
-    peak_memory_bytes: Mapped[int] = mapped_column(default=0)
+    peak_memory_bytes: Mapped[int] = mapped_column(INT64, default=0)
     created: Mapped[float] = mapped_column(Float)  # seconds since the epoch
     finished: Mapped[float | None] = mapped_column(Float)
     summary_json: Mapped[str] = mapped_column(Text, default="")

@@ -1,10 +1,14 @@
-"""Opens a service's own database: SQLite with settings that survive a kill, or whatever SQLAlchemy's URL names.
+"""Opens a service's own database: SQLite with settings that survive a kill, or a schema of its own on PostgreSQL.
 
 Promises
-- A disk that is full, read-only or away is a ``DatabaseError`` with its reason, wherever it is met; the database stays
-  as it was before the transaction.
-- ``own_database``: one process at a time works with a SQLite database. The stores rely on it: they keep locks and
-  queues in memory, and a run must not be executed twice at once.
+- The database has the tables that this version works with: older ones are migrated at the start, newer ones refused
+  (``preceptor/migrations.py``).
+- A disk that is full, read-only or away, and a server that is away or was restarted, is a ``DatabaseError`` with its
+  reason, wherever it is met; the database stays as it was before the transaction. (Where a connection breaks in the
+  very moment of a commit, nobody knows whether it was done. Who tries again finds out: every request is kept with its
+  answer.)
+- ``own_database``: one process at a time works with a database. The stores rely on it: they keep locks and queues in
+  memory, and a run must not be executed twice at once.
 """
 
 from __future__ import annotations
@@ -17,15 +21,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from sqlalchemy import Engine, MetaData, create_engine, event
+from sqlalchemy import URL, BigInteger, Engine, Integer, create_engine, event
 from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from preceptor.errors import PreceptorError
+from preceptor.migrations import upgrade
 from preceptor.storage import storage_error
 
 # Beyond its grace time, a process that was asked to end may still be busy with its last step.
 HAND_OVER_SECONDS = 10.0
+# A column for numbers that may pass 2**31: bytes, turns, parameters, and whatever a page's token is compared with.
+# (SQLite's INTEGER has 64 bits, and only an INTEGER counts up by itself there.)
+INT64 = BigInteger().with_variant(Integer, "sqlite")
 
 
 class DatabaseError(PreceptorError):
@@ -35,19 +43,19 @@ class DatabaseError(PreceptorError):
     """
 
 
-def open_database(url: str, tables: MetaData) -> Engine:
-    """The engine of a database that has these tables. Raises DatabaseError(DATABASE_UNREACHABLE, DISK_FULL), as does
-    everything that is done with it later."""
+def open_database(url: str, migrations: str) -> Engine:
+    """The engine of a database that has the tables of a package of migrations, like ``evaluator.migrations``.
+
+    Raises DatabaseError(DATABASE_UNREACHABLE, DISK_FULL), as does everything that is done with it later; and
+    PreceptorError(DATABASE_REFUSED, DATABASE_TOO_NEW).
+    """
     try:
-        engine = create_engine(url, pool_pre_ping=True)
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", _configure_sqlite)
-            event.listen(engine, "handle_error", _translate)
-        tables.create_all(engine)
-    except (ArgumentError, NoSuchModuleError):
-        raise PreceptorError(
-            "DATABASE_UNREACHABLE", "PRECEPTOR_DATABASE_URL is not a database URL that SQLAlchemy knows"
-        ) from None
+        engine = _engine(_read(url))
+        try:
+            upgrade(engine, migrations)
+        except BaseException:
+            engine.dispose()
+            raise
     except DatabaseError as error:
         message = f"cannot open the database (PRECEPTOR_DATABASE_URL, PRECEPTOR_HOME): {error.message}"
         raise DatabaseError(error.reason, message, **error.metadata) from None
@@ -61,17 +69,58 @@ def open_database(url: str, tables: MetaData) -> Engine:
 
 @contextmanager
 def own_database(url: str, wait_seconds: float) -> Iterator[None]:
-    """Holds a SQLite database for this process: nobody else holds it for as long as the context is open.
+    """Holds a database for this process: nobody else holds it for as long as the context is open.
 
-    An earlier process that is still draining is waited for. Raises DATABASE_UNREACHABLE, naming who has it. Databases
-    that are servers are not locked here: there, running one process of a service is the operator's promise.
+    An earlier process that is still draining is waited for. Raises DATABASE_UNREACHABLE, naming who has it, and
+    DATABASE_REFUSED. On PostgreSQL it is the service's schema that is held; a process that loses it to another, since
+    its connection was cut, ends at once (``preceptor/postgres.py``).
     """
-    path = _sqlite_path(url)
-    if path is None:
+    parsed = _read(url)
+    if parsed.get_backend_name() == "postgresql":
+        from preceptor.postgres import own_schema
+
+        with own_schema(parsed, wait_seconds):
+            yield
+    elif parsed.get_backend_name() == "sqlite" and parsed.database and parsed.database != ":memory:":
+        path = Path(parsed.database)
+        with _lock(path.with_name(path.name + ".lock"), path, wait_seconds):
+            yield
+    else:
         yield
-        return
-    with _lock(path.with_name(path.name + ".lock"), path, wait_seconds):
-        yield
+
+
+def _read(url: str) -> URL:
+    unknown = "PRECEPTOR_DATABASE_URL is not a database URL that SQLAlchemy knows"
+    try:
+        parsed = make_url(url)
+        backend = parsed.get_backend_name()
+        parsed.get_dialect()
+    except (ArgumentError, NoSuchModuleError, ValueError):
+        raise PreceptorError("DATABASE_UNREACHABLE", unknown) from None
+    if backend != "postgresql":
+        return parsed
+    try:
+        import psycopg  # noqa: F401
+    except ImportError:
+        raise PreceptorError(
+            "DATABASE_UNREACHABLE",
+            "PRECEPTOR_DATABASE_URL names PostgreSQL, and its driver is not installed: pip install "
+            "'preceptor[postgres]'",
+        ) from None
+    return parsed.set(drivername="postgresql+psycopg")
+
+
+def _engine(url: URL) -> Engine:
+    """An engine whose errors about disk and server are DatabaseErrors."""
+    if url.get_backend_name() == "postgresql":
+        from preceptor.postgres import open_schema
+
+        return open_schema(url)
+    engine = create_engine(url, pool_pre_ping=True)
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _configure_sqlite)
+        event.listen(engine, "handle_error", _translate)
+    return engine
 
 
 @contextmanager
@@ -116,16 +165,6 @@ def _open_lock(lock: Path) -> IO[str]:
 
 def _holder(said: str) -> str:
     return f"pid {said.strip()}" if said.strip().isdecimal() else "it has not said its pid"
-
-
-def _sqlite_path(url: str) -> Path | None:
-    try:
-        parsed = make_url(url)
-    except ArgumentError:  # said by open_database
-        return None
-    if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database == ":memory:":
-        return None
-    return Path(parsed.database)
 
 
 def _translate(context: ExceptionContext) -> None:

@@ -17,28 +17,28 @@ from sqlalchemy import DateTime, ForeignKey, LargeBinary, String, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from preceptor.database import open_database
+from preceptor.database import INT64, open_database
 from preceptor.errors import PreceptorError
 from student.source import SourceFacts
 
 
-class _Base(DeclarativeBase):
-    pass
+class Base(DeclarativeBase):
+    """All tables of this service."""
 
 
-class StudentRow(_Base):
+class StudentRow(Base):
     """A registered student."""
 
     __tablename__ = "students"
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
     architecture: Mapped[str]
-    parameters: Mapped[int]
+    parameters: Mapped[int] = mapped_column(INT64)
     context_tokens: Mapped[int]
     current_version: Mapped[int]
     create_time: Mapped[datetime] = mapped_column(DateTime(timezone=True))
 
 
-class VersionRow(_Base):
+class VersionRow(Base):
     """A point in a student's lineage; version 1 is the base."""
 
     __tablename__ = "student_versions"
@@ -50,7 +50,7 @@ class VersionRow(_Base):
     create_time: Mapped[datetime] = mapped_column(DateTime(timezone=True))
 
 
-class ActiveRow(_Base):
+class ActiveRow(Base):
     """The active student: at most one row, with id 1."""
 
     __tablename__ = "active_student"
@@ -58,7 +58,7 @@ class ActiveRow(_Base):
     name: Mapped[str] = mapped_column(ForeignKey("students.name"))
 
 
-class RequestRow(_Base):
+class RequestRow(Base):
     """A request that was answered, and its answer."""
 
     __tablename__ = "requests"
@@ -95,8 +95,8 @@ class Registry:
     """The tables of one database."""
 
     def __init__(self, database_url: str) -> None:
-        """Creates missing tables."""
-        self._engine = open_database(database_url, _Base.metadata)
+        """Raises what ``open_database`` raises."""
+        self._engine = open_database(database_url, "student.migrations")
 
     def once(self, request_id: str, body: bytes, act: Callable[[Session], bytes]) -> bytes:
         """Runs ``act`` in a transaction and keeps its answer, or gives the answer of the first time.

@@ -18,14 +18,14 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from preceptor.database import open_database
+from preceptor.database import INT64, open_database
 from preceptor.errors import PreceptorError
 
-_METADATA = sa.MetaData()
+METADATA = sa.MetaData()
 _POLICIES = sa.Table(
     "policies",
-    _METADATA,
-    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),  # order of creation
+    METADATA,
+    sa.Column("number", INT64, primary_key=True, autoincrement=True),  # order of creation
     sa.Column("id", sa.String(80), unique=True, nullable=False),
     sa.Column("parent_id", sa.String(80), nullable=False),
     sa.Column("base_source", sa.Text, nullable=False),
@@ -48,7 +48,7 @@ _POLICIES = sa.Table(
 # A table of its own, for databases that have the one above get no new columns.
 _SELECTIONS = sa.Table(
     "policy_groups",
-    _METADATA,
+    METADATA,
     sa.Column("policy_id", sa.String(80), primary_key=True),
     sa.Column("groups", sa.Integer, nullable=False),
     sa.Column("groups_dropped", sa.Integer, nullable=False),
@@ -58,26 +58,26 @@ _WHOLE = sa.select(_POLICIES, _SELECTIONS.c.groups, _SELECTIONS.c.groups_dropped
 )
 _ACTIVE = sa.Table(
     "active_policy",
-    _METADATA,
+    METADATA,
     sa.Column("only", sa.Integer, primary_key=True),  # always 1
     sa.Column("policy_id", sa.String(80), nullable=False),
 )
 _REQUESTS = sa.Table(
     "requests",
-    _METADATA,
+    METADATA,
     sa.Column("request_id", sa.String(200), primary_key=True),
     sa.Column("body_sha256", sa.String(64), nullable=False),
     sa.Column("policy_id", sa.String(80), nullable=False),  # or how many updates were cancelled, in digits
 )
 _OWNERS = sa.Table(  # who waits for an update; an empty owner waits for ever
     "update_owners",
-    _METADATA,
+    METADATA,
     sa.Column("policy_id", sa.String(80), primary_key=True),
     sa.Column("owner", sa.String(256), primary_key=True),
 )
 _GROUPS = sa.Table(
     "written_groups",
-    _METADATA,
+    METADATA,
     sa.Column("key", sa.String(80), primary_key=True),
     sa.Column("group", sa.LargeBinary, nullable=False),
 )
@@ -126,7 +126,7 @@ class PolicyStore:
     """The teacher's durable state. Raises PreceptorError as named at each method."""
 
     def __init__(self, url: str) -> None:
-        self._engine = open_database(url, _METADATA)
+        self._engine = open_database(url, "teacher.migrations")
         self._lock = threading.Lock()
 
     def close(self) -> None:

@@ -32,11 +32,11 @@ SUCCEEDED, FAILED, CANCELLED = (
 
 
 class House:
-    """An evaluator whose dispatcher is stepped by hand."""
+    """An evaluator whose dispatcher is stepped by hand. ``where``: a file for SQLite, or a database's URL."""
 
     def __init__(
         self,
-        path: Path,
+        where: Path | str,
         broker: FakeBroker,
         judge: JudgeSettings | None = None,
         patience: float = 60.0,
@@ -45,13 +45,14 @@ class House:
         database: type[Database] = Database,
         dedicated: tuple[str, ...] = (),
     ) -> None:
-        self.path, self.broker, self.now = path, broker, 0.0
+        self.url = where if isinstance(where, str) else f"sqlite:///{where}"
+        self.broker, self.now = broker, 0.0
         self.limits, self.max_waiting, self.database_type = limits, max_waiting, database
         self.judge_settings, self.patience, self.dedicated = judge, patience, dedicated
         self.open()
 
     def open(self) -> None:
-        self.database = self.database_type(f"sqlite:///{self.path}")
+        self.database = self.database_type(self.url)
         self.feed = Feed()
         store = EvaluationStore(self.database, self.time)
         self.batches, self.history = BatchStore(self.database, self.time), History(self.database)

@@ -19,7 +19,6 @@ from orchestrator.execution import Services
 from orchestrator.executor import RunExecutor
 from orchestrator.servicer import SERVICE, OrchestratorServicer
 from orchestrator.settings import OrchestratorSettings
-from orchestrator.tables import Base
 from preceptor.channel import call, connect, health_of, is_serving, new_request_id, stream
 from preceptor.config import RunConfig
 from preceptor.convert import task_to_proto
@@ -145,7 +144,7 @@ def orchestrator_here(
     """An orchestrator in this process, behind a real server. ``evaluator_ahead``: seconds by which the evaluator's
     clock is wrong, as the orchestrator finds it."""
     where = OrchestratorSettings(home=home, grace_seconds=0, **{"patience_seconds": 20.0, **settings})
-    engine = open_database(where.database("orchestrator"), Base.metadata)
+    engine = open_database(where.database("orchestrator"), "orchestrator.migrations")
     services = Services(
         teacher=connect(house.address("teacher"), teacher_pb2_grpc.TeacherServiceStub),
         student=connect(house.address("student"), student_pb2_grpc.StudentServiceStub),

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Column, Integer, MetaData, Table, text
+from sqlalchemy import text
 
 from preceptor.database import open_database
 from preceptor.errors import PreceptorError
@@ -48,19 +48,17 @@ def test_a_process_that_cannot_start_says_why_and_what_to_do(capsys: pytest.Capt
 
 
 def test_a_database_is_made_with_its_tables_and_waits_for_other_writers(tmp_path: Path) -> None:
-    tables = MetaData()
-    Table("numbers", tables, Column("n", Integer, primary_key=True))
-    engine = open_database(f"sqlite:///{tmp_path / 'x'}.db", tables)
+    engine = open_database(f"sqlite:///{tmp_path / 'x'}.db", "tests.things")
     with engine.connect() as connection:
         assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
         assert connection.execute(text("PRAGMA busy_timeout")).scalar() == 30000
-        assert connection.execute(text("SELECT count(*) FROM numbers")).scalar() == 0
+        assert connection.execute(text("SELECT count(*) FROM things")).scalar() == 0
     engine.dispose()
 
 
 @pytest.mark.parametrize("url", ["nonsense", "nosuch://x", "sqlite:////nowhere/at/all.db"])
 def test_a_database_that_cannot_be_opened_is_named(url: str) -> None:
     with pytest.raises(PreceptorError) as raised:
-        open_database(url, MetaData())
+        open_database(url, "tests.things")
     assert raised.value.reason == "DATABASE_UNREACHABLE"
     assert "PRECEPTOR_DATABASE_URL" in raised.value.message

@@ -12,7 +12,6 @@ from orchestrator.entries import EditKey, Entry, Kind, round_stage
 from orchestrator.evaluator_client import Reported
 from orchestrator.ledger import FinishedRound, Ledger
 from orchestrator.progress import Progress
-from orchestrator.tables import Base
 from preceptor.database import open_database
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import orchestrator_pb2 as pb
@@ -27,8 +26,8 @@ QUEUED, SUCCEEDED, FAILED = (
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    opened = open_database(f"sqlite:///{tmp_path}/orchestrator.db", Base.metadata)
+def engine(database_url: str) -> Iterator[Engine]:
+    opened = open_database(database_url, "orchestrator.migrations")
     yield opened
     opened.dispose()
 
@@ -148,16 +147,16 @@ def test_of_openings_the_most_is_kept(engine: Engine) -> None:
 
 def test_a_database_of_before_races_is_read_and_continued(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/old.db"
-    engine = open_database(url, Base.metadata)
+    engine = open_database(url, "orchestrator.migrations")
     ledger = Ledger(engine, "run", 0.0)
     ledger.write([entry()])
     ledger.record(report(SUCCEEDED, 0.5))
     ledger.finish_round(1, teacher.Policy(id="a", kept=1, offered=1))
     with engine.begin() as connection:
-        for table in ("measurements", "round_groups", "openings"):
+        for table in ("measurements", "round_groups", "openings", "alembic_version"):
             connection.execute(text(f"DROP TABLE {table}"))
     engine.dispose()
-    engine = open_database(url, Base.metadata)
+    engine = open_database(url, "orchestrator.migrations")
     ledger = Ledger(engine, "run", 0.0)
     (line,) = ledger.entries()
     assert line.earned is not None

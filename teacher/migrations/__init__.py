@@ -1,0 +1,1 @@
+"""How the tables of the teacher came to be, step by step (``preceptor.migrations``)."""

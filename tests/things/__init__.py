@@ -1,0 +1,1 @@
+"""Migrations of a table for tests of what every database has in common."""
