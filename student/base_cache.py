@@ -6,13 +6,17 @@ uses it (adapters are attached for the length of a batch and taken off again).
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
 from collections import OrderedDict
+from pathlib import Path
 
+from preceptor.errors import PreceptorError
 from preceptor.v1 import types_pb2 as types
 from student.base import LoadedBase, load_base
+from student.fitting import check_fits
 from student.source import fetch
 
 log = logging.getLogger(__name__)
@@ -30,7 +34,7 @@ class BaseCache:
     def get(self, student: types.PinnedStudent) -> LoadedBase:
         """The student, read now if it is not held.
 
-        Raises PreceptorError(BAD_STUDENT_SOURCE, STUDENT_CHANGED, MODEL_UNREACHABLE, DISK_FULL).
+        Raises PreceptorError(BAD_STUDENT_SOURCE, STUDENT_CHANGED, STUDENT_TOO_LARGE, MODEL_UNREACHABLE, DISK_FULL).
         """
         key = (student.source, student.commit)
         with self._lock:
@@ -39,10 +43,22 @@ class BaseCache:
                     self._bases.popitem(last=False)
                 started = time.monotonic()
                 folder = fetch(student.source, student.commit)
+                self._make_room(folder, student.name)
                 self._bases[key] = load_base(folder, source=student.source, commit=student.commit, device=self._device)
                 log.info("loaded %s (%s) in %.1f s", student.name, student.commit[:12], time.monotonic() - started)
             self._bases.move_to_end(key)
             return self._bases[key]
+
+    def _make_room(self, folder: Path, name: str) -> None:
+        """Others leave where a student would not fit beside them."""
+        while True:
+            try:
+                return check_fits(folder, self._device, name)
+            except PreceptorError:
+                if not self._bases:
+                    raise
+                self._bases.popitem(last=False)
+                gc.collect()  # a model is full of references to itself
 
     def commits(self) -> tuple[str, ...]:
         """Commits of the models held, without waiting for one that is being read."""

@@ -129,6 +129,11 @@ def free_bytes(device: torch.device) -> int:
     return available if limit is None else max(0, min(available, limit - used + cached))
 
 
+def cgroup_limit() -> int | None:
+    """Bytes that this container may use; None where there is no limit."""
+    return _cgroup()[0]
+
+
 def _cgroup(folder: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int, int]:
     """The container's limit (None: there is none), what is used of it, and what of that is files read once, such as a
     student's weights, which the kernel drops when memory is asked for."""
