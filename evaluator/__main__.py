@@ -31,7 +31,7 @@ def run(settings: EvaluatorSettings, telemetry: Telemetry) -> None:
         log.warning("%s; the dispatcher waits for it", error)
     with own_database(settings.database("evaluator"), settings.grace_seconds + HAND_OVER_SECONDS):
         broker = RedisBroker(settings.broker_url)
-        evaluator = Evaluator(settings, broker)
+        evaluator = Evaluator(settings, broker, telemetry=telemetry)
         servicer = EvaluatorServicer(evaluator.evaluations)
         evaluator.dispatcher.start()
         try:

@@ -25,8 +25,8 @@ _MARK = "preceptor:queue"
 class Broker(Protocol):
     """What the dispatcher needs of a queue. A task id is ``preceptor.queue.celery_task_id(batch, attempt)``."""
 
-    def submit(self, batch: trial.TrialBatch, attempt: int, queue: str) -> None:
-        """Puts an attempt on a queue. Doing it twice is harmless."""
+    def submit(self, batch: trial.TrialBatch, attempt: int, queue: str, evaluations: Sequence[str] = ()) -> None:
+        """Puts an attempt on a queue. Doing it twice is harmless. ``evaluations``: for their traces."""
         ...
 
     def results(self, task_ids: Sequence[str]) -> dict[str, trial.TrialBatchResult]:
@@ -69,10 +69,10 @@ class RedisBroker:
         self._leases = LeaseBoard(url)
         self._redis = redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5)
 
-    def submit(self, batch: trial.TrialBatch, attempt: int, queue: str) -> None:
+    def submit(self, batch: trial.TrialBatch, attempt: int, queue: str, evaluations: Sequence[str] = ()) -> None:
         """See Broker."""
         with _unreachable():
-            submit(self._app, batch, attempt, queue)
+            submit(self._app, batch, attempt, queue, evaluations)
 
     def results(self, task_ids: Sequence[str]) -> dict[str, trial.TrialBatchResult]:
         """See Broker."""

@@ -43,6 +43,7 @@ from evaluator.flights import DispatchLimits, Flight, Look
 from evaluator.lanes import Lane, Lanes
 from evaluator.marking import Marking
 from evaluator.outcomes import lost, verdict
+from evaluator.sight import Sight
 from preceptor.errors import PreceptorError
 from preceptor.leases import Lease
 from preceptor.names import celery_task_id, split_task_id
@@ -77,10 +78,12 @@ class Dispatcher:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         lanes: Lanes | None = None,
+        sight: Sight | None = None,
     ) -> None:
         self._batches, self._history, self._broker, self._marking = batches, history, broker, marking
         self._limits, self._clock, self._wall_clock = limits, clock, wall_clock
         self._lanes = lanes or Lanes()
+        self._sight = sight or Sight()
         self._flights: dict[str, Flight] | None = None  # None: to be read from SQL
         self._resting: dict[str, float] = {}  # batches that wait in SQL for a time to come
         self._sent: set[str] = set()  # attempts that are on the queue while SQL could not be told
@@ -132,6 +135,7 @@ class Dispatcher:
             # Each turn can start from SQL again, so the next one can succeed; what was half done is done again.
             self._flights, self._cancelled_may_wait = None, True
             self._lanes.expect_work()
+            self._sight.trouble(error.reason if isinstance(error, PreceptorError) else "INTERNAL")
             if not isinstance(error, PreceptorError):
                 log.exception("a turn of the dispatcher failed; trying again every %.0f s", MAX_BACKOFF_SECONDS)
             elif error.message != self._trouble:
@@ -180,6 +184,7 @@ class Dispatcher:
     def _broker_away(self, error: PreceptorError, flights: dict[str, Flight]) -> float:
         self._cancelled_may_wait = True  # what was to be sent may not have been
         self._lanes.expect_work()
+        self._sight.trouble(error.reason)
         if not self._backoff:
             log.warning("%s; waiting for it (%d batches under way)", error, len(flights))
         self._backoff = min(max(self._backoff * 2, FIRST_BACKOFF_SECONDS), MAX_BACKOFF_SECONDS)
@@ -231,6 +236,7 @@ class Dispatcher:
                 text = "batch %s: %d of %d trials are tried again: %s"
                 log.warning(text, batch, len(found.again), len(wanted[batch]), found.ending.message)
                 self._lanes.expect_work()
+            self._sight.attempt("results" if not found.again else "retried" if found.counts else "given_back")
             if found.whole:
                 self._rest([batch], found.rest)
                 self._batches.try_again(batch, attempt, found.ending, discard=True, counts=found.counts)
@@ -245,9 +251,10 @@ class Dispatcher:
         if not ends:
             return
         final: list[str] = []
-        for recorded, (_, rest) in zip(self._batches.record([end for end, _ in ends]), ends, strict=True):
+        for recorded, (end, rest) in zip(self._batches.record([end for end, _ in ends]), ends, strict=True):
             self._rest(recorded.batch_ids, rest)
             final += recorded.trial_ids
+            self._sight.final_trials(end.results, recorded.trial_ids)
         self.trials_done += len(final)
         self._marking.settle_trials(final)
 
@@ -285,6 +292,7 @@ class Dispatcher:
         record, why = flight.record, "no worker has it and it is not on the queue any more"
         del flights[record.id]
         log.warning("batch %s, attempt %d: %s; submitting it again", record.id, record.attempt, why)
+        self._sight.lost("dropped", record.id, record.attempt, flight.ending(why))
         self._batches.try_again(record.id, record.attempt, flight.ending(why), discard=False, counts=False)
         self._lanes.expect_work()
 
@@ -293,10 +301,12 @@ class Dispatcher:
         del flights[record.id]
         if record.tries < self._limits.max_attempts:
             log.warning("batch %s, attempt %d: %s; submitting it again", record.id, record.attempt, why)
+            self._sight.lost("lost", record.id, record.attempt, flight.ending(why))
             self._batches.try_again(record.id, record.attempt, flight.ending(why), discard=False)
             self._lanes.expect_work()
             return
         wanted = self._batches.wanted([record.id])[record.id]
+        self._sight.lost("lost" if len(wanted) > 1 else "given_up", record.id, record.attempt, flight.ending(why))
         if len(wanted) > 1:  # perhaps one of them kills the workers, and the others are innocent
             log.warning("batch %s: %s; its halves get one more try each", record.id, why)
             end = End(record.id, record.attempt, (), flight.ending(why), wanted, halve=True, tries=record.tries)
@@ -326,13 +336,16 @@ class Dispatcher:
         lane.work_may_wait = True
 
     def _submit(self, flights: dict[str, Flight], waiting: Sequence[Waiting], queue: str) -> None:
+        asked_for = self._sight.evaluations_of([batch.record.id for batch in waiting])
         for batch in waiting:
+            evaluations = asked_for.get(batch.record.id, ())
             task_id = celery_task_id(batch.record.id, batch.record.attempt)
             if task_id in self._sent:
                 continue
             if batch.unwanted:  # first, so that its worker knows from the first beat
                 self._broker.cancel(task_id, batch.unwanted)
-            self._broker.submit(batch.payload, batch.record.attempt, queue)
+            self._broker.submit(batch.payload, batch.record.attempt, queue, [one for one, _ in evaluations])
+            self._sight.sent(batch.record.id, batch.record.attempt, evaluations)
             self._sent.add(task_id)
         # One that is not marked was cancelled between the look and now; its worker will be told.
         marked = self._batches.mark_submitted(waiting)

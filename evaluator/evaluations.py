@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from google.protobuf.message import Message
@@ -22,6 +23,7 @@ from evaluator.marking import Marking
 from evaluator.overview import Overview
 from evaluator.request import check_student, read_answers, read_request
 from evaluator.sealed import sealed_banks
+from evaluator.sight import Sight
 from evaluator.store import EvaluationStore, Known, Request, is_final
 from preceptor.errors import PreceptorError
 from preceptor.leases import WorkerStatus
@@ -52,12 +54,14 @@ class Evaluations:
         max_waiting: int,
         graders: Graders = WITHOUT_A_JUDGE,
         lanes: Lanes | None = None,
+        sight: Sight | None = None,
     ) -> None:
         self._store, self._dispatcher, self._marking = store, dispatcher, marking
         self._broker, self._feed, self._lanes = broker, feed, lanes or Lanes()
         self._active_student, self._batch_trials, self._graders = active_student, batch_trials, graders
         self._history, self._dead, self._overview = History(database), DeadLetters(database), Overview(database)
         self._admission = Admission(self._overview, max_waiting)
+        self._sight = sight or Sight()
 
     def create(self, message: pb.CreateEvaluationsRequest) -> list[pb.Evaluation]:
         """Evaluates a group; in the order of its self-edits, each as it stands now.
@@ -66,6 +70,7 @@ class Evaluations:
         INVALID_REQUEST, GRADER_UNKNOWN, JUDGE_NOT_SET, REQUEST_ID_REUSED, QUEUE_FULL) and what the student service
         raises.
         """
+        began = time.time()
         group = read_request(message, self._graders)
         sealed = frozenset(sealed_banks(message).values())
         request = Request(message.request_id, _body_sha256(message), message.owner, sealed)
@@ -79,6 +84,7 @@ class Evaluations:
             self._dispatcher.wake()
             # Work that is known under another exam needs no trial, only a score.
             self._marking.settle_known([item.id for item in known])
+            self._sight.asked([(item.id, item.cached) for item in known], began)
         return self._as_known(known)
 
     def openings(self, message: pb.CreateEvaluationsRequest) -> list[pb.SealedOpening]:
@@ -142,6 +148,7 @@ class Evaluations:
         if ended:
             self._dispatcher.tell_cancelled()
             self._feed.publish(ended)
+            self._sight.cancelled(ended, self._store.get)
         return number
 
     def grade(self, message: pb.GradeAnswersRequest) -> tuple[list[bool], str]:

@@ -19,8 +19,10 @@ from evaluator.lanes import Lanes
 from evaluator.marking import Marking
 from evaluator.overview import Overview
 from evaluator.settings import EvaluatorSettings
+from evaluator.sight import Sight
 from evaluator.store import EvaluationStore
 from preceptor.channel import call, connect
+from preceptor.telemetry import OFF, Telemetry
 from preceptor.v1 import student_pb2, types_pb2
 from preceptor.v1.student_pb2_grpc import StudentServiceStub
 
@@ -31,7 +33,13 @@ STUDENT_DEADLINE_SECONDS = 15.0
 class Evaluator:
     """The parts of a running evaluator. Opens the database at once, and starts the dispatcher when told to."""
 
-    def __init__(self, settings: EvaluatorSettings, broker: Broker, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        settings: EvaluatorSettings,
+        broker: Broker,
+        clock: Callable[[], float] = time.time,
+        telemetry: Telemetry = OFF,
+    ) -> None:
         self._database = Database(settings.database("evaluator"))
         self._feed = Feed()
         store = EvaluationStore(self._database, clock)
@@ -39,11 +47,16 @@ class Evaluator:
         self._judge = Judge(asked, VerdictStore(self._database)) if asked else None
         graders = Graders(self._judge)
         overview = Overview(self._database)
-        self._marking = Marking(store, overview, self._feed, graders, settings.judge_patience_seconds)
+        sight = Sight(self._database, telemetry)
+        patience = settings.judge_patience_seconds
+        self._marking = Marking(store, overview, self._feed, graders, patience, sight=sight)
         batches, history = BatchStore(self._database, clock), History(self._database)
         limits = settings.dispatch_limits
         lanes = Lanes(settings.dedicated)
-        self.dispatcher = Dispatcher(batches, history, broker, self._marking, limits, wall_clock=clock, lanes=lanes)
+        self.dispatcher = Dispatcher(
+            batches, history, broker, self._marking, limits, wall_clock=clock, lanes=lanes, sight=sight
+        )
+        sight.at_scrape(overview, lanes, broker.workers, lambda: self._marking.under_way)
         students = connect(settings.student_address, StudentServiceStub)
 
         def active_student() -> types_pb2.PinnedStudent:
@@ -64,6 +77,7 @@ class Evaluator:
             settings.max_waiting,
             graders,
             lanes,
+            sight,
         )
 
     def drain(self) -> None:

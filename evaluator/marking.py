@@ -23,6 +23,7 @@ from evaluator.feed import Feed
 from evaluator.graders.rack import Graders
 from evaluator.overview import Overview
 from evaluator.scoring import asks_a_judge, failed, score
+from evaluator.sight import Sight
 from evaluator.store import EvaluationStore, Sitting
 from preceptor.errors import PreceptorError
 from preceptor.v1 import evaluator_pb2 as pb
@@ -52,9 +53,11 @@ class Marking:
         patience: float = 600.0,
         pause: float = PAUSE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
+        sight: Sight | None = None,
     ) -> None:
         self._evaluations, self._overview, self._feed, self._graders = evaluations, overview, feed, graders
         self._patience, self._pause, self._clock = patience, pause, clock
+        self._sight = sight or Sight()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="marking")
         self._lock = threading.Lock()
         self._under_way: dict[str, bool] = {}  # evaluations in the threads' hands; whether one is ready again meanwhile
@@ -123,11 +126,14 @@ class Marking:
 
     def _scored(self, sitting: Sitting) -> pb.Evaluation:
         try:
-            return score(sitting, self._graders)
+            with self._sight.grading(sitting.evaluation.id):
+                return score(sitting, self._graders)
         except PreceptorError:
             raise
         except Exception as error:  # a bug: it must not hold up everybody's rewards, turn after turn
-            log.exception("evaluation %s could not be scored", sitting.evaluation.id)
+            log.exception(
+                "evaluation %s could not be scored", sitting.evaluation.id, extra={"evaluation": sitting.evaluation.id}
+            )
             what = f"{type(error).__name__} when it was scored"
             return failed(sitting.evaluation, types.Failure(reason="INTERNAL", message=what, attempts=1))
 
@@ -190,5 +196,7 @@ class Marking:
         for evaluation in finished:
             if evaluation.state == pb.EVALUATION_STATE_FAILED:
                 failure = evaluation.failure
-                log.warning("evaluation %s failed: %s: %s", evaluation.id, failure.reason, failure.message)
+                text, about = "evaluation %s failed: %s: %s", {"evaluation": evaluation.id}
+                log.warning(text, evaluation.id, failure.reason, failure.message, extra=about)
+        self._sight.finished(finished)
         self._feed.publish(evaluation.id for evaluation in finished)

@@ -92,6 +92,13 @@ BATCHES = Metric(
     (EVALUATOR,),
     {"state": ("waiting", "queued", "running")},
 )
+UNFINISHED_BATCHES = Metric(
+    "preceptor_unfinished_batches",
+    "gauge",
+    "batches that are not final, by the queue of their student: what workers are scaled by",
+    (EVALUATOR,),
+    {"queue": ()},
+)
 WORKERS = Metric("preceptor_workers_alive", "gauge", "workers whose heartbeat is seen", (EVALUATOR,))
 EVALUATIONS = Metric(
     "preceptor_evaluations",
@@ -134,7 +141,14 @@ REWARD = Metric("preceptor_reward", "histogram", "rewards as they are measured",
 REWARD_ERROR = Metric(
     "preceptor_reward_stderr",
     "histogram",
-    "standard errors of the rewards, where there are several seeds",
+    "standard errors of the rewards, over questions and seeds",
+    (EVALUATOR,),
+    buckets=_ERRORS,
+)
+SEED_ERROR = Metric(
+    "preceptor_reward_seed_stderr",
+    "histogram",
+    "standard errors of the rewards over seeds alone, where there are several: the noise of training",
     (EVALUATOR,),
     buckets=_ERRORS,
 )
@@ -319,7 +333,7 @@ class PrometheusMetrics(Metrics):
                 "PRECEPTOR_METRICS_PORT is set and prometheus_client is not installed",
                 extra="observability",
             ) from None
-        client.disable_created_metrics()  # a time beside each counter, which nobody asks for
+        client.disable_created_metrics()  # type: ignore[no-untyped-call]  # a time beside each counter
         self._registry = client.CollectorRegistry()
         self._looks: list[Callable[[], Iterable[Sample]]] = []
         self._instruments: dict[Metric, Any] = {}

@@ -8,7 +8,7 @@ worker) is another, so a late result of an old attempt is still found by its id 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -35,6 +35,10 @@ ANSWER_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
 # The longest pause between two tries to store a result.
 RESULT_RETRY_SECONDS = 5.0
+
+# Headers of a message; never in its body, which is named by its content: when it was sent (unix seconds), and for which
+# evaluations, where somebody follows their traces.
+SENT, EVALUATIONS = "preceptor_sent", "preceptor_evaluations"
 
 _ANSWERS = ("answers", "probe_answers")
 
@@ -185,8 +189,11 @@ def served_queues(students: Collection[str]) -> tuple[str, ...]:
     return tuple(sorted(queue_of(one, students) for one in students)) or (TRIAL_QUEUE,)
 
 
-def submit(app: Celery, batch: trial.TrialBatch, attempt: int, queue: str = TRIAL_QUEUE) -> str:
-    """Puts one attempt at a batch on a queue; returns the Celery task id.
+def submit(
+    app: Celery, batch: trial.TrialBatch, attempt: int, queue: str = TRIAL_QUEUE, evaluations: Sequence[str] = ()
+) -> str:
+    """Puts one attempt at a batch on a queue; returns the Celery task id. ``evaluations``: who waits for it, for their
+    traces.
 
     Raises kombu.exceptions.OperationalError within seconds where Redis does not answer, redis.RedisError where it
     refuses.
@@ -197,6 +204,9 @@ def submit(app: Celery, batch: trial.TrialBatch, attempt: int, queue: str = TRIA
     message = app.amqp.create_task_message(
         task_id, TRIAL_BATCH_TASK, (to_payload(batch),), {}, argsrepr="", kwargsrepr=""
     )
+    message.headers[SENT] = time.time()
+    if evaluations:
+        message.headers[EVALUATIONS] = list(evaluations)
     with app.producer_or_acquire() as producer:
         app.amqp.send_task_message(producer, TRIAL_BATCH_TASK, message, queue=queue, retry=False)
     return task_id

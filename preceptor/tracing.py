@@ -6,7 +6,7 @@ same trace without having heard of each other, and a span may be sent before the
 that is retried goes on in its old trace.
 
     with traces.span("grading", within=evaluation_place(evaluation.id)): ...
-    traces.record("train", began, ended, within=place, batch=batch.id)      # unix seconds
+    traces.record("train", began, ended, within=place, attributes={"batch": batch.id})      # unix seconds
 
 ``Traces`` takes everything and keeps nothing: what a process has without PRECEPTOR_OTLP_ENDPOINT. ``OtlpTraces`` puts
 spans into a bounded queue, which a thread sends. Promise: the work never waits for a collector and never fails by one.
@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from preceptor import __version__
@@ -50,6 +51,10 @@ SEND_SECONDS = 1.0
 ANSWER_SECONDS = 5.0
 # A process that ends waits so long for its last spans to be taken.
 FLUSH_SECONDS = 2.0
+
+
+Attributes = Mapping[str, str | float | bool]
+NO_ATTRIBUTES: Attributes = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +150,7 @@ class Traces:
         at: Place | None = None,
         links: Sequence[Place] = (),
         error: str = "",
-        **attributes: str | float | bool,
+        attributes: Attributes = NO_ATTRIBUTES,
     ) -> None:
         """A span that is over; times in unix seconds. ``within``: what it is part of; ``at``: its own ids, where they
         are derived. Without both nothing is recorded."""
@@ -158,7 +163,7 @@ class Traces:
         within: Place | None = None,
         at: Place | None = None,
         links: Sequence[Place] = (),
-        **attributes: str | float | bool,
+        attributes: Attributes = NO_ATTRIBUTES,
     ) -> Iterator[None]:
         """A span as long as the context is open, which is ``current`` in it. ``within``: the current one unless
         given; without one and without ``at`` nothing is recorded."""
@@ -231,7 +236,7 @@ class OtlpTraces(Traces):
         at: Place | None = None,
         links: Sequence[Place] = (),
         error: str = "",
-        **attributes: str | float | bool,
+        attributes: Attributes = NO_ATTRIBUTES,
     ) -> None:
         """See Traces."""
         if within is None and at is None:
@@ -264,7 +269,7 @@ class OtlpTraces(Traces):
         within: Place | None = None,
         at: Place | None = None,
         links: Sequence[Place] = (),
-        **attributes: str | float | bool,
+        attributes: Attributes = NO_ATTRIBUTES,
     ) -> Iterator[None]:
         """See Traces."""
         within = within or (None if at else current())
@@ -282,7 +287,7 @@ class OtlpTraces(Traces):
             error = getattr(raised, "reason", "") or type(raised).__name__
             raise
         finally:
-            self.record(name, began, time.time(), within=within, at=at, links=links, error=error, **attributes)
+            self.record(name, began, time.time(), within=within, at=at, links=links, error=error, attributes=attributes)
 
     def close(self) -> None:
         """See Traces."""

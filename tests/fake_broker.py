@@ -35,7 +35,9 @@ class FakeBroker:
         self.marked = False
         self.down = False
 
-    def submit(self, batch: trial.TrialBatch, attempt: int, queue: str = TRIAL_QUEUE) -> None:
+    def submit(
+        self, batch: trial.TrialBatch, attempt: int, queue: str = TRIAL_QUEUE, evaluations: Sequence[str] = ()
+    ) -> None:
         self._answer()
         task_id = celery_task_id(batch.id, attempt)
         self.waiting[task_id] = batch
