@@ -64,6 +64,22 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "UNSAFE_CHECKPOINT": Entry(_INVALID, "convert the checkpoint to safetensors; pickle files are never loaded"),
     "MODEL_UNREACHABLE": Entry(_DOWN, "check the path, the network and the hub's token"),
+    "TEACHER_IS_FIXED": Entry(
+        _STATE, "use the teacher backend transformers or vllm for a teacher that learns, or a run without updates"
+    ),
+    # inference servers (vLLM, a vendor's)
+    "SERVER_UNREACHABLE": Entry(_DOWN, "check that the inference server of the named address runs"),
+    "SERVER_REFUSED": Entry(_STATE, "check the named server's key and model, and what it says; its log says more"),
+    "SERVER_UNREADABLE": Entry(_STATE, "give the address of an OpenAI-compatible server (http://host:8000)"),
+    "SERVER_TOO_OLD": Entry(_STATE, "install the named version of vLLM or a newer one"),
+    "SERVER_CANNOT_ADAPT": Entry(
+        _STATE, "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
+    ),
+    "SERVER_CANNOT_SLEEP": Entry(
+        _STATE, "start vLLM with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1, or let the teacher not share its GPU"
+    ),
+    "MODEL_NOT_SERVED": Entry(_STATE, "give the name of a model that the server serves (vLLM: --served-model-name)"),
+    "PROMPT_TOO_LONG": Entry(_INVALID, "shorten the text, or start the server with a larger --max-model-len"),
     "POLICY_NOT_FOUND": Entry(_MISSING, "ListPolicies shows the known ones"),
     "POLICY_NOT_READY": Entry(_STATE, "wait until the policy is READY, or use another one"),
     "UPDATE_FAILED": Entry(grpc.StatusCode.INTERNAL, "look at the teacher's log; the parent policy is as it was"),
@@ -90,7 +106,7 @@ CATALOGUE: dict[str, Entry] = {
     "TARGET_MODULES_UNMATCHED": Entry(_INVALID, "name modules that the student has, or leave the default"),
     "BASE_NOT_ADAPTABLE": Entry(_STATE, "name other target modules, or register the student unquantised"),
     "RANK_TOO_LARGE": Entry(_INVALID, "lower the rank, or leave out the narrow target modules"),
-    "ADAPTER_MISMATCH": Entry(_INVALID, "use a plain LoRA adapter that was made for this student"),
+    "ADAPTER_MISMATCH": Entry(_INVALID, "use a plain LoRA adapter that was made for this base model"),
     "SEQUENCE_TOO_LONG": Entry(_INVALID, "shorten the document; the limit is the student's context"),
     "NOTHING_TO_TRAIN": Entry(_INVALID, "use the loss mask `all`, or put the loss marker into the documents"),
     "TRIAL_DIVERGED": Entry(_STATE, "lower the learning rate"),
