@@ -16,7 +16,7 @@ import torch
 
 from preceptor.launch import launch
 from preceptor.leases import Answer, LeaseBoard, WorkerStatus
-from student import watchdog, worker, worker_job
+from student import fitting, watchdog, worker, worker_job
 from student.base_cache import BaseCache
 from student.settings import WorkerSettings
 
@@ -57,6 +57,8 @@ def main(what: str) -> int:
         worker_job.run_trials = holds_the_interpreter
     elif what == "loses the device":
         worker_job.run_trials = loses_the_device
+    elif what == "has no room":
+        fitting.room = lambda _device: (1000, "NVIDIA T0 has 0.00 of 1.00 GiB free")
     elif what == "cannot beat":
         break_the_beat()
         worker_job.run_trials = never_returns
