@@ -114,7 +114,7 @@ class HouseSettings(SecuritySettings):
         scheme, found, rest = url.rpartition("://")
         if found and scheme not in ("file", "s3"):
             raise ValueError("is no folder, file:// or s3://bucket/prefix")
-        if scheme == "s3" and (not rest.strip("/") or "@" in rest):
+        if scheme == "s3" and (not rest.strip("/") or rest.startswith("/") or "@" in rest):
             raise ValueError("names no bucket (s3://bucket/prefix; keys are AWS_ACCESS_KEY_ID and so on)")
         return url.rstrip("/")
 

@@ -17,8 +17,11 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# What waiting mends: room is made, another program lets go of the file, a disk is mounted again.
-STORAGE_REASONS = frozenset({"DISK_FULL", "DATABASE_UNREACHABLE"})
+# What waiting mends: room is made, another program lets go of the file, a disk is mounted again, a bucket can be
+# reached and written again (a key that was wrong needs a restart, which finds what waited).
+STORAGE_REASONS = frozenset(
+    {"DISK_FULL", "DATABASE_UNREACHABLE", "ARTIFACT_STORE_UNREACHABLE", "ARTIFACT_STORE_REFUSED"}
+)
 # Whoever waits for room looks so often.
 ROOM_SECONDS = 2.0
 # SQLite reports some failures to grow a file as a plain I/O error; with less than this left, room is what is missing.
@@ -91,7 +94,7 @@ def when_there_is_room(
                 raise
         if str(reason) != said:  # once: the log may be on the same disk
             said = str(reason)
-            log.warning("waiting for the disk: %s", said)
+            log.warning("waiting for storage: %s", said)
         waits(reason)
         pause(ROOM_SECONDS)
 

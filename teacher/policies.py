@@ -1,8 +1,8 @@
 """The teacher's policies: starts updates, trains them one after the other in the background, tells who watches.
 
-Promises: an accepted update ends READY or FAILED, whatever dies meanwhile, and without room on the disk it waits for
-some; it never runs beside the writing of self-edits (both would want the device's memory); the parent is never changed;
-a policy whose files are damaged is trained again from what is stored of it.
+Promises: an accepted update ends READY or FAILED, whatever dies meanwhile; without room on the disk, or with an
+artifact store that is away, it waits; it never runs beside the writing of self-edits (both would want the device's
+memory); the parent is never changed; a policy whose files are damaged or gone is trained again from what is stored.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class Policies:
     def adapter_folder(self, policy: Policy) -> Path | None:
         """Where a policy's adapter lies, verified; None where its weights are the base's.
 
-        Raises ARTIFACT_NOT_FOUND, ARTIFACT_CORRUPT.
+        Raises ARTIFACT_NOT_FOUND, ARTIFACT_CORRUPT, and what a store says that cannot be read now.
         """
         if not policy.adapter_uri:
             return None
@@ -275,7 +275,7 @@ class Policies:
             return _failed(policy, PreceptorError("UPDATE_FAILED", f"{type(error).__name__}: {error}"))
 
     def _train(self, policy: Policy, update: Update) -> Policy:
-        parent, folder = self._whole(update.parent_id)
+        parent, folder = self._whole(update.parent_id, policy.id)
         kept = update.kept()
         if not kept:  # nothing to learn from: the new policy is the parent under another id
             return replace(
@@ -321,25 +321,26 @@ class Policies:
             steps=trained.steps,
         )
 
-    def _whole(self, policy_id: str) -> tuple[Policy, Path | None]:
-        """A policy to train on and its adapter's folder; where that is damaged, it is trained again first."""
+    def _whole(self, policy_id: str, child_id: str) -> tuple[Policy, Path | None]:
+        """A policy to train ``child_id`` on and its adapter's folder; where that is damaged, it is trained again
+        first."""
         policy = self.get(policy_id)
         if policy.state is PolicyState.READY:
             try:
-                return self.ready(policy_id), self.adapter_folder(policy)
+                return self.ready(policy_id), self._patiently(child_id, lambda: self.adapter_folder(policy))
             except PreceptorError as error:
                 if error.reason not in DAMAGED:
                     raise
-            self._patiently(policy_id, lambda: self._start_again(policy_id))
+            self._patiently(child_id, lambda: self._start_again(policy_id))
         if self.get(policy_id).is_restored:
             self._train_one(policy_id)
             if self.stopping:
                 raise PreceptorError("SHUTTING_DOWN", "the service is going down")
-        policy = self.ready(policy_id)
-        return policy, self.adapter_folder(policy)
+        whole = self.ready(policy_id)
+        return whole, self._patiently(child_id, lambda: self.adapter_folder(whole))
 
     def _patiently(self, policy_id: str, action: Callable[[], Result]) -> Result:
-        """Does it, and again while there is no room on the disk; watchers are told. Raises SHUTTING_DOWN."""
+        """Does it, and again while a disk has no room or a bucket is away; watchers are told. Raises SHUTTING_DOWN."""
 
         def waits(hindrance: PreceptorError) -> None:
             self._hindrance[policy_id] = hindrance

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 from sqlalchemy import create_engine, text
 
-from preceptor.artifacts import ArtifactStore
+from preceptor.artifacts import verified_folder
 from preceptor.channel import call, connect, is_serving, new_request_id, stream
 from preceptor.convert import task_to_proto
 from preceptor.errors import PreceptorError
@@ -183,7 +183,7 @@ def test_an_update_makes_a_policy_that_writes_otherwise_and_can_be_rolled_back(r
     assert ended.steps == 4
     assert ended.final_loss < ended.first_loss
     assert not ended.active
-    folder = ArtifactStore.local_path(ended.adapter)
+    folder = verified_folder(ended.adapter)
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
     before = list(stream(running.stub.GenerateSelfEdits, generate_request(), deadline=60))
@@ -342,8 +342,8 @@ def test_an_update_cut_short_by_a_drain_is_finished_after_the_restart(tmp_path: 
     again.stop()
     assert ended.state == pb.POLICY_STATE_READY
     assert ended.id == expected.id
-    ours = load_file(ArtifactStore.local_path(ended.adapter) / "adapter_model.safetensors")
-    theirs = load_file(ArtifactStore.local_path(expected.adapter) / "adapter_model.safetensors")
+    ours = load_file(verified_folder(ended.adapter) / "adapter_model.safetensors")
+    theirs = load_file(verified_folder(expected.adapter) / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
 

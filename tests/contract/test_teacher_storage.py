@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from preceptor.artifacts import ArtifactStore
+from preceptor.artifacts import verified_folder
 from preceptor.channel import call, stream
 from preceptor.errors import PreceptorError
 from preceptor.v1 import teacher_pb2 as pb
@@ -82,7 +82,7 @@ def test_a_policy_with_damaged_files_is_trained_again_and_writes_the_same(
         assert written(running, first.id) == expected["text"]
         after = policy(running, first.id)
         assert after.adapter.sha256 == expected["first"]
-        assert ArtifactStore.local_path(after.adapter).is_dir()
+        assert verified_folder(after.adapter).is_dir()
         assert policy(running, "").id == base.id  # what is active is as it was
     finally:
         running.stop()
@@ -130,7 +130,7 @@ def test_a_damaged_folder_of_a_policy_that_was_not_finished_is_not_taken_for_who
     try:
         first = made(running)
         assert first.adapter.sha256 == expected["first"]
-        assert ArtifactStore.local_path(first.adapter) == folder
+        assert verified_folder(first.adapter) == folder
     finally:
         running.stop()
 

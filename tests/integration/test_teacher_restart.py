@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from preceptor.artifacts import ArtifactStore
+from preceptor.artifacts import verified_folder
 from preceptor.channel import call, connect, is_serving, stream
 from preceptor.convert import task_to_proto
 from preceptor.tasks import Passage
@@ -100,8 +100,8 @@ def test_killed_in_the_middle_of_an_update_it_ends_with_the_same_policy(
     processes.append(undisturbed)
     expected = ended(undisturbed, call(undisturbed.stub.UpdatePolicy, update()).policy.id)
     assert expected.id == finished.id
-    ours = load_file(ArtifactStore.local_path(finished.adapter) / "adapter_model.safetensors")
-    theirs = load_file(ArtifactStore.local_path(expected.adapter) / "adapter_model.safetensors")
+    ours = load_file(verified_folder(finished.adapter) / "adapter_model.safetensors")
+    theirs = load_file(verified_folder(expected.adapter) / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
