@@ -171,21 +171,21 @@ class _Owner:
 
     def _take_again(self) -> None:
         connection = _connect(self._url)
-        if _try_lock(connection, _OWNER, self._schema):
-            self._connection = connection
-            log.warning("holds %s again", _place(self._url))
-            if self._ending.is_set():
+        try:
+            if _try_lock(connection, _OWNER, self._schema):
+                self._connection = connection
+                log.warning("holds %s again", _place(self._url))
+                return
+            for pid, name in _holders(connection, _OWNER, self._schema):
+                if name == _name(self._url):  # our own, where the server has not noticed yet that its client is gone
+                    connection.execute("SELECT pg_terminate_backend(%s)", (pid,))
+                elif not self._ending.is_set():
+                    log.critical("another process has %s now (%s): this one ends", _place(self._url), name)
+                    logging.shutdown()
+                    os._exit(LOST_OWNERSHIP)
+        finally:
+            if self._connection is None or self._ending.is_set():
                 connection.close()
-            return
-        holders = _holders(connection, _OWNER, self._schema)
-        for pid, name in holders:
-            if name == _name(self._url):  # our own, where the server has not noticed yet that its client is gone
-                connection.execute("SELECT pg_terminate_backend(%s)", (pid,))
-            elif not self._ending.is_set():
-                log.critical("another process has %s now (%s): this one ends", _place(self._url), name)
-                logging.shutdown()
-                os._exit(LOST_OWNERSHIP)
-        connection.close()
 
 
 class _AnyText(StrDumperUnknown):

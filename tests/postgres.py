@@ -67,7 +67,7 @@ class Postgres:
                     "postgres",
                     *("-D", str(self._data), "-p", str(self.port), "-k", str(self._folder)),
                     # Speed: nothing of it is to survive the machine.
-                    *("-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "full_page_writes=off"),
+                    *("-c", "fsync=off", "-c", "full_page_writes=off"),
                     *("-c", "listen_addresses=127.0.0.1", "-c", "max_connections=300", "-c", "shared_buffers=32MB"),
                 ),
                 stdout=log,
