@@ -91,10 +91,10 @@ def test_surroundings_follow_from_what_was_measured() -> None:
 
 
 def test_the_default_limit_of_batches_is_the_evaluators() -> None:
-    from evaluator import dispatch
+    from evaluator import lanes
     from evaluator.settings import EvaluatorSettings
 
-    assert capacity.BATCHES_PER_WORKER == dispatch.BATCHES_PER_WORKER
+    assert capacity.BATCHES_PER_WORKER == lanes.BATCHES_PER_WORKER
     assert EvaluatorSettings.model_fields["batches_in_flight"].default == capacity.BATCHES_IN_FLIGHT
 
 
