@@ -111,12 +111,13 @@ class Said:
 @dataclass(frozen=True, slots=True)
 class Probe:
     """What tells an adapter from others: the log-probability of ``continuation`` behind ``prompt`` (token ids) with it,
-    and with the base model alone, in nats, summed over the tokens."""
+    and with the base model alone (nan: nobody knows), in nats, summed over the tokens; and how far off each may be."""
 
     prompt: tuple[int, ...]
     continuation: tuple[int, ...]
     logprob: float
-    base_logprob: float
+    base_logprob: float = math.nan
+    tolerance: float = PROBE_TOLERANCE
 
 
 class _Passing(Exception):
@@ -401,7 +402,7 @@ class InferenceServer:
             oldest = ".".join(map(str, OLDEST_VLLM))
             raise PreceptorError("SERVER_TOO_OLD", f"{self.url} is vLLM {version}; {oldest} or newer is needed")
         facts = ServerFacts("vllm", version, models)
-        if facts.model(self.model) is None:
+        if self.model and facts.model(self.model) is None:
             raise self._not_served(self.model, ", ".join(model.id for model in models if not model.parent))
         return facts
 
@@ -546,13 +547,13 @@ class InferenceServer:
         tokens, base = len(probe.continuation), probe.base_logprob
         off = abs(found - probe.logprob)
         tells = abs(probe.logprob - base) > _PROBE_TELLS * tokens
-        if not off <= PROBE_TOLERANCE * tokens or (tells and off >= abs(found - base)):
+        if not off <= probe.tolerance * tokens or (tells and off >= abs(found - base)):
             await self._unload(name)
             raise PreceptorError(
                 "ADAPTER_MISMATCH",
                 f"{self.url} with the adapter {folder} gives a text of {tokens} tokens the logprob {found:.3f}; "
-                f"it should be {probe.logprob:.3f}, and {base:.3f} without the adapter: the server serves another base "
-                "model than the adapter was trained on, or does not use it",
+                f"it should be {probe.logprob:.3f}{'' if math.isnan(base) else f', and {base:.3f} without the adapter'}: "
+                "the server serves another base model than the adapter was trained on, or does not use it",
                 file=folder,
             )
 
