@@ -28,6 +28,7 @@ from preceptor.cli.capacity import capacity
 from preceptor.cli.doctor import doctor
 from preceptor.cli.evaluate import evaluate
 from preceptor.cli.evaluations import evaluations
+from preceptor.cli.probe import probe
 from preceptor.cli.run import run
 from preceptor.cli.runs import runs
 from preceptor.cli.students import students
@@ -45,7 +46,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, evaluate, up, runs, evaluations, students, tasks, doctor, capacity):
+for _command in (run, evaluate, up, runs, evaluations, students, tasks, doctor, probe, capacity):
     cli.add_command(_command)
 
 

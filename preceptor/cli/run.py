@@ -18,6 +18,7 @@ from preceptor.cli.output import json_option
 @click.option("--dry-run", is_flag=True, help="Print the resolved config and the tasks; start nothing.")
 @click.option("--workers", type=click.IntRange(min=1), help="Fine-tuning workers [default: one per core, at most 8].")
 @click.option("--request-id", default="", metavar="ID", help="The same id gives the same run, not a second one.")
+@click.option("--once", is_flag=True, help="Go on with the run of this very config that is there, if there is one.")
 @json_option
 def run(
     config: Path,
@@ -27,6 +28,7 @@ def run(
     dry_run: bool,
     workers: int | None,
     request_id: str,
+    once: bool,
     as_json: bool,
 ) -> None:
     """Trains a teacher as CONFIG says, measures it, and writes summary.json and report.html.
@@ -38,10 +40,13 @@ def run(
     from preceptor.cli.live import open_view
     from preceptor.cli.output import plain, print_json, print_json_line
     from preceptor.cli.run_request import create_request, dry_run_json, dry_run_text, read_run, with_place
+    from preceptor.cli.runs import resume_run
     from preceptor.cli.session import connected_session, embedded_session, resumable, seconds_since_start
     from preceptor.cli.summary import print_results
     from preceptor.errors import PreceptorError
 
+    if once and request_id:
+        raise click.UsageError("--once makes the request id by itself; it does not go with --request-id")
     if connect and workers:
         raise click.UsageError("--workers starts workers of an own stack; it does not go with --connect")
     settings, tasks = read_run(config, overrides)
@@ -51,7 +56,7 @@ def run(
         else:
             print(plain(dry_run_text(settings, tasks)))
         return
-    request = create_request(settings, tasks, request_id)
+    request = create_request(settings, tasks, request_id, once=once)
     folder = out or Path("runs") / f"{settings.name}-{settings.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         with output_folder(folder), resumable(folder) as begun, open_view(as_json) as view:
@@ -59,6 +64,8 @@ def run(
                 view.say(f"note: {note}")
             with connected_session() if connect else embedded_session(workers or 0, view) as session:
                 run_id = call(session.orchestrator.CreateRun, request).run.id
+                if once:
+                    resume_run(session.orchestrator, run_id)
                 begun.append((run_id, session))
                 created_after = seconds_since_start()
                 view.say(f"run {run_id}: {len(tasks.train)} tasks to train on, {len(tasks.heldout)} held out")

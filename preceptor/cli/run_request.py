@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,10 +23,12 @@ def read_run(path: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunTasks]
     return config, gather_tasks(config)
 
 
-def create_request(config: RunConfig, tasks: RunTasks, request_id: str = "") -> CreateRunRequest:
-    """The request. Raises PreceptorError(INVALID_REQUEST) if it is larger than a message may be."""
+def create_request(config: RunConfig, tasks: RunTasks, request_id: str = "", *, once: bool = False) -> CreateRunRequest:
+    """The request. ``once``: its id is the hash of all it asks for, so that asking again is asking for the same run.
+
+    Raises PreceptorError(INVALID_REQUEST) if it is larger than a message may be.
+    """
     request = CreateRunRequest(
-        request_id=request_id or new_request_id(),
         config_json=config.to_json(),
         tasks=[task_to_proto(task) for task in tasks.train],
         heldout_tasks=[task_to_proto(task) for task in tasks.heldout],
@@ -33,6 +36,8 @@ def create_request(config: RunConfig, tasks: RunTasks, request_id: str = "") -> 
         replay_documents=tasks.replay_documents,
         banks=tasks.banks,
     )
+    digest = hashlib.sha256(request.SerializeToString(deterministic=True)).hexdigest()
+    request.request_id = request_id or (f"once-{digest}" if once else new_request_id())
     if (size := request.ByteSize()) > MAX_MESSAGE_BYTES:
         raise PreceptorError(
             "INVALID_REQUEST",

@@ -136,6 +136,19 @@ def test_the_same_request_id_gives_the_same_run(services: Services) -> None:
     assert len(services.orchestrator.created) == 1
 
 
+def test_once_goes_on_with_the_run_of_this_config_and_another_config_is_another_run(services: Services) -> None:
+    once = ("run", "c.toml", "--connect", "--once", "--out", "out")
+    services.orchestrator.ends = pb.RUN_STATE_FAILED
+    assert main(once) == 2
+    services.orchestrator.ends = pb.RUN_STATE_SUCCEEDED
+    assert main(once) == 0
+    assert "ResumeRun" in services.orchestrator.calls
+    assert main(once) == 0
+    assert len(services.orchestrator.created) == 1
+    assert main([*once, "--set", "seed=3"]) == 0
+    assert len(services.orchestrator.created) == 2
+
+
 def start(services: Services, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, **services.environment, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen(

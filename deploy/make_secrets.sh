@@ -1,0 +1,20 @@
+#!/bin/sh
+# make_secrets.sh FOLDER: makes the secrets of compose.yaml that are not there yet: token, redis_password,
+# postgres_password. What is there is kept: a password of a database that exists cannot be made anew.
+set -eu
+folder=${1:?usage: make_secrets.sh FOLDER}
+umask 027
+if ! mkdir -p "$folder" 2>/dev/null || [ ! -w "$folder" ]; then
+  echo "secrets: $folder cannot be written by user $(id -u); next: chown it to that user, or let user 10001 read and fill it" >&2
+  exit 2
+fi
+for name in token redis_password postgres_password; do
+  file=$folder/$name
+  if [ ! -s "$file" ]; then
+    # 32 random bytes as letters and digits: none of them needs quoting in a URL, a header or a shell.
+    od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n' > "$file.draft"
+    chmod 0440 "$file.draft"
+    mv "$file.draft" "$file"
+    echo "secrets: made $file"
+  fi
+done
