@@ -47,7 +47,14 @@ _AWAY = {
     "CANCELLED",
     "DEADLINE_EXCEEDED",
 }
-_BUSY = {"QUEUE_FULL", "SERVICE_BUSY", "DISK_FULL", "ARTIFACT_STORE_UNREACHABLE", "ARTIFACT_STORE_REFUSED"}
+_BUSY = {
+    "QUEUE_FULL",
+    "SERVICE_BUSY",
+    "RATE_LIMITED",
+    "DISK_FULL",
+    "ARTIFACT_STORE_UNREACHABLE",
+    "ARTIFACT_STORE_REFUSED",
+}
 
 # Told which service a run waits for and why; no words: not any more.
 Hindered = Callable[[str, str], None]

@@ -25,7 +25,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from preceptor import versions
+from preceptor import rates, versions
 from preceptor.errors import CATALOGUE, DOMAIN, PreceptorError
 from preceptor.security import Security, house_security
 from preceptor.server import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, MAX_MESSAGE_BYTES, MAX_METADATA_BYTES
@@ -36,7 +36,7 @@ DEFAULT_DEADLINE_SECONDS = 60.0
 # What passes by itself, and says that nothing was done or that doing it again is harmless (``request_id``). Not
 # DISK_FULL: somebody has to make room, and one more try may copy a model onto the full disk. Least of all what only
 # other settings can mend.
-RETRIED = frozenset({"SERVICE_UNREACHABLE", "SHUTTING_DOWN", "SERVICE_BUSY", "QUEUE_FULL"})
+RETRIED = frozenset({"SERVICE_UNREACHABLE", "SHUTTING_DOWN", "SERVICE_BUSY", "RATE_LIMITED", "QUEUE_FULL"})
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.2, 2.0
 
 _OPTIONS: list[tuple[str, Any]] = [
@@ -166,9 +166,11 @@ def call(
             return method(request, timeout=max(end - time.monotonic(), 0.001))
         except grpc.RpcError as error:
             translated = _translated(error, method)
-            if translated.reason not in retried or time.monotonic() + pause > end:
+            told = _told_to_wait(translated)
+            if translated.reason not in retried or time.monotonic() + max(pause, told) > end:
                 raise translated from None
-        time.sleep(pause * random.uniform(0.5, 1))  # so that those who were refused together do not come together
+        # So that those who were refused together do not come together; no sooner than the service says.
+        time.sleep(max(told, pause * random.uniform(0.5, 1)))
         pause = min(pause * 1.5, MAX_RETRY_SECONDS)
 
 
@@ -188,14 +190,29 @@ def stream(
     end = time.monotonic() + deadline
     if wait_for_ready and isinstance(method, _Method):
         _wait_until_there(method.channel, end)
-    responses: Any = method(request, timeout=max(end - time.monotonic(), 0.001), wait_for_ready=wait_for_ready)
-    opened(responses)
+    while True:
+        responses: Any = method(request, timeout=max(end - time.monotonic(), 0.001), wait_for_ready=wait_for_ready)
+        opened(responses)
+        try:
+            yield from responses
+            return
+        except grpc.RpcError as error:
+            translated = _translated(error, method)
+            told = _told_to_wait(translated)
+            # Said before anything else is, and nothing was done.
+            if translated.reason != "RATE_LIMITED" or time.monotonic() + told > end:
+                raise translated from None
+        finally:
+            responses.cancel()
+        time.sleep(told)
+
+
+def _told_to_wait(error: PreceptorError) -> float:
+    """Seconds that the service wants its client to wait."""
     try:
-        yield from responses
-    except grpc.RpcError as error:
-        raise _translated(error, method) from None
-    finally:
-        responses.cancel()
+        return max(0.0, float(error.metadata.get(rates.RETRY_SECONDS, "0")))
+    except ValueError:
+        return 0.0
 
 
 def _wait_until_there(channel: _Channel, end: float) -> None:

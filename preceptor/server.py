@@ -2,8 +2,8 @@
 
 A servicer raises ``PreceptorError``; the doorkeeper turns it into a status with ``ErrorInfo``. Anything else is a bug:
 it is logged with its traceback and reported as INTERNAL without details. Before a call reaches a servicer its token and
-version are looked at, and whether there is room for it. Health is answered without a token and at any load, since
-whoever supervises a service ends it where health does not answer.
+version are looked at, whether there is room for it, and whether its client calls too often. Health is answered without
+a token and at any load, since whoever supervises a service ends it where health does not answer.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from grpc_status import rpc_status
 from preceptor import versions
 from preceptor.errors import DOMAIN, PreceptorError
 from preceptor.metrics import CALL_SECONDS, CALLS, ERRORS, STREAMS
+from preceptor.rates import RETRY_SECONDS, RateLimit, client_name
 from preceptor.security import Security, load_security
 from preceptor.settings import ServiceSettings
 from preceptor.telemetry import OFF, Telemetry
@@ -79,10 +80,15 @@ def to_status(error: PreceptorError) -> status_pb2.Status:
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
     for key, value in error.metadata.items():
         info.metadata[key] = _sendable(value, MAX_PLACE_BYTES)
-    detail = any_pb2.Any()
-    detail.Pack(info)
+    details = [any_pb2.Any()]
+    details[0].Pack(info)
+    if seconds := error.metadata.get(RETRY_SECONDS):  # as clients of other make know it
+        details.append(any_pb2.Any())
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(int(float(seconds) * 1e9))
+        details[1].Pack(retry)
     code: int = getattr(code_pb2, error.code.name)
-    return status_pb2.Status(code=code, message=_sendable(error.message, MAX_ERROR_BYTES), details=[detail])
+    return status_pb2.Status(code=code, message=_sendable(error.message, MAX_ERROR_BYTES), details=details)
 
 
 def _sendable(text: str, limit: int) -> str:
@@ -130,8 +136,16 @@ class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
     function that serves the call.
     """
 
-    def __init__(self, security: Security, max_threads: int, max_streams: int, telemetry: Telemetry = OFF) -> None:
+    def __init__(
+        self,
+        security: Security,
+        max_threads: int,
+        max_streams: int,
+        telemetry: Telemetry = OFF,
+        rate_limit: float = 0.0,
+    ) -> None:
         self._security = security
+        self._rates = RateLimit(rate_limit)
         self._telemetry = telemetry
         # A short queue: what waits longer than others need for four calls should rather be told to come again.
         self._unary = _Pool(max_threads, max_threads * (1 + WAITING_PER_THREAD), "unary")
@@ -216,6 +230,7 @@ class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
             def stream(raw: bytes, context: grpc.ServicerContext) -> Iterator[Any]:
                 with self._seen(method, context, streams=True):
                     try:
+                        self._let_in(context)
                         yield from handler.unary_stream(_read(read, raw), context)
                     except Exception as error:  # everything a servicer can raise ends here, as a status
                         self._abort(error, method, context)
@@ -226,6 +241,7 @@ class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
         def unary(raw: bytes, context: grpc.ServicerContext) -> Any:
             with self._seen(method, context):
                 try:
+                    self._let_in(context)
                     return handler.unary_unary(_read(read, raw), context)
                 except Exception as error:  # as above
                     self._abort(error, method, context)
@@ -270,6 +286,13 @@ class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
                 code = grpc.StatusCode.OK if context.is_active() else grpc.StatusCode.CANCELLED
             metrics.count(CALLS, method=name, code=code.name)
 
+    def _let_in(self, context: grpc.ServicerContext) -> None:
+        """Raises PreceptorError(RATE_LIMITED). Not at the door, where it is not known who calls."""
+        if self._rates.is_on and (
+            refusal := self._rates.refusal(client_name(context.peer(), context.auth_context()))  # type: ignore[arg-type]
+        ):
+            raise refusal
+
     def _abort(self, error: Exception, method: str, context: grpc.ServicerContext) -> None:
         if not isinstance(error, PreceptorError):
             if context.code() is not None:  # type: ignore[attr-defined]
@@ -310,7 +333,9 @@ class Server:
         """``services`` are full names, e.g. ``preceptor.v1.TeacherService``."""
         self._grace = settings.grace_seconds
         security = load_security(settings)
-        self._doorkeeper = Doorkeeper(security, settings.max_threads, settings.max_streams, telemetry)
+        self._doorkeeper = Doorkeeper(
+            security, settings.max_threads, settings.max_streams, telemetry, settings.rate_limit
+        )
         self._server = grpc.server(self._doorkeeper.door, interceptors=[self._doorkeeper], options=_OPTIONS)
         self._health = health.HealthServicer()
         self._names = ["", *services]

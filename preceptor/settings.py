@@ -144,6 +144,12 @@ class ServiceSettings(HouseSettings):
     )
     grace_seconds: float = Field(10.0, description="time for calls under way after SIGTERM")
     max_threads: int = Field(32, ge=1, description="unary calls served at once; four times as many may wait")
+    rate_limit: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="calls a second of one client; for the service whose port others reach, 0: no limit",
+    )
     max_streams: int = Field(256, ge=1, description="open streams (watches); each holds a thread")
 
     @field_validator("database_password_file", mode="before")

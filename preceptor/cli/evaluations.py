@@ -159,7 +159,7 @@ def queue(as_json: bool) -> None:
     """Shows what waits, and which worker is at what."""
     from preceptor.channel import call
     from preceptor.cli.connection import evaluator_in_use
-    from preceptor.cli.output import as_json_value, print_json, print_table
+    from preceptor.cli.output import as_json_value, plain, print_json, print_table
     from preceptor.v1 import evaluator_pb2 as pb
 
     status = call(evaluator_in_use().GetQueueStatus, pb.GetQueueStatusRequest())
@@ -170,17 +170,39 @@ def queue(as_json: bool) -> None:
         f"evaluations: {status.evaluations_waiting} not final, {status.evaluations_failed} failed\n"
         f"batches: {status.queued_batches} waiting, {status.running_batches} running"
     )
+    if len(status.queues) > 1:
+        print_table(
+            ["queue", "waiting", "on the queue", "running", "workers"],
+            [
+                [one.name, one.waiting_batches, one.submitted_batches, one.running_batches, one.workers_alive]
+                for one in status.queues
+            ],
+        )
+    for line in unserved(status):
+        print(plain(line))
     print_table(
-        ["worker", "batch", "attempt", "steps", "trials done", "peak MiB"],
+        ["worker", "takes", "batch", "attempt", "steps", "trials done", "peak MiB"],
         [
             [
-                *(worker.name, worker.batch_id or "idle", worker.attempt or "-"),
+                *(worker.name, ", ".join(worker.students) or "any", worker.batch_id or "idle", worker.attempt or "-"),
                 *(worker.steps_done if worker.batch_id else "-", worker.trials_done, worker.peak_memory_bytes >> 20),
             ]
             for worker in status.workers
         ],
         empty="no worker is alive: nothing is done until one is started",
     )
+
+
+def unserved(status: evaluator_pb2.GetQueueStatusResponse) -> list[str]:
+    """What waits for a worker that there is none of, a line each."""
+    lines = []
+    for queue in status.queues:
+        number = queue.waiting_batches + queue.submitted_batches
+        if number and not queue.workers_alive:
+            whose = f"student {queue.student} waits" if queue.student else "students without a queue of their own wait"
+            setting = f"PRECEPTOR_STUDENTS={queue.student}" if queue.student else "no PRECEPTOR_STUDENTS"
+            lines.append(f"{whose} for a worker with {setting} ({number} batch{'es' if number > 1 else ''})")
+    return lines
 
 
 def _failed(stub: EvaluatorServiceStub, owner: str, reason: str) -> Iterator[evaluator_pb2.Evaluation]:

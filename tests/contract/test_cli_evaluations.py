@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from preceptor.cli import main
+from preceptor.cli.evaluations import unserved
+from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
 from tests.contract.test_evaluator_service import Bench, serving
@@ -128,6 +130,22 @@ def test_the_queue_shows_workers_and_what_they_are_at(bench: Bench, capsys: pyte
     bench.broker.down = True
     assert main(["evaluations", "queue"]) == 2
     assert "BROKER_UNREACHABLE" in capsys.readouterr().err
+
+
+def test_a_student_that_waits_for_workers_of_its_own_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bench: Bench
+) -> None:
+    monkeypatch.setattr(bench.broker, "serves", ("tiny",))
+    bench.create("Ada lives in Lisbon.")
+    bench.wait_until(lambda: len(bench.broker.waiting) == 2)
+    assert main(["evaluations", "queue"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "students without a queue of their own wait for a worker with no PRECEPTOR_STUDENTS (2 batches)" in said
+    own = pb.QueueReport(name="trials.large", student="large", waiting_batches=20, submitted_batches=4)
+    served = pb.QueueReport(name="trials.small", student="small", waiting_batches=20, workers_alive=1)
+    assert unserved(pb.GetQueueStatusResponse(queues=[pb.QueueReport(name="trials"), own, served])) == [
+        "student large waits for a worker with PRECEPTOR_STUDENTS=large (24 batches)"
+    ]
 
 
 def test_without_a_stack_it_says_so(
