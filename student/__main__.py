@@ -23,7 +23,7 @@ def run(settings: StudentSettings, telemetry: Telemetry) -> None:
     with own_database(url, settings.grace_seconds + HAND_OVER_SECONDS):
         registry = Registry(url)
         register_default(registry, settings.default_student)
-        servicer = StudentServicer(registry, DeploymentBoard(settings.broker_url), settings.watch_seconds)
+        servicer = StudentServicer(registry, DeploymentBoard(settings.broker_url), settings.watch_seconds, telemetry)
         serve(
             [SERVICE],
             lambda server: add_StudentServiceServicer_to_server(servicer, server),

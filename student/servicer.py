@@ -12,6 +12,8 @@ import grpc
 
 from preceptor.errors import PreceptorError
 from preceptor.limits import MAX_NAME_CHARACTERS, MAX_SOURCE_CHARACTERS, check_name, page_size
+from preceptor.metrics import STUDENT_SWAPS
+from preceptor.telemetry import OFF, Telemetry
 from preceptor.v1 import student_pb2 as api
 from preceptor.v1 import student_pb2_grpc
 from preceptor.v1 import types_pb2 as types
@@ -30,10 +32,13 @@ _NAME = re.compile(r"[a-z0-9_.-]{1,64}")
 class StudentServicer(student_pb2_grpc.StudentServiceServicer):
     """The registry and the deployments behind the contract."""
 
-    def __init__(self, registry: Registry, board: DeploymentBoard, watch_seconds: float) -> None:
+    def __init__(
+        self, registry: Registry, board: DeploymentBoard, watch_seconds: float, telemetry: Telemetry = OFF
+    ) -> None:
         self._registry = registry
         self._board = board
         self._watch_seconds = watch_seconds
+        self._metrics = telemetry.metrics
         self._draining = threading.Event()
         if (active := registry.active_name()) is not None:
             self._publish(registry.get(active))
@@ -77,11 +82,17 @@ class StudentServicer(student_pb2_grpc.StudentServiceServicer):
     def ActivateStudent(
         self, request: api.ActivateStudentRequest, context: grpc.ServicerContext
     ) -> api.ActivateStudentResponse:
+        before, swapped = self._registry.active_name(), list[str]()
+
         def act(session: Any) -> bytes:
             self._registry.activate(session, request.name)
+            if before not in (None, request.name):
+                swapped.append(request.name)
             return b""  # the answer is where the deployment stands now
 
         self._once(request, act)
+        if swapped:  # and not only asked again
+            self._metrics.count(STUDENT_SWAPS)
         student = self._registry.get(request.name)
         active = self._registry.get()
         self._publish(active, forget_failure=True)

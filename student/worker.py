@@ -55,6 +55,7 @@ from student import payload as edge
 from student.deployment import FAILURE_SECONDS, DeploymentBoard
 from student.gpu_lease import Gpu, leased_gpu
 from student.settings import WorkerSettings
+from student.sight import NO_MESSAGE, Message, WorkerSight
 from student.watchdog import ENDED_ITSELF, Watchdog, end_process
 
 if TYPE_CHECKING:  # torch comes after the settings are known to be right
@@ -114,6 +115,7 @@ class TrialWorker:
         watchdog: Watchdog,
         settings: WorkerSettings,
         gpu: str = "",
+        sight: WorkerSight | None = None,
     ) -> None:
         self._app = app
         self._job = job
@@ -124,6 +126,7 @@ class TrialWorker:
         self._watchdog = watchdog
         self._settings = settings
         self._gpu = gpu
+        self._sight = sight or WorkerSight()
         self._held: _Held | None = None
         self._trials = 0
         self._beating = threading.Lock()  # no beat may bring back a lease that is being released
@@ -144,12 +147,21 @@ class TrialWorker:
         if (held := self._held) is not None:
             held.leave.set()
 
-    def execute(self, task_id: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """The Celery task: a batch's payload in, its result's payload out.
+    @property
+    def busy(self) -> bool:
+        """Whether it is at a batch."""
+        return self._held is not None
+
+    def execute(self, task_id: str, payload: dict[str, Any], message: Message = NO_MESSAGE) -> dict[str, Any]:
+        """The Celery task: a batch's payload in, its result's payload out. ``message``: what came beside it.
 
         Raises Ignore where another worker has the batch, and Reject, with the batch going back to the queue, if the
         worker is to end before Redis has granted it.
         """
+        with self._sight.at_work(task_id, message):
+            return self._execute(task_id, payload, message)
+
+    def _execute(self, task_id: str, payload: dict[str, Any], message: Message) -> dict[str, Any]:
         batch_id, attempt = split_task_id(task_id)
         held = _Held(task_id)
         self._when_redis_answers(lambda: held.hear(self._leases.beat(self._status(held))))
@@ -167,7 +179,9 @@ class TrialWorker:
         except PreceptorError as error:
             log.warning("%s: %s", task_id, error)
             return to_payload(edge.failed(batch_id, error, self._name, attempt))
+        began = time.time()
         result = self._run(batch, attempt, held)
+        self._sight.ran(result, message, task_id, began)
         self.device_failed |= result.failure.reason == "DEVICE_FAILED"
         return to_payload(result)
 
@@ -188,6 +202,7 @@ class TrialWorker:
             result = self._job.run(batch, attempt, on_step, held.leave, lambda: held.cancelled)
         except GivenUp:
             if held.claim is not Claim.GRANTED:
+                self._sight.given_up()
                 log.warning("%s is left after %d steps: %s", held.task_id, held.steps, _why(held.claim))
                 raise Ignore from None
             log.info("batch %s is given back after %d steps: the worker is to end", batch.id, held.steps)
@@ -372,16 +387,18 @@ def _work(settings: WorkerSettings, telemetry: Telemetry, gpu: Gpu | None) -> No
         message = f"PRECEPTOR_DEVICE={device} cannot be used: {error}"
         raise PreceptorError("DEVICE_UNUSABLE", message, field="PRECEPTOR_DEVICE") from None
     name = f"{socket.gethostname()}:{os.getpid()}"
-    cache = BaseCache(settings.loaded_bases, device)
+    cache = BaseCache(settings.loaded_bases, device, settings.artifact_cache)
     app = make_app(settings.broker_url)
     caps = Caps(settings.max_adapters, settings.gradient_checkpointing)
     job = TrialJob(cache, name, settings.batch_seconds, caps, settings.trial_seconds)
     watchdog = Watchdog()
-    worker = TrialWorker(app, job, cache, name, watchdog, settings, gpu.uuid if gpu else "")
+    sight = WorkerSight(telemetry, name, device)
+    worker = TrialWorker(app, job, cache, name, watchdog, settings, gpu.uuid if gpu else "", sight)
+    sight.at_scrape(lambda: worker.busy, cache.commits)
 
     @app.task(name=TRIAL_BATCH_TASK, bind=True, Strategy="preceptor.queue:trial_strategy")  # type: ignore[untyped-decorator]
     def run_trial_batch(task: Any, payload: dict[str, Any]) -> dict[str, Any]:
-        return worker.execute(task.request.id, payload)
+        return worker.execute(task.request.id, payload, Message.of(task.request))
 
     def keep_our_logging(**_: Any) -> None:
         """Celery configures logging unless somebody listens to this."""

@@ -25,6 +25,7 @@ from teacher.model import TeacherBase, save_adapter
 from teacher.policy_store import Policy, PolicyState, PolicyStore
 from teacher.prompts import prompt_format
 from teacher.recipe import Rewarded, Update
+from teacher.sight import TeacherSight
 from teacher.update import Example, fine_tune
 
 log = logging.getLogger(__name__)
@@ -40,11 +41,19 @@ _WATCH_POLL_SECONDS = 0.5
 class Policies:
     """All policies of one base. ``device`` is held while the base or a policy of it computes."""
 
-    def __init__(self, base: TeacherBase, store: PolicyStore, artifacts: ArtifactStore, device: threading.Lock) -> None:
+    def __init__(
+        self,
+        base: TeacherBase,
+        store: PolicyStore,
+        artifacts: ArtifactStore,
+        device: threading.Lock,
+        sight: TeacherSight | None = None,
+    ) -> None:
         self._base = base
         self._store = store
         self._artifacts = artifacts
         self._device = device
+        self._sight = sight or TeacherSight()
         self._waiting: queue.Queue[str] = queue.Queue()
         self._steps: dict[str, int] = {}  # of the policy in training
         self._hindrance: dict[str, PreceptorError] = {}  # what it waits for, where it waits
@@ -133,6 +142,7 @@ class Policies:
             policy, update.to_bytes(), request_id, body, owner=owner, activate=update.activate
         )
         if trains:
+            self._sight.asked(policy.id)
             self._waiting.put(policy.id)
         self._tell()
         return policy
@@ -248,6 +258,7 @@ class Policies:
                 self._abandoned.discard(policy_id)
         self._steps.pop(policy_id, None)
         self._tell()
+        self._sight.updated(ended)
         log.info(
             "policy %s is %s: %d of %d self-edits kept, %d of %d groups dropped, %d steps, loss %.3f -> %.3f, %.1f s",
             *(ended.id, ended.state, ended.kept, ended.offered, ended.groups_dropped, ended.groups, ended.steps),

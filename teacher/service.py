@@ -13,13 +13,14 @@ from preceptor.database import HAND_OVER_SECONDS, own_database
 from preceptor.errors import PreceptorError
 from preceptor.server import serve
 from preceptor.stack import shipped_models
-from preceptor.telemetry import Telemetry
+from preceptor.telemetry import OFF, Telemetry
 from preceptor.v1 import teacher_pb2_grpc
 from teacher.model import PolicyModels, TeacherBase, load_teacher
 from teacher.policies import Policies
 from teacher.policy_store import PolicyStore
 from teacher.servicer import TeacherServicer
 from teacher.settings import TeacherSettings
+from teacher.sight import TeacherSight
 from teacher.writing import Writer
 
 log = logging.getLogger(__name__)
@@ -30,12 +31,12 @@ SERVICE = "preceptor.v1.TeacherService"
 class Teacher:
     """The parts of a teacher service, put together; ``add_to`` makes a gRPC server answer for it."""
 
-    def __init__(self, base: TeacherBase, settings: TeacherSettings) -> None:
-        device = threading.Lock()
+    def __init__(self, base: TeacherBase, settings: TeacherSettings, telemetry: Telemetry = OFF) -> None:
+        device, sight = threading.Lock(), TeacherSight(telemetry)
         self.store = PolicyStore(settings.database("teacher"))
         artifacts = artifact_store(f"{settings.artifacts}/policies", settings.artifact_cache)
         _tidy(artifacts)
-        self.policies = Policies(base, self.store, artifacts, device)
+        self.policies = Policies(base, self.store, artifacts, device, sight)
         self.writer = Writer(
             base,
             self.policies,
@@ -44,6 +45,7 @@ class Teacher:
             device,
             rows=settings.teacher_rows,
             answer_room=settings.teacher_answer_room,
+            sight=sight,
         )
         self.policies.start()
 
@@ -73,7 +75,7 @@ def run(settings: TeacherSettings, telemetry: Telemetry) -> None:
     transformers_logging.disable_progress_bar()  # a log is no terminal
     base = load_teacher(source, revision=settings.teacher_revision, device=settings.teacher_device)
     with own_database(settings.database("teacher"), settings.grace_seconds + HAND_OVER_SECONDS):
-        teacher = Teacher(base, settings)
+        teacher = Teacher(base, settings, telemetry)
         try:
             serve([SERVICE], teacher.add_to, settings, on_drain=teacher.stop, telemetry=telemetry)
         finally:

@@ -26,6 +26,7 @@ from teacher.policies import DAMAGED, Policies
 from teacher.policy_store import Policy, PolicyStore
 from teacher.prompts import PromptFormat, prompt_format
 from teacher.sampling import Completion, SamplingSettings, sample, uniforms
+from teacher.sight import TeacherSight
 
 # Changes whenever the same request would be answered with other completions.
 _VERSION = "writing/1"
@@ -87,6 +88,7 @@ class Writer:
         *,
         rows: int,
         answer_room: int,
+        sight: TeacherSight | None = None,
     ) -> None:
         self._base = base
         self._policies = policies
@@ -95,6 +97,7 @@ class Writer:
         self._device = device
         self._rows = rows
         self._answer_room = answer_room
+        self._sight = sight or TeacherSight()
         self._unsaved: dict[str, bytes] = {}  # groups that the disk had no room for
 
     def write(self, request: WritingRequest, stopped: Callable[[], bool]) -> Iterator[WrittenGroup]:
@@ -114,7 +117,9 @@ class Writer:
             if missing := set(keys) - known.keys():
                 made = {key: self._unsaved[key] for key in missing if key in self._unsaved}
                 if len(made) < len(missing):
-                    groups = self._groups(policy, request, tasks, prompts[batch], stopped)
+                    with self._sight.writing(policy.id, len(tasks)) as wrote:
+                        groups = self._groups(policy, request, tasks, prompts[batch], stopped)
+                        wrote(groups)
                     made = {key: _to_bytes(group) for key, group in zip(keys, groups, strict=True)}
                 self._keep(made)
                 known = made | known
