@@ -547,13 +547,14 @@ class InferenceServer:
         tokens, base = len(probe.continuation), probe.base_logprob
         off = abs(found - probe.logprob)
         tells = abs(probe.logprob - base) > _PROBE_TELLS * tokens
+        without = "" if math.isnan(base) else f", and {base:.3f} without the adapter"
         if not off <= probe.tolerance * tokens or (tells and off >= abs(found - base)):
             await self._unload(name)
             raise PreceptorError(
                 "ADAPTER_MISMATCH",
                 f"{self.url} with the adapter {folder} gives a text of {tokens} tokens the logprob {found:.3f}; "
-                f"it should be {probe.logprob:.3f}{'' if math.isnan(base) else f', and {base:.3f} without the adapter'}: "
-                "the server serves another base model than the adapter was trained on, or does not use it",
+                f"it should be {probe.logprob:.3f}{without}: the server serves another base "
+                "model than the adapter was trained on, or does not use it",
                 file=folder,
             )
 
