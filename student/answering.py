@@ -199,14 +199,16 @@ def _to_answer(base: LoadedBase, row: _Row, settings: AnsweringSettings) -> Answ
     return Answer(prompt.question, texts[0], row.gold_logprob, len(prompt.gold), certainty, tuple(texts[1:]))
 
 
-def finished_text(base: LoadedBase, tokens: Sequence[int], settings: AnsweringSettings) -> str | None:
-    """The answer that begins ``tokens``, as ``answer`` reads it; None if it does not end among them."""
+def read_answer(
+    base: LoadedBase, tokens: Sequence[int], settings: AnsweringSettings, *, ended: bool = False
+) -> str | None:
+    """The answer that begins ``tokens``, as ``answer`` reads it. None if it does not end among them, nor behind them
+    (``ended``)."""
     draft = _Draft()
     for token in tokens:
-        draft.take(token, base, settings)
-        if draft.finished:
-            return _text(base, draft, settings)
-    return None
+        if not draft.finished:
+            draft.take(token, base, settings)
+    return _text(base, draft, settings) if draft.finished or ended else None
 
 
 def _text(base: LoadedBase, draft: _Draft, settings: AnsweringSettings) -> str:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from preceptor.artifacts import folder_sha256
+from preceptor.hashes import folder_sha256
 
 # Far longer than a server takes to drop the requests of a connection that is gone.
 ABANDONED_SECONDS = 30.0

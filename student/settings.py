@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from preceptor.settings import HouseSettings, ServiceSettings, student_names
 
@@ -20,14 +21,38 @@ class StudentSettings(ServiceSettings):
     )
 
 
-class ServeSettings(HouseSettings):
+class AnswerServerSettings(HouseSettings):
+    """What both sides of an answer server know: whoever starts it and the workers that ask it."""
+
+    answer_server_api_key: SecretStr = Field(SecretStr(""), description="key of the server that answers for workers")
+    answer_server_api_key_file: Path | None = Field(None, exclude=True, description="the file that holds this key")
+
+    @field_validator("answer_server_api_key_file", mode="before")
+    @classmethod
+    def _no_key_file_is_not_set(cls, value: object) -> object:
+        return value or None
+
+    @model_validator(mode="after")
+    def _one_key(self) -> Self:
+        if (file := self.answer_server_api_key_file) is not None:
+            if self.answer_server_api_key.get_secret_value():
+                raise ValueError("PRECEPTOR_ANSWER_SERVER_API_KEY is set too; give one of the two")
+            try:
+                self.answer_server_api_key = SecretStr(file.read_text(encoding="utf-8").strip())
+            except (OSError, UnicodeDecodeError) as error:
+                why = getattr(error, "strerror", None) or "it is no text"
+                raise ValueError(f"PRECEPTOR_ANSWER_SERVER_API_KEY_FILE={file} cannot be read: {why}") from None
+            self.answer_server_api_key_file = None
+        return self
+
+
+class ServeSettings(AnswerServerSettings):
     """Settings of ``preceptor students serve``."""
 
     vllm_python: Path | None = Field(
         None, description="the interpreter of vLLM's environment; empty: that of the `vllm` on PATH"
     )
     vllm_start_seconds: float = Field(1800.0, gt=0, description="time limit for vLLM to load a student and be ready")
-    answer_server_api_key: SecretStr = Field(SecretStr(""), description="key of the server that answers for workers")
 
     @field_validator("vllm_python", mode="before")
     @classmethod
@@ -35,7 +60,7 @@ class ServeSettings(HouseSettings):
         return value or None
 
 
-class WorkerSettings(HouseSettings):
+class WorkerSettings(AnswerServerSettings):
     """Settings of a worker."""
 
     torch_threads: int = Field(1, ge=1, description="threads of torch; cores divided by the workers of the machine")
@@ -60,7 +85,6 @@ class WorkerSettings(HouseSettings):
         description="a vLLM server that answers large question sets with the trained adapters, like "
         "http://127.0.0.1:8000 (`preceptor students serve NAME --for-workers`); empty: the worker answers by itself",
     )
-    answer_server_api_key: SecretStr = Field(SecretStr(""), description="key of the server that answers for workers")
     answer_server_adapters: Path | None = Field(
         None,
         description="folder that the workers and the answer server see under this same path; empty: answers under home",
@@ -99,6 +123,13 @@ class WorkerSettings(HouseSettings):
     @classmethod
     def _no_folder_is_not_set(cls, value: object) -> object:
         return value or None
+
+    @field_validator("answer_server_url")
+    @classmethod
+    def _is_http(cls, url: str) -> str:
+        if url and not url.startswith(("http://", "https://")):
+            raise ValueError("is no HTTP address, like http://127.0.0.1:8000")
+        return url
 
     @property
     def serves(self) -> tuple[str, ...]:

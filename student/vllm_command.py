@@ -64,8 +64,7 @@ class Serving:
     """How a student is to be served."""
 
     name: str  # NAME@<first 12 digits of its commit>
-    model: str  # a folder, or an id of the hub ...
-    revision: str = ""  # ... at this revision
+    model: Path  # its verified files
     context: int = 0  # tokens; 0: as the model says
     host: str = "127.0.0.1"
     port: int = 8000
@@ -102,9 +101,7 @@ def find_vllm(python: Path | None) -> Vllm:
 
 def command(vllm: Vllm, serving: Serving) -> list[str]:
     """The server's command line."""
-    said = [str(vllm.python), "-m", "vllm.entrypoints.openai.api_server", "--model", serving.model]
-    if serving.revision:
-        said += ["--revision", serving.revision]
+    said = [str(vllm.python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(serving.model)]
     said += ["--served-model-name", serving.name, "--host", serving.host, "--port", str(serving.port)]
     # As workers compute. Of what the model's authors recommend for sampling nothing applies to an examination.
     said += ["--dtype", serving.dtype or ("float32" if vllm.cpu else "bfloat16"), "--generation-config", "vllm"]
@@ -126,11 +123,9 @@ def command(vllm: Vllm, serving: Serving) -> list[str]:
 
 def own_environment(vllm: Vllm, serving: Serving) -> dict[str, str]:
     """What the server's environment holds beside what it inherits."""
-    own = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    own = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     if serving.for_workers:  # without it there is no route that loads adapters
         own["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-    if not serving.revision:
-        own["HF_HUB_OFFLINE"] = "1"  # the model is a folder
     if vllm.cpu:
         own["VLLM_CPU_OMP_THREADS_BIND"] = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         own["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; else half the memory
