@@ -149,6 +149,50 @@ def show(name: str, as_json: bool) -> None:
     )
 
 
+@students.command(context_settings={"ignore_unknown_options": True})
+@click.argument("name")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="FOLDER|NAME=FOLDER",
+    help="An adapter in PEFT's format; any number.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Interface to listen on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@click.option("--dtype", default="", help="What it computes in [default: as workers do, float32 or bfloat16].")
+@click.option("--max-rank", type=click.IntRange(1, 512), default=64, show_default=True, help="Of any adapter.")
+@click.option("--max-loras", type=click.IntRange(1, 256), default=8, show_default=True, help="Adapters in one step.")
+@click.option("--for-workers", is_flag=True, help="Workers may load adapters (PRECEPTOR_ANSWER_SERVER_URL).")
+@click.option("--dry-run", is_flag=True, help="Print the server's command and leave it at that.")
+@click.argument("more", nargs=-1, metavar="[-- VLLM_ARGUMENTS...]", type=click.UNPROCESSED)
+def serve(
+    name: str, adapters: tuple[str, ...], for_workers: bool, dry_run: bool, more: tuple[str, ...], **given: Any
+) -> None:
+    """Serves the student NAME, and adapters of it, with vLLM (OpenAI API) until Ctrl-C.
+
+    vLLM lives in an environment of its own: PRECEPTOR_VLLM_PYTHON names its interpreter, else the `vllm` on PATH is
+    taken.
+    """
+    import os
+
+    from preceptor.channel import call
+    from preceptor.cli.connection import students_in_use
+    from preceptor.v1 import student_pb2
+
+    student = call(students_in_use().GetStudent, student_pb2.GetStudentRequest(name=name)).student
+    command = [sys.executable, "-m", "student.serve", "--name", student.name]
+    command += ["--source", student.pinned.source, "--commit", student.pinned.commit]
+    for option, value in given.items():
+        command += [f"--{option.replace('_', '-')}", str(value)]
+    command += [word for adapter in adapters for word in ("--adapter", adapter)]
+    command += ["--for-workers"] * for_workers + ["--dry-run"] * dry_run + ["--", *more]
+    environment = {key: value for key, value in os.environ.items() if key != "PRECEPTOR_METRICS_PORT"}
+    sys.stdout.flush()
+    # It takes this process's place, so that signals and exit codes are its own.
+    os.execve(sys.executable, command, environment)
+
+
 def _print_student(student: student_pb2.Student) -> None:
     from preceptor.cli.output import plain
 
