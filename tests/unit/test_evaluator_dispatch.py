@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -17,8 +16,8 @@ from tests.scripted_trials import answer_batch
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    made = House(tmp_path / "evaluator.db", FakeBroker())
+def house(database_url: str) -> Iterator[House]:
+    made = House(database_url, FakeBroker())
     yield made
     made.close()
 
@@ -234,8 +233,8 @@ def test_what_another_worker_may_do_better_is_tried_again(house: House, reason: 
     assert house.states(made) == [SUCCEEDED]
 
 
-def test_the_queue_is_as_long_as_the_workers_need(tmp_path: Path) -> None:
-    house = House(tmp_path / "evaluator.db", FakeBroker(), limits=replace(LIMITS, in_flight=12))
+def test_the_queue_is_as_long_as_the_workers_need(database_url: str) -> None:
+    house = House(database_url, FakeBroker(), limits=replace(LIMITS, in_flight=12))
     for number in range(12):
         house.create(f"Document {number}.", seeds=(number,), request_id=f"r{number}")
     longest = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +15,8 @@ from tests.scripted_trials import answer_batch
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    made = House(tmp_path / "evaluator.db", FakeBroker())
+def house(database_url: str) -> Iterator[House]:
+    made = House(database_url, FakeBroker())
     yield made
     made.close()
 

@@ -20,8 +20,8 @@ from tests.scripted_trials import answer_batch
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    made = House(tmp_path / "evaluator.db", FakeBroker())
+def house(database_url: str) -> Iterator[House]:
+    made = House(database_url, FakeBroker())
     yield made
     made.close()
 
@@ -263,8 +263,8 @@ def test_history_is_forgotten_after_its_time(house: House) -> None:
     assert house.evaluations.attempts(made[0].id) == []
 
 
-def test_an_evaluation_whose_grading_failed_is_only_graded_again(tmp_path: Path) -> None:
-    house = House(tmp_path / "evaluator.db", FakeBroker())
+def test_an_evaluation_whose_grading_failed_is_only_graded_again(database_url: str) -> None:
+    house = House(database_url, FakeBroker())
     made = house.create("Ada lives in Lisbon.")
     good = house.evaluations.get(made[0].id)
     house.step()
@@ -281,8 +281,8 @@ def test_an_evaluation_whose_grading_failed_is_only_graded_again(tmp_path: Path)
     house.close()
 
 
-def test_as_many_as_wait_already_are_refused_and_nothing_is_changed(tmp_path: Path) -> None:
-    house = House(tmp_path / "evaluator.db", FakeBroker(), max_waiting=3)
+def test_as_many_as_wait_already_are_refused_and_nothing_is_changed(database_url: str) -> None:
+    house = House(database_url, FakeBroker(), max_waiting=3)
     house.create("a", "b")
     request = group("c", "d", request_id="later")
     with pytest.raises(PreceptorError) as raised:
@@ -299,8 +299,9 @@ def test_as_many_as_wait_already_are_refused_and_nothing_is_changed(tmp_path: Pa
     house.close()
 
 
-def test_a_home_of_before_goes_on(house: House) -> None:
-    """It has none of the tables that came with attempts, letters and turns."""
+def test_a_home_of_before_goes_on(tmp_path: Path) -> None:
+    """It has none of the tables that came with attempts, letters and turns, and none of what came later."""
+    house = House(tmp_path / "evaluator.db", FakeBroker())
     made = house.create("Ada lives in Lisbon.", "fail:TRIAL_DIVERGED")
     house.step()
     house.broker.take()
@@ -308,6 +309,13 @@ def test_a_home_of_before_goes_on(house: House) -> None:
     with house.database.write() as tx:
         for table in (attempts, origins, dead_letters, dead_batches, owner_turns):
             table.drop(tx)
+        for statement in (
+            "DROP TABLE alembic_version",
+            "DROP INDEX batches_by_state",
+            "ALTER TABLE batches DROP COLUMN student",
+            "CREATE INDEX batches_by_state ON batches (state, turn)",
+        ):
+            tx.exec_driver_sql(statement)
     house.restart()
     house.broker.finish()
     house.step()
@@ -315,3 +323,4 @@ def test_a_home_of_before_goes_on(house: House) -> None:
     work(house)
     assert house.states([*made, *late]) == [SUCCEEDED, FAILED, SUCCEEDED]
     assert retry(house) == 1
+    house.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection
@@ -33,13 +32,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
 
 
 @pytest.fixture
-def build(tmp_path: Path) -> Iterator[Callable[..., House]]:
+def build(database_url: str) -> Iterator[Callable[..., House]]:
     built = []
 
     def made(url: str, patience: float = 60.0, timeout: float = 10.0) -> House:
         limits = ChatLimits(timeout_seconds=timeout, tries=2)
         judge = JudgeSettings(url, "tiny", limits=limits)
-        built.append(House(tmp_path / "evaluator.db", FakeBroker(), judge, patience))
+        built.append(House(database_url, FakeBroker(), judge, patience))
         return built[-1]
 
     yield made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -19,8 +18,8 @@ SEALED = types.QUESTION_BANK_SEALED
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    made = House(tmp_path / "evaluator.db", FakeBroker())
+def house(database_url: str) -> Iterator[House]:
+    made = House(database_url, FakeBroker())
     yield made
     made.close()
 
