@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 
+from preceptor.artifact_cache import ArtifactCache
 from preceptor.errors import PreceptorError
 from preceptor.v1 import types_pb2 as types
 from student.base import LoadedBase, load_base
@@ -25,9 +26,11 @@ log = logging.getLogger(__name__)
 class BaseCache:
     """Least recently used leaves first. Safe to use from several threads; a model is read once."""
 
-    def __init__(self, capacity: int, device: str) -> None:
+    def __init__(self, capacity: int, device: str, copies: ArtifactCache | None = None) -> None:
+        """``copies``: where students that lie in buckets are copied to."""
         self._capacity = capacity
         self._device = device
+        self._copies = copies
         self._lock = threading.Lock()
         self._bases: OrderedDict[tuple[str, str], LoadedBase] = OrderedDict()
 
@@ -42,7 +45,7 @@ class BaseCache:
                 while len(self._bases) >= self._capacity:  # first, so that two never need room for three
                     self._bases.popitem(last=False)
                 started = time.monotonic()
-                folder = fetch(student.source, student.commit)
+                folder = fetch(student.source, student.commit, self._copies)
                 self._make_room(folder, student.name)
                 self._bases[key] = load_base(folder, source=student.source, commit=student.commit, device=self._device)
                 log.info("loaded %s (%s) in %.1f s", student.name, student.commit[:12], time.monotonic() - started)
