@@ -28,7 +28,7 @@ def run(settings: OrchestratorSettings, telemetry: Telemetry) -> None:
             evaluator=connect(settings.evaluator_address, evaluator_pb2_grpc.EvaluatorServiceStub),
             evaluator_ahead=lambda: health_of(settings.evaluator_address, deadline=5).seconds_ahead,
         )
-        executor = RunExecutor(engine, services, settings)
+        executor = RunExecutor(engine, services, settings, telemetry)
         servicer = OrchestratorServicer(engine, services, executor)
         executor.start()
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 
 from orchestrator.entries import EditKey, Kind
@@ -84,7 +85,7 @@ class EvaluatorClient:
             return Remote("evaluator service", self._patience, self._stop, self._hindered)
 
         flow = Flow(self._stub, remote, self._stop, self._opened)
-        threading.Thread(target=flow.watch, name="watch", daemon=True).start()
+        threading.Thread(target=copy_context().run, args=(flow.watch,), name="watch", daemon=True).start()
         try:
             yield flow
         finally:
@@ -126,7 +127,8 @@ class Flow:
         """Submits what the iterable gives, as it comes, in a thread of its own."""
         with self._changed:
             self._feeds += 1
-        threading.Thread(target=self._feed, args=(submissions,), name="submit", daemon=True).start()
+        feed = copy_context().run  # it is about the same run and round
+        threading.Thread(target=feed, args=(self._feed, submissions), name="submit", daemon=True).start()
 
     def submit(self, submission: Submission) -> None:
         """Creates the evaluations now. To be called by whoever receives the reports, between two of them, so that the

@@ -18,10 +18,12 @@ from orchestrator.question_writing import QuestionWriting
 from orchestrator.report import ReportRenderer
 from orchestrator.results import collect
 from orchestrator.run_store import RUNNING, SUCCEEDED, RunRecord, RunStore
+from orchestrator.sight import RunSight
 from orchestrator.stop import Stop
 from orchestrator.summary import build_summary, to_json
 from orchestrator.teacher_client import TeacherClient
 from orchestrator.timing import RUN, RunClock
+from preceptor.telemetry import OFF, Telemetry
 from preceptor.v1 import evaluator_pb2_grpc, student_pb2_grpc, teacher_pb2_grpc
 
 
@@ -45,7 +47,9 @@ class Execution:
         services: Services,
         renderer: ReportRenderer,
         patience_seconds: float,
+        telemetry: Telemetry = OFF,
     ) -> None:
+        self._sight = RunSight(telemetry, record.id)
         self.stop = Stop()
         self._record = record
         self._store = RunStore(engine)
@@ -67,7 +71,8 @@ class Execution:
     def run(self) -> None:
         """Does what is left of the run. Raises PreceptorError, Stopped."""
         try:
-            self._run()
+            with self._sight.run():
+                self._run()
         finally:
             self.stop.set()  # ends the threads of an evaluation that was given up
             self._clock.flush()
@@ -79,7 +84,7 @@ class Execution:
         base = self._base_policy()
         self._plan = QuestionWriting(self._plan, self._teacher, self._ledger, self.progress).plan(base)
         parts = (self._plan, self._teacher, self._evaluator, self._ledger, self._clock, self.progress)
-        trained = Loop(*parts).run(base)
+        trained = Loop(*parts, self._sight).run(base)
         HeldoutMeasurement(*parts, self.stop).measure(base, trained)
         if trained != base:
             self._teacher.activate(trained, f"{self._record.id}.activate")

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -24,12 +25,15 @@ from orchestrator.progress import Progress
 from orchestrator.report import ReportRenderer
 from orchestrator.run_store import CANCELLED, FAILED, FINAL, PENDING, RUNNING, SUCCEEDED, RunRecord, RunStore
 from orchestrator.settings import OrchestratorSettings
+from orchestrator.sight import run_gauges
 from orchestrator.stop import Stopped
 from orchestrator.timing import stored_seconds
 from preceptor.channel import call
 from preceptor.database import DatabaseError
 from preceptor.errors import PreceptorError
+from preceptor.metrics import RUNS_FINISHED, Sample
 from preceptor.storage import ROOM_SECONDS
+from preceptor.telemetry import OFF, Telemetry
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import teacher_pb2 as teacher
 from preceptor.v1 import types_pb2 as types
@@ -46,10 +50,14 @@ CLOCK_SECONDS = 5.0
 class RunExecutor:
     """Executes the runs of one store."""
 
-    def __init__(self, engine: Engine, services: Services, settings: OrchestratorSettings) -> None:
+    def __init__(
+        self, engine: Engine, services: Services, settings: OrchestratorSettings, telemetry: Telemetry = OFF
+    ) -> None:
         self._engine = engine
         self._services = services
         self._settings = settings
+        self._telemetry = telemetry
+        telemetry.metrics.at_scrape(self._gauges)
         self._store = RunStore(engine)
         self._renderer = ReportRenderer()
         self._pool = ThreadPoolExecutor(settings.max_running_runs, thread_name_prefix="run")
@@ -177,8 +185,10 @@ class RunExecutor:
         try:
             self._run(run_id)
             log.info("%s succeeded", run_id)
+            self._count("succeeded")
         except Stopped:
             log.info("%s stopped", run_id)
+            self._count("stopped")
         except DatabaseError:
             raise
         except PreceptorError as error:
@@ -191,7 +201,12 @@ class RunExecutor:
     def _run(self, run_id: str) -> None:
         self._note_evaluator_clock(run_id)
         execution = Execution(
-            self._engine, self._store.get(run_id), self._services, self._renderer, self._settings.patience_seconds
+            self._engine,
+            self._store.get(run_id),
+            self._services,
+            self._renderer,
+            self._settings.patience_seconds,
+            self._telemetry,
         )
         with self._lock:
             self._active[run_id] = execution
@@ -237,7 +252,16 @@ class RunExecutor:
     def _is_cancelled(self, run_id: str) -> bool:
         return run_id in self._to_cancel or self._store.get(run_id).state == CANCELLED
 
+    def _count(self, outcome: str) -> None:
+        self._telemetry.metrics.count(RUNS_FINISHED, outcome=outcome)
+
+    def _gauges(self) -> Iterator[Sample]:
+        with self._lock:
+            active = {run_id: execution.progress for run_id, execution in self._active.items()}
+        yield from run_gauges(active)
+
     def _fail(self, run_id: str, reason: str, message: str) -> None:
+        self._count("failed")
         failure = types.Failure(reason=reason, message=message, attempts=1)
         self._store.move(run_id, FAILED, only_from=(RUNNING,), failure=failure)
 

@@ -26,6 +26,7 @@ from orchestrator.heats import Heats
 from orchestrator.ledger import Ledger
 from orchestrator.plan import RunPlan
 from orchestrator.progress import Progress
+from orchestrator.sight import RunSight
 from orchestrator.teacher_client import TeacherClient
 from orchestrator.timing import RUN, RunClock
 from orchestrator.writing import Writer, unchanged
@@ -44,6 +45,7 @@ class Loop:
         ledger: Ledger,
         clock: RunClock,
         progress: Progress,
+        sight: RunSight | None = None,
     ) -> None:
         self._plan = plan
         self._teacher = teacher_client
@@ -51,7 +53,8 @@ class Loop:
         self._ledger = ledger
         self._clock = clock
         self._progress = progress
-        self._writer = Writer(teacher_client, ledger)
+        self._sight = sight or RunSight()
+        self._writer = Writer(teacher_client, ledger, self._sight)
         self._canary = Canary(plan, teacher_client, evaluator_client, ledger, clock, progress)
 
     def run(self, base_policy: str) -> str:
@@ -64,7 +67,11 @@ class Loop:
         self._canary.look(0, policy_id)
         finished = self._ledger.finished_rounds()
         for number in range(1, self._plan.config.rounds.count + 1):
-            policy_id = finished[number].policy_id if number in finished else self._round(number, policy_id)
+            if number in finished:
+                policy_id = finished[number].policy_id
+            else:
+                with self._sight.round(number):
+                    policy_id = self._round(number, policy_id)
             if (best := self._canary.look(number, policy_id)) is not None:
                 policy_id = best
                 break
@@ -77,6 +84,7 @@ class Loop:
             flow.feed(heats.start(self._written(number, policy_id)))
             for reports in flow.reports():
                 self._ledger.record(*reports)
+                self._sight.reported(number, reports)
                 for report in reports:
                     following = heats.take(report)
                     self._ledger.stop(following.stopped)

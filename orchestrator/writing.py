@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from orchestrator.entries import EditKey, Entry
 from orchestrator.ledger import Ledger
+from orchestrator.sight import RunSight
 from orchestrator.teacher_client import TeacherClient
 from preceptor.v1 import teacher_pb2 as teacher
 from preceptor.v1 import types_pb2 as types
@@ -21,9 +22,10 @@ def unchanged(self_edit: types.SelfEdit) -> types.SelfEdit:
 class Writer:
     """Has self-edits written, once."""
 
-    def __init__(self, teacher_client: TeacherClient, ledger: Ledger) -> None:
+    def __init__(self, teacher_client: TeacherClient, ledger: Ledger, sight: RunSight | None = None) -> None:
         self._teacher = teacher_client
         self._ledger = ledger
+        self._sight = sight or RunSight()
 
     def groups(
         self, stage: str, request: teacher.GenerateSelfEditsRequest, arms: Mapping[str, Adapt]
@@ -42,6 +44,7 @@ class Writer:
             yield from (known[position] for position in sorted(known))
             return
         for position, group in enumerate(self._teacher.generate(request)):
+            self._sight.wrote(stage, position, group.seconds)
             if position not in known:
                 known[position] = [
                     _entry(EditKey(stage, arm, position, written.index), group, written, adapt)
