@@ -46,7 +46,7 @@ CATALOGUE: dict[str, Entry] = {
     "STUDENT_IN_USE": Entry(_STATE, "activate another student first"),
     "NO_ACTIVE_STUDENT": Entry(_STATE, "`preceptor students activate NAME`"),
     "BAD_STUDENT_SOURCE": Entry(
-        _INVALID, "give a folder with config.json, tokenizer.json and *.safetensors, or a model id of the hub"
+        _INVALID, "give a folder or s3://... with config.json, tokenizer.json and *.safetensors, or a hub's model id"
     ),
     "BAD_TEACHER_SOURCE": Entry(
         _INVALID,
@@ -63,7 +63,9 @@ CATALOGUE: dict[str, Entry] = {
         "interpreter in PRECEPTOR_VLLM_PYTHON",
     ),
     "UNSAFE_CHECKPOINT": Entry(_INVALID, "convert the checkpoint to safetensors; pickle files are never loaded"),
-    "MODEL_UNREACHABLE": Entry(_DOWN, "check the path, the network and the hub's token"),
+    "MODEL_UNREACHABLE": Entry(
+        _DOWN, "check the network, HF_ENDPOINT (a mirror), HF_HUB_OFFLINE and HF_TOKEN; or give a folder or s3://..."
+    ),
     "TEACHER_IS_FIXED": Entry(
         _STATE, "use the teacher backend transformers or vllm for a teacher that learns, or a run without updates"
     ),
@@ -74,6 +76,9 @@ CATALOGUE: dict[str, Entry] = {
     "SERVER_TOO_OLD": Entry(_STATE, "install the named version of vLLM or a newer one"),
     "SERVER_CANNOT_ADAPT": Entry(
         _STATE, "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
+    ),
+    "ADAPTER_NOT_SEEN": Entry(
+        _STATE, "mount the folder in the server at the same path (teacher: or set PRECEPTOR_TEACHER_SERVER_MOUNT)"
     ),
     "SERVER_CANNOT_SLEEP": Entry(
         _STATE, "start vLLM with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1, or let the teacher not share its GPU"

@@ -13,7 +13,8 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,14 +107,9 @@ def fetch(source: str, commit: str, copies: ArtifactCache | None = None) -> Path
             raise PreceptorError("STUDENT_CHANGED", message, file=str(folder))
         return folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # its HTTP library's, whichever that is
 
-    try:
+    with _hub_said(source, commit):
         return Path(snapshot_download(source, revision=commit, allow_patterns=_HUB_FILES, etag_timeout=_HUB_SECONDS))
-    except (HTTPError, OSError, ValueError) as error:
-        if (full := storage_error(error)) is not None:  # of the hub's cache
-            raise full from error
-        raise PreceptorError("MODEL_UNREACHABLE", f"{source} at {commit[:12]} cannot be had: {error}") from error
 
 
 def _fetch_from_bucket(source: str, commit: str, copies: ArtifactCache | None) -> Path:
@@ -230,15 +226,8 @@ def _read_json(files: SourceFiles, name: str) -> dict[str, Any]:
 def _inspect_hub(source: str, revision: str) -> SourceFacts:
     # here, because few students come from the hub and importing its client takes as long as all the rest
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of its HTTP library
-        EntryNotFoundError,
-        GatedRepoError,
-        HTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    try:
+    with _hub_said(source, revision):
         info = HfApi().model_info(source, revision=revision or None, timeout=_HUB_SECONDS)
         commit = str(info.sha)
         files = {sibling.rfilename for sibling in info.siblings or ()}
@@ -250,14 +239,37 @@ def _inspect_hub(source: str, revision: str) -> SourceFacts:
         config = hf_hub_download(source, "config.json", revision=commit, etag_timeout=_HUB_SECONDS)
         architecture, context = _read_config(FolderFiles(Path(config).parent), "config.json")
         parameters = int(info.safetensors.total) if info.safetensors else 0
-    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, GatedRepoError) as error:
-        at = f" at {revision}" if revision else ""
-        message = f"there is no folder {source}, and the hub gives no model {source}{at}: {_first_line(error)}"
-        raise PreceptorError("BAD_STUDENT_SOURCE", message, file=source) from None
-    except (HTTPError, OSError, ValueError) as error:
-        message = f"there is no folder {source}, and the hub could not be asked for it: {_first_line(error)}"
-        raise PreceptorError("MODEL_UNREACHABLE", message, file=source) from None
     return SourceFacts(source, commit, architecture, parameters, context)
+
+
+@contextmanager
+def _hub_said(source: str, revision: str) -> Iterator[None]:
+    """What the hub's client raises, in the catalogue's words: BAD_STUDENT_SOURCE for what the hub does not have or not
+    give, MODEL_UNREACHABLE where it cannot be asked, DISK_FULL of its cache."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of its HTTP library
+        EntryNotFoundError,
+        GatedRepoError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = f"{source} at {revision[:12]}" if revision else source
+    try:
+        yield
+    except (HTTPError, OSError, ValueError) as error:
+        if (known := storage_error(error)) is not None:
+            raise known from error
+        # not in the cache, and the hub away: also an EntryNotFoundError
+        refused = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, GatedRepoError)
+        if isinstance(error, refused) and not isinstance(error, LocalEntryNotFoundError):
+            message = f"there is no folder {source}, and the hub gives no model {at}: {_first_line(error)}"
+            raise PreceptorError("BAD_STUDENT_SOURCE", message, file=source) from None
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT}: {_first_line(error)}"
+        message = f"there is no folder {source}, and the hub could not be asked for {at} ({why})"
+        raise PreceptorError("MODEL_UNREACHABLE", message, file=source) from None
 
 
 def _first_line(error: Exception) -> str:
