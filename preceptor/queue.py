@@ -7,10 +7,12 @@ worker) is another, so a late result of an old attempt is still found by its id 
 
 from __future__ import annotations
 
+import socket
+import ssl
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit, urlunsplit
 
 import redis
 from celery import Celery
@@ -21,6 +23,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict
 from preceptor import __version__
 from preceptor.errors import PreceptorError
 from preceptor.names import celery_task_id, split_task_id
+from preceptor.security import plaintext_cause
 from preceptor.v1 import trial_pb2 as trial
 
 TRIAL_BATCH_TASK = "preceptor.run_trial_batch"
@@ -33,6 +36,8 @@ PROTOCOL_VERSION = 1
 # A Redis that accepts and says nothing is one that is away: this long is waited for a single answer.
 ANSWER_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
+# Asking why must not take longer than the next try would.
+CAUSE_SECONDS = 2.0
 # The longest pause between two tries to store a result.
 RESULT_RETRY_SECONDS = 5.0
 
@@ -140,8 +145,8 @@ def celery_url(broker_url: str) -> str:
 def check_broker(broker_url: str) -> float:
     """Asks Redis once. Returns by how many seconds this machine's clock is ahead of the one of Redis.
 
-    Raises PreceptorError(BROKER_REFUSED) where trying again cannot help (URL, user, password, database number), else
-    BROKER_UNREACHABLE. No message holds the password.
+    Raises PreceptorError: BROKER_REFUSED where trying again cannot help (URL, user, password, database number),
+    TLS_FAILED where certificates are why, else BROKER_UNREACHABLE. No message holds the password.
     """
     place = _without_password(broker_url)
     try:
@@ -159,19 +164,80 @@ def check_broker(broker_url: str) -> float:
             seconds, microseconds = client.time()
             answered = time.time()
     except (redis.AuthenticationError, redis.ResponseError) as error:
-        wanting = isinstance(error, redis.AuthenticationError) and place == broker_url
+        wanting = isinstance(error, redis.AuthenticationError) and "@" not in broker_url
         why = "it wants a password" if wanting else error
         raise PreceptorError("BROKER_REFUSED", f"Redis at {place} refuses: {why}") from None
     except (redis.RedisError, OSError) as error:
+        if why := _tls_cause(broker_url, error):
+            raise PreceptorError("TLS_FAILED", f"Redis at {place}: {why}") from None
         raise PreceptorError("BROKER_UNREACHABLE", f"Redis at {place} does not answer: {error}") from None
     return (asked + answered) / 2 - (seconds + microseconds / 1e6)
 
 
+def _tls_cause(url: str, error: Exception) -> str:
+    """Why TLS is the reason that Redis cannot be asked; empty where it is not."""
+    parts = urlsplit(url)
+    said = str(error)
+    if parts.scheme == "redis" and isinstance(error, redis.ConnectionError):
+        try:
+            speaks = plaintext_cause(f"{parts.hostname}:{parts.port or 6379}")
+        except ValueError:  # no port
+            return ""
+        return "it speaks TLS; write rediss:// in PRECEPTOR_BROKER_URL" if speaks else ""
+    if parts.scheme != "rediss":
+        return ""
+    if isinstance(error, redis.TimeoutError):
+        return "it does not speak TLS; write redis:// in PRECEPTOR_BROKER_URL" if _speaks_plainly(parts) else ""
+    if "SSL: " not in said and not (said := _hung_up(parts)):
+        return ""
+    if "mismatch" in said or "not valid for" in said:
+        return f"its certificate does not name {parts.hostname} (subjectAltName)"
+    if "CERTIFICATE_VERIFY_FAILED" in said:
+        return f"its certificate is refused: {said.rpartition('verify failed: ')[2].partition(' (_ssl')[0]}"
+    if "ALERT_" in said:
+        alert = said.rpartition("ALERT_")[2].partition("]")[0].replace("_", " ").lower()
+        return f"it refuses this side's certificate: {alert}"
+    return said
+
+
+def _hung_up(parts: SplitResult) -> str:
+    """What a Redis says that shakes hands and then wants nothing of us; empty where it does not do that. In TLS 1.3 a
+    server judges the client's certificate after the client believes to be connected."""
+    files = dict(parse_qsl(parts.query))
+    try:
+        context = ssl.create_default_context(cafile=files.get("ssl_ca_certs"))
+        if "ssl_certfile" in files:
+            context.load_cert_chain(files["ssl_certfile"], files.get("ssl_keyfile"))
+        with (
+            socket.create_connection((parts.hostname, parts.port or 6379), timeout=CAUSE_SECONDS) as plain,
+            context.wrap_socket(plain, server_hostname=parts.hostname) as connection,
+        ):
+            try:
+                return "" if connection.recv(1) else "ALERT_NONE_GIVEN]"
+            except TimeoutError:  # it waits for us to speak
+                return ""
+    except ssl.SSLError as error:
+        return str(error)
+    except (OSError, ValueError):
+        return ""
+
+
+def _speaks_plainly(parts: SplitResult) -> bool:
+    """Whether a Redis answers there without TLS; with TLS it would say nothing to this."""
+    try:
+        with socket.create_connection((parts.hostname, parts.port or 6379), timeout=CAUSE_SECONDS) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(1) in (b"+", b"-")
+    except (OSError, ValueError):
+        return False
+
+
 def _without_password(url: str) -> str:
-    before, at, place = url.rpartition("@")
+    bare = url.partition("?")[0]  # nor what names files, or a password in another way
+    before, at, place = bare.rpartition("@")
     scheme, _, secret = before.partition("://")
     user = secret.partition(":")[0]
-    return f"{scheme}://{user}{':***' if ':' in secret else ''}@{place}" if at else url
+    return f"{scheme}://{user}{':***' if ':' in secret else ''}@{place}" if at else bare
 
 
 def queue_of(student: str, dedicated: Collection[str] = ()) -> str:

@@ -26,12 +26,11 @@ import grpc
 from pydantic import ValidationError
 
 from preceptor.errors import PreceptorError
-from preceptor.settings import SecuritySettings
+from preceptor.settings import CA_FILE, CERTIFICATE_FILE, KEY_FILE, SecuritySettings
 
 log = logging.getLogger(__name__)
 
 TOKEN, TOKEN_FILE, TLS = "PRECEPTOR_TOKEN", "PRECEPTOR_TOKEN_FILE", "PRECEPTOR_TLS"
-CA_FILE, CERTIFICATE_FILE, KEY_FILE = "ca.pem", "cert.pem", "key.pem"
 # Asking why a connection failed must not take longer than the caller would have waited for the next try.
 CAUSE_SECONDS = 1.0
 HANG_UP_SECONDS = 0.3

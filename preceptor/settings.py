@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Literal, Self
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -16,6 +16,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from preceptor.artifact_cache import ArtifactCache
 from preceptor.errors import PreceptorError
 
+# Of a PRECEPTOR_TLS folder.
+CA_FILE, CERTIFICATE_FILE, KEY_FILE = "ca.pem", "cert.pem", "key.pem"
 STUDENT_NAME = re.compile(r"[a-z0-9_.-]{1,64}")
 
 
@@ -68,12 +70,12 @@ class HouseSettings(SecuritySettings):
     artifact_cache_gb: float = Field(
         100.0, gt=0, description="copies of what lies in buckets, kept under home; the least recently used leave first"
     )
-    teacher_address: str = "127.0.0.1:7101"
-    student_address: str = "127.0.0.1:7102"
-    evaluator_address: str = "127.0.0.1:7103"
-    orchestrator_address: str = "127.0.0.1:7104"
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    log_format: Literal["text", "json"] = "text"
+    teacher_address: str = Field("127.0.0.1:7101", description="where the teacher serves")
+    student_address: str = Field("127.0.0.1:7102", description="where the student serves")
+    evaluator_address: str = Field("127.0.0.1:7103", description="where the evaluator serves")
+    orchestrator_address: str = Field("127.0.0.1:7104", description="where the orchestrator serves")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="the least that is logged")
+    log_format: Literal["text", "json"] = Field("text", description="lines for people, or JSON for machines")
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus metrics over HTTP; 0: none")
     metrics_host: str = Field("127.0.0.1", description="interface of the metrics; only loopback by default")
     otlp_endpoint: str = Field(
@@ -92,6 +94,15 @@ class HouseSettings(SecuritySettings):
         if self.broker_password_file is not None:
             self.broker_url = _with_password("PRECEPTOR_BROKER", self.broker_url, self.broker_password_file)
             self.broker_password_file = None
+        return self
+
+    @model_validator(mode="after")
+    def _broker_certificates(self) -> Self:
+        """With TLS, Redis is one of the house, unless its URL names other files."""
+        if self.tls and self.broker_url.startswith("rediss://") and "ssl_" not in urlsplit(self.broker_url).query:
+            files = {"ssl_ca_certs": CA_FILE, "ssl_certfile": CERTIFICATE_FILE, "ssl_keyfile": KEY_FILE}
+            query = urlencode({name: str(self.tls.resolve() / file) for name, file in files.items()})
+            self.broker_url += f"{'&' if urlsplit(self.broker_url).query else '?'}{query}"
         return self
 
     @field_validator("otlp_endpoint")

