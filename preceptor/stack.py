@@ -193,6 +193,7 @@ class Stack:
                 "TOKENIZERS_PARALLELISM": "false",
                 "HF_HUB_DISABLE_TELEMETRY": "1",
                 "PYTHONUNBUFFERED": "1",
+                **self._metrics_port(),
                 **extra,
             }
         )
@@ -200,6 +201,11 @@ class Stack:
         child.start()
         self._children.append(child)
         self._write_state()  # whatever happens from here on, the next start finds it
+
+    def _metrics_port(self) -> dict[str, str]:
+        """Of the next child: the one that is set is the first service's, the others have those that follow."""
+        port = self._settings.metrics_port
+        return {"PRECEPTOR_METRICS_PORT": str(port + len(self._children) - 1)} if port and self._children else {}
 
     def _wait_for_redis(self, port: int) -> None:
         redis = self._children[0]
