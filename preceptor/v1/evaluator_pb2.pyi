@@ -915,3 +915,41 @@ class GetQueueStatusResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["evaluations_failed", b"evaluations_failed", "evaluations_waiting", b"evaluations_waiting", "queued_batches", b"queued_batches", "queues", b"queues", "running_batches", b"running_batches", "trials_done", b"trials_done", "worker_peak_memory_bytes", b"worker_peak_memory_bytes", "workers", b"workers", "workers_alive", b"workers_alive"]) -> None: ...
 
 Global___GetQueueStatusResponse: typing_extensions.TypeAlias = GetQueueStatusResponse
+
+@typing.final
+class EvaluatorServiceCollectGarbageRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    KEEP_DAYS_FIELD_NUMBER: builtins.int
+    dry_run: builtins.bool
+    """Only say what would go."""
+    keep_days: builtins.int
+    """What is from within so many days stays; at most 36,500. Default 30."""
+    def __init__(
+        self,
+        *,
+        dry_run: builtins.bool = ...,
+        keep_days: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_keep_days", b"_keep_days", "keep_days", b"keep_days"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_keep_days", b"_keep_days", "dry_run", b"dry_run", "keep_days", b"keep_days"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_keep_days", b"_keep_days"]) -> typing.Literal["keep_days"] | None: ...
+
+Global___EvaluatorServiceCollectGarbageRequest: typing_extensions.TypeAlias = EvaluatorServiceCollectGarbageRequest
+
+@typing.final
+class EvaluatorServiceCollectGarbageResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GARBAGE_FIELD_NUMBER: builtins.int
+    @property
+    def garbage(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[preceptor.v1.types_pb2.Garbage]: ...
+    def __init__(
+        self,
+        *,
+        garbage: collections.abc.Iterable[preceptor.v1.types_pb2.Garbage] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["garbage", b"garbage"]) -> None: ...
+
+Global___EvaluatorServiceCollectGarbageResponse: typing_extensions.TypeAlias = EvaluatorServiceCollectGarbageResponse

@@ -80,6 +80,11 @@ class EvaluatorServiceStub(object):
                 request_serializer=preceptor_dot_v1_dot_evaluator__pb2.GetQueueStatusRequest.SerializeToString,
                 response_deserializer=preceptor_dot_v1_dot_evaluator__pb2.GetQueueStatusResponse.FromString,
                 _registered_method=True)
+        self.CollectGarbage = channel.unary_unary(
+                '/preceptor.v1.EvaluatorService/CollectGarbage',
+                request_serializer=preceptor_dot_v1_dot_evaluator__pb2.EvaluatorServiceCollectGarbageRequest.SerializeToString,
+                response_deserializer=preceptor_dot_v1_dot_evaluator__pb2.EvaluatorServiceCollectGarbageResponse.FromString,
+                _registered_method=True)
 
 
 class EvaluatorServiceServicer(object):
@@ -147,6 +152,13 @@ class EvaluatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CollectGarbage(self, request, context):
+        """Forgets how finished work was done and what judges said, both long ago. Evaluations stay. Asking twice removes once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EvaluatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -194,6 +206,11 @@ def add_EvaluatorServiceServicer_to_server(servicer, server):
                     servicer.GetQueueStatus,
                     request_deserializer=preceptor_dot_v1_dot_evaluator__pb2.GetQueueStatusRequest.FromString,
                     response_serializer=preceptor_dot_v1_dot_evaluator__pb2.GetQueueStatusResponse.SerializeToString,
+            ),
+            'CollectGarbage': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectGarbage,
+                    request_deserializer=preceptor_dot_v1_dot_evaluator__pb2.EvaluatorServiceCollectGarbageRequest.FromString,
+                    response_serializer=preceptor_dot_v1_dot_evaluator__pb2.EvaluatorServiceCollectGarbageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -440,6 +457,33 @@ class EvaluatorService(object):
             '/preceptor.v1.EvaluatorService/GetQueueStatus',
             preceptor_dot_v1_dot_evaluator__pb2.GetQueueStatusRequest.SerializeToString,
             preceptor_dot_v1_dot_evaluator__pb2.GetQueueStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectGarbage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/preceptor.v1.EvaluatorService/CollectGarbage',
+            preceptor_dot_v1_dot_evaluator__pb2.EvaluatorServiceCollectGarbageRequest.SerializeToString,
+            preceptor_dot_v1_dot_evaluator__pb2.EvaluatorServiceCollectGarbageResponse.FromString,
             options,
             channel_credentials,
             insecure,

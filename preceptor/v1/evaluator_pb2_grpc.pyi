@@ -169,7 +169,23 @@ _EvaluatorServiceGetQueueStatusType = typing_extensions.TypeVar(
     ],
 )
 
-class EvaluatorServiceStub(typing.Generic[_EvaluatorServiceCreateEvaluationsType, _EvaluatorServiceGetEvaluationType, _EvaluatorServiceListEvaluationsType, _EvaluatorServiceWatchEvaluationsType, _EvaluatorServiceCancelEvaluationsType, _EvaluatorServiceGradeAnswersType, _EvaluatorServiceListAttemptsType, _EvaluatorServiceRetryEvaluationsType, _EvaluatorServiceGetQueueStatusType]):
+_EvaluatorServiceCollectGarbageType = typing_extensions.TypeVar(
+    '_EvaluatorServiceCollectGarbageType',
+    grpc.UnaryUnaryMultiCallable[
+        preceptor.v1.evaluator_pb2.EvaluatorServiceCollectGarbageRequest,
+        preceptor.v1.evaluator_pb2.EvaluatorServiceCollectGarbageResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        preceptor.v1.evaluator_pb2.EvaluatorServiceCollectGarbageRequest,
+        preceptor.v1.evaluator_pb2.EvaluatorServiceCollectGarbageResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        preceptor.v1.evaluator_pb2.EvaluatorServiceCollectGarbageRequest,
+        preceptor.v1.evaluator_pb2.EvaluatorServiceCollectGarbageResponse,
+    ],
+)
+
+class EvaluatorServiceStub(typing.Generic[_EvaluatorServiceCreateEvaluationsType, _EvaluatorServiceGetEvaluationType, _EvaluatorServiceListEvaluationsType, _EvaluatorServiceWatchEvaluationsType, _EvaluatorServiceCancelEvaluationsType, _EvaluatorServiceGradeAnswersType, _EvaluatorServiceListAttemptsType, _EvaluatorServiceRetryEvaluationsType, _EvaluatorServiceGetQueueStatusType, _EvaluatorServiceCollectGarbageType]):
     """Turns self-edits into rewards: dispatches trials, grades answers, subtracts the baseline."""
 
     @typing.overload
@@ -209,6 +225,10 @@ class EvaluatorServiceStub(typing.Generic[_EvaluatorServiceCreateEvaluationsType
         grpc.UnaryUnaryMultiCallable[
             preceptor.v1.evaluator_pb2.GetQueueStatusRequest,
             preceptor.v1.evaluator_pb2.GetQueueStatusResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            preceptor.v1.evaluator_pb2.EvaluatorServiceCollectGarbageRequest,
+            preceptor.v1.evaluator_pb2.EvaluatorServiceCollectGarbageResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -250,6 +270,10 @@ class EvaluatorServiceStub(typing.Generic[_EvaluatorServiceCreateEvaluationsType
             preceptor.v1.evaluator_pb2.GetQueueStatusRequest,
             preceptor.v1.evaluator_pb2.GetQueueStatusResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            preceptor.v1.evaluator_pb2.EvaluatorServiceCollectGarbageRequest,
+            preceptor.v1.evaluator_pb2.EvaluatorServiceCollectGarbageResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     CreateEvaluations: _EvaluatorServiceCreateEvaluationsType
@@ -276,6 +300,9 @@ class EvaluatorServiceStub(typing.Generic[_EvaluatorServiceCreateEvaluationsType
 
     GetQueueStatus: _EvaluatorServiceGetQueueStatusType
     """Queue and workers, for live views."""
+
+    CollectGarbage: _EvaluatorServiceCollectGarbageType
+    """Forgets how finished work was done and what judges said, both long ago. Evaluations stay. Asking twice removes once."""
 
 EvaluatorServiceAsyncStub: typing_extensions.TypeAlias = EvaluatorServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -313,6 +340,10 @@ EvaluatorServiceAsyncStub: typing_extensions.TypeAlias = EvaluatorServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         preceptor.v1.evaluator_pb2.GetQueueStatusRequest,
         preceptor.v1.evaluator_pb2.GetQueueStatusResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        preceptor.v1.evaluator_pb2.EvaluatorServiceCollectGarbageRequest,
+        preceptor.v1.evaluator_pb2.EvaluatorServiceCollectGarbageResponse,
     ],
 ]
 
@@ -388,5 +419,13 @@ class EvaluatorServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[preceptor.v1.evaluator_pb2.GetQueueStatusResponse, collections.abc.Awaitable[preceptor.v1.evaluator_pb2.GetQueueStatusResponse]]:
         """Queue and workers, for live views."""
+
+    @abc.abstractmethod
+    def CollectGarbage(
+        self,
+        request: preceptor.v1.evaluator_pb2.EvaluatorServiceCollectGarbageRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[preceptor.v1.evaluator_pb2.EvaluatorServiceCollectGarbageResponse, collections.abc.Awaitable[preceptor.v1.evaluator_pb2.EvaluatorServiceCollectGarbageResponse]]:
+        """Forgets how finished work was done and what judges said, both long ago. Evaluations stay. Asking twice removes once."""
 
 def add_EvaluatorServiceServicer_to_server(servicer: EvaluatorServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

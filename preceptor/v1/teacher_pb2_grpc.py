@@ -75,6 +75,11 @@ class TeacherServiceStub(object):
                 request_serializer=preceptor_dot_v1_dot_teacher__pb2.ListPromptFormatsRequest.SerializeToString,
                 response_deserializer=preceptor_dot_v1_dot_teacher__pb2.ListPromptFormatsResponse.FromString,
                 _registered_method=True)
+        self.CollectGarbage = channel.unary_unary(
+                '/preceptor.v1.TeacherService/CollectGarbage',
+                request_serializer=preceptor_dot_v1_dot_teacher__pb2.TeacherServiceCollectGarbageRequest.SerializeToString,
+                response_deserializer=preceptor_dot_v1_dot_teacher__pb2.TeacherServiceCollectGarbageResponse.FromString,
+                _registered_method=True)
 
 
 class TeacherServiceServicer(object):
@@ -136,6 +141,14 @@ class TeacherServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CollectGarbage(self, request, context):
+        """Removes what nobody needs any more. A policy whose adapter is removed stays, and is trained again when it is asked
+        for. Asking twice removes once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TeacherServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -178,6 +191,11 @@ def add_TeacherServiceServicer_to_server(servicer, server):
                     servicer.ListPromptFormats,
                     request_deserializer=preceptor_dot_v1_dot_teacher__pb2.ListPromptFormatsRequest.FromString,
                     response_serializer=preceptor_dot_v1_dot_teacher__pb2.ListPromptFormatsResponse.SerializeToString,
+            ),
+            'CollectGarbage': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectGarbage,
+                    request_deserializer=preceptor_dot_v1_dot_teacher__pb2.TeacherServiceCollectGarbageRequest.FromString,
+                    response_serializer=preceptor_dot_v1_dot_teacher__pb2.TeacherServiceCollectGarbageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -397,6 +415,33 @@ class TeacherService(object):
             '/preceptor.v1.TeacherService/ListPromptFormats',
             preceptor_dot_v1_dot_teacher__pb2.ListPromptFormatsRequest.SerializeToString,
             preceptor_dot_v1_dot_teacher__pb2.ListPromptFormatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectGarbage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/preceptor.v1.TeacherService/CollectGarbage',
+            preceptor_dot_v1_dot_teacher__pb2.TeacherServiceCollectGarbageRequest.SerializeToString,
+            preceptor_dot_v1_dot_teacher__pb2.TeacherServiceCollectGarbageResponse.FromString,
             options,
             channel_credentials,
             insecure,

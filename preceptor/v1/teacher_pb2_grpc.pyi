@@ -153,7 +153,23 @@ _TeacherServiceListPromptFormatsType = typing_extensions.TypeVar(
     ],
 )
 
-class TeacherServiceStub(typing.Generic[_TeacherServiceGenerateSelfEditsType, _TeacherServiceUpdatePolicyType, _TeacherServiceCancelUpdatesType, _TeacherServiceGetPolicyType, _TeacherServiceListPoliciesType, _TeacherServiceWatchPolicyType, _TeacherServiceActivatePolicyType, _TeacherServiceListPromptFormatsType]):
+_TeacherServiceCollectGarbageType = typing_extensions.TypeVar(
+    '_TeacherServiceCollectGarbageType',
+    grpc.UnaryUnaryMultiCallable[
+        preceptor.v1.teacher_pb2.TeacherServiceCollectGarbageRequest,
+        preceptor.v1.teacher_pb2.TeacherServiceCollectGarbageResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        preceptor.v1.teacher_pb2.TeacherServiceCollectGarbageRequest,
+        preceptor.v1.teacher_pb2.TeacherServiceCollectGarbageResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        preceptor.v1.teacher_pb2.TeacherServiceCollectGarbageRequest,
+        preceptor.v1.teacher_pb2.TeacherServiceCollectGarbageResponse,
+    ],
+)
+
+class TeacherServiceStub(typing.Generic[_TeacherServiceGenerateSelfEditsType, _TeacherServiceUpdatePolicyType, _TeacherServiceCancelUpdatesType, _TeacherServiceGetPolicyType, _TeacherServiceListPoliciesType, _TeacherServiceWatchPolicyType, _TeacherServiceActivatePolicyType, _TeacherServiceListPromptFormatsType, _TeacherServiceCollectGarbageType]):
     """Writes self-edits and learns from their rewards."""
 
     @typing.overload
@@ -189,6 +205,10 @@ class TeacherServiceStub(typing.Generic[_TeacherServiceGenerateSelfEditsType, _T
         grpc.UnaryUnaryMultiCallable[
             preceptor.v1.teacher_pb2.ListPromptFormatsRequest,
             preceptor.v1.teacher_pb2.ListPromptFormatsResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            preceptor.v1.teacher_pb2.TeacherServiceCollectGarbageRequest,
+            preceptor.v1.teacher_pb2.TeacherServiceCollectGarbageResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -226,6 +246,10 @@ class TeacherServiceStub(typing.Generic[_TeacherServiceGenerateSelfEditsType, _T
             preceptor.v1.teacher_pb2.ListPromptFormatsRequest,
             preceptor.v1.teacher_pb2.ListPromptFormatsResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            preceptor.v1.teacher_pb2.TeacherServiceCollectGarbageRequest,
+            preceptor.v1.teacher_pb2.TeacherServiceCollectGarbageResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     GenerateSelfEdits: _TeacherServiceGenerateSelfEditsType
@@ -252,6 +276,11 @@ class TeacherServiceStub(typing.Generic[_TeacherServiceGenerateSelfEditsType, _T
     """Makes a policy the one that a request without policy_id gets. Activating an older one rolls back."""
 
     ListPromptFormats: _TeacherServiceListPromptFormatsType
+
+    CollectGarbage: _TeacherServiceCollectGarbageType
+    """Removes what nobody needs any more. A policy whose adapter is removed stays, and is trained again when it is asked
+    for. Asking twice removes once.
+    """
 
 TeacherServiceAsyncStub: typing_extensions.TypeAlias = TeacherServiceStub[
     grpc.aio.UnaryStreamMultiCallable[
@@ -285,6 +314,10 @@ TeacherServiceAsyncStub: typing_extensions.TypeAlias = TeacherServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         preceptor.v1.teacher_pb2.ListPromptFormatsRequest,
         preceptor.v1.teacher_pb2.ListPromptFormatsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        preceptor.v1.teacher_pb2.TeacherServiceCollectGarbageRequest,
+        preceptor.v1.teacher_pb2.TeacherServiceCollectGarbageResponse,
     ],
 ]
 
@@ -355,5 +388,15 @@ class TeacherServiceServicer(metaclass=abc.ABCMeta):
         request: preceptor.v1.teacher_pb2.ListPromptFormatsRequest,
         context: _ServicerContext,
     ) -> typing.Union[preceptor.v1.teacher_pb2.ListPromptFormatsResponse, collections.abc.Awaitable[preceptor.v1.teacher_pb2.ListPromptFormatsResponse]]: ...
+
+    @abc.abstractmethod
+    def CollectGarbage(
+        self,
+        request: preceptor.v1.teacher_pb2.TeacherServiceCollectGarbageRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[preceptor.v1.teacher_pb2.TeacherServiceCollectGarbageResponse, collections.abc.Awaitable[preceptor.v1.teacher_pb2.TeacherServiceCollectGarbageResponse]]:
+        """Removes what nobody needs any more. A policy whose adapter is removed stays, and is trained again when it is asked
+        for. Asking twice removes once.
+        """
 
 def add_TeacherServiceServicer_to_server(servicer: TeacherServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

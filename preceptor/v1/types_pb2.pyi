@@ -390,6 +390,43 @@ class Artifact(google.protobuf.message.Message):
 Global___Artifact: typing_extensions.TypeAlias = Artifact
 
 @typing.final
+class Garbage(google.protobuf.message.Message):
+    """Something that a service keeps and may let go: whatever needs it again makes it again."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    AGE_SECONDS_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    kind: builtins.str
+    """E.g. "adapter", "leftover", "written groups", "attempts", "verdicts"."""
+    name: builtins.str
+    """Empty for rows of a table, which are told together."""
+    count: builtins.int
+    """How many; 1 where it has a name."""
+    bytes: builtins.int
+    age_seconds: builtins.float
+    """Since it was made or last used; of rows the oldest."""
+    reason: builtins.str
+    """Why it may go."""
+    def __init__(
+        self,
+        *,
+        kind: builtins.str = ...,
+        name: builtins.str = ...,
+        count: builtins.int = ...,
+        bytes: builtins.int = ...,
+        age_seconds: builtins.float = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["age_seconds", b"age_seconds", "bytes", b"bytes", "count", b"count", "kind", b"kind", "name", b"name", "reason", b"reason"]) -> None: ...
+
+Global___Garbage: typing_extensions.TypeAlias = Garbage
+
+@typing.final
 class PinnedStudent(google.protobuf.message.Message):
     """A student pinned to the byte: jobs carry this, so a swap never races with a job."""
 
