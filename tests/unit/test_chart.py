@@ -45,7 +45,7 @@ SETTINGS: dict[str, type[HouseSettings]] = {
 }
 # Variables of others: Hugging Face's, AWS's, vLLM's and what its caches need.
 FOREIGN = re.compile(r"HF_(HOME|TOKEN_PATH|HUB_OFFLINE)|AWS_(ENDPOINT_URL|SHARED_CREDENTIALS_FILE|REGION)")
-OF_VLLM = re.compile(FOREIGN.pattern + r"|VLLM_\w+|HOME|USER|TRITON_CACHE_DIR|TORCHINDUCTOR_CACHE_DIR")
+OF_VLLM = re.compile(FOREIGN.pattern + r"|VLLM_\w+|HOME|USER|TRITON_CACHE_DIR|TORCHINDUCTOR_CACHE_DIR|DO_NOT_TRACK")
 SCALED_OBJECT = {
     "type": "object",
     "additionalProperties": False,
@@ -114,6 +114,7 @@ VARIANTS: list[tuple[str, ...]] = [
     ("small", "metrics.enabled=false", "networkPolicy.enabled=false"),
     ("small", "security.tokenSecret.name=t"),
     ("full", "security.tlsSecret=", "hub.cacheClaim=", "models.claim=", "hub.offline=true", "hub.tokenSecret.name="),
+    ("full", "artifacts.url=", "artifacts.claim=weights", "vllm.policiesClaim="),
     ("full", "vllm.enabled=false", "redis.passwordSecret.name=", "postgres.passwordSecret.name="),
 ]
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids="+".join)
@@ -385,6 +386,26 @@ def test_groups_of_workers_follow_the_queues_that_they_take_from() -> None:
     assert limits == {"h100": (0, 64), "l40s": (1, 4)}
 
 
+@pytest.mark.parametrize("artifacts", ["bucket", "claim"])
+def test_the_teachers_server_sees_policies_where_the_teacher_writes_them(artifacts: str) -> None:
+    sets = () if artifacts == "bucket" else ("artifacts.url=", "artifacts.claim=weights", "vllm.policiesClaim=")
+    made = {process(one): one for one in of_kind(("full", *sets), "Deployment")}
+    values = environment(made["teacher"])
+    read = HouseSettings(home=values["PRECEPTOR_HOME"], artifacts_url=values["PRECEPTOR_ARTIFACTS_URL"])
+    folder = str(read.artifact_cache._folder) if artifacts == "bucket" else read.artifacts
+    for who, read_only in (("teacher", False), ("vllm", True)):
+        mounts = {mount["mountPath"]: mount for mount in container(made[who])["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in pod(made[who])["volumes"]}
+        claim = volumes[mounts[folder]["name"]]["persistentVolumeClaim"]["claimName"]
+        assert claim == ("preceptor-policies" if artifacts == "bucket" else "weights")
+        assert mounts[folder].get("readOnly", False) is read_only
+    command = container(made["vllm"])["args"]
+    assert f"--served-model-name={values['PRECEPTOR_TEACHER_SERVER_MODEL']}" in command
+    assert f"--max-loras={values['PRECEPTOR_TEACHER_SERVER_ADAPTERS']}" in command
+    assert values["PRECEPTOR_TEACHER_SOURCE"] in command
+    assert f"--revision={values['PRECEPTOR_TEACHER_REVISION']}" in command
+
+
 def test_only_who_calls_may_reach_a_service() -> None:
     policies = {component(one): one["spec"] for one in of_kind(("full",), "NetworkPolicy")}
     ports = {component(one): one["spec"]["ports"][0]["port"] for one in of_kind(("full",), "Service")}
@@ -435,16 +456,20 @@ def test_numbers_in_the_environment_stay_numbers() -> None:
     assert values["PRECEPTOR_BATCHES_IN_FLIGHT"] == "512"
 
 
-def test_the_notes_name_what_was_installed() -> None:
-    done = run_helm("install", "mine", str(CHART), "--dry-run=client", "-f", str(FILES["full"]))
+def test_the_notes_name_what_was_installed(tmp_path: Path) -> None:
+    """Helm shows notes only where there is a cluster; so a copy of the chart renders them as an object."""
+    chart = shutil.copytree(CHART, tmp_path / "chart")
+    notes = chart / "templates" / "NOTES.txt"
+    (chart / "templates" / "_notes.tpl").write_text(f'{{{{ define "notes" }}}}{notes.read_text()}{{{{ end }}}}')
+    (chart / "templates" / "notes.yaml").write_text('notes: {{ include "notes" . | quote }}\n')
+    notes.unlink()
+    done = run_helm("template", "mine", str(chart), "-f", str(FILES["full"]), "--show-only", "templates/notes.yaml")
     assert done.returncode == 0, done.stderr
-    notes = done.stdout.partition("NOTES:")[2]
-    for word in (
-        "port-forward service/mine-preceptor-orchestrator 7104",
-        "PRECEPTOR_TOKEN_FILE",
-        "Workers h100: 0 to 64",
-    ):
-        assert word in notes
+    said = yaml.safe_load(done.stdout)["notes"]
+    assert "port-forward service/mine-preceptor-orchestrator 7104" in said
+    assert "go-template='{{ index .data \"token\" | base64decode }}' > token" in said
+    assert "Workers h100: 0 to 64" in said
+    assert "mine-preceptor-evaluator mine-preceptor-orchestrator" in said  # what the certificate must name
 
 
 def test_every_value_is_described_by_the_schema_and_the_readme_names_the_top_ones() -> None:

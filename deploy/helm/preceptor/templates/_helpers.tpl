@@ -42,7 +42,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end }}
 {{- if $v.vllm.enabled }}
 {{- if not $v.vllm.model }}{{ fail "vllm.model is needed with vllm.enabled" }}{{ end }}
-{{- if not $v.vllm.policiesClaim }}{{ fail "vllm.policiesClaim is needed: policies reach the server as folders on a claim that it shares with the teacher" }}{{ end }}
+{{- if and $v.artifacts.url (not $v.vllm.policiesClaim) }}{{ fail "vllm.policiesClaim is needed with artifacts.url: policies reach the server as folders on a claim that it shares with the teacher" }}{{ end }}
 {{- end }}
 {{- end }}
 
@@ -156,8 +156,8 @@ affinity: {{ toYaml . | nindent 2 }}
 {{- if $v.models.claim }}
 - {name: models, mountPath: /models, readOnly: true}
 {{- end }}
-{{- if .policies }}
-- {name: policies, mountPath: /var/lib/preceptor-policies}
+{{- if and .policies $v.artifacts.url }}
+- {name: policies, mountPath: {{ (include "preceptor.policies" . | fromYaml).path }}}
 {{- end }}
 {{- end }}
 
@@ -186,7 +186,7 @@ affinity: {{ toYaml . | nindent 2 }}
 {{- if $v.models.claim }}
 - {name: models, persistentVolumeClaim: {claimName: {{ $v.models.claim }}, readOnly: true}}
 {{- end }}
-{{- if .policies }}
+{{- if and .policies $v.artifacts.url }}
 - {name: policies, persistentVolumeClaim: {claimName: {{ $v.vllm.policiesClaim }}}}
 {{- end }}
 {{- end }}
@@ -209,17 +209,16 @@ PRECEPTOR_TEACHER_BACKEND: vllm
 PRECEPTOR_TEACHER_SOURCE: {{ .Values.vllm.model | quote }}
 PRECEPTOR_TEACHER_REVISION: {{ .Values.vllm.revision | quote }}
 PRECEPTOR_TEACHER_SERVER_URL: http://{{ include "preceptor.fullname" . }}-vllm:8000
+PRECEPTOR_TEACHER_SERVER_MODEL: teacher
+PRECEPTOR_TEACHER_SERVER_ADAPTERS: {{ .Values.vllm.maxLoras | quote }}
 {{- if .Values.vllm.apiKeySecret.name }}
 PRECEPTOR_TEACHER_SERVER_API_KEY_FILE: /run/secrets/preceptor/vllm-key
 {{- end }}
 {{- end }}
 
-{{- define "preceptor.vllmArguments" -}}
-- --host=0.0.0.0
-- --port=8000
-- --max-model-len={{ .maxModelLen }}
-- --generation-config=vllm
-- --enable-lora
-- --max-loras={{ .maxLoras }}
-- --max-lora-rank={{ .maxLoraRank }}
+{{- /* Where policies lie that the teacher's server loads: the claim of all artifacts, or that of the copies of a bucket's. */ -}}
+{{- define "preceptor.policies" -}}
+{{- $v := .root.Values }}
+claim: {{ ternary $v.artifacts.claim $v.vllm.policiesClaim (empty $v.artifacts.url) }}
+path: /var/lib/preceptor/{{ ternary "artifacts" "artifact-cache" (empty $v.artifacts.url) }}
 {{- end }}
