@@ -134,7 +134,7 @@ def test_the_broker_is_checked_and_its_clock_compared(
         (lambda url: "redis://:secret@127.0.0.1:1/0", "BROKER_UNREACHABLE", "Connection refused"),
         (lambda url: "redis://:secret@no.such.host.invalid/0", "BROKER_UNREACHABLE", "redis://:***@no.such.host"),
         (lambda url: "unix:///no/such/socket?db=0", "BROKER_UNREACHABLE", "/no/such/socket"),
-        (lambda url: url.replace("redis://", "rediss://"), "BROKER_UNREACHABLE", "does not answer"),
+        (lambda url: url.replace("redis://", "rediss://"), "TLS_FAILED", "it does not speak TLS"),
     ],
 )
 def test_a_wrong_broker_is_named_without_its_password(
