@@ -703,24 +703,24 @@ class TeacherServiceCollectGarbageRequest(google.protobuf.message.Message):
 
     DRY_RUN_FIELD_NUMBER: builtins.int
     KEEP_DAYS_FIELD_NUMBER: builtins.int
-    KEEP_POLICIES_FIELD_NUMBER: builtins.int
+    KEEP_OWNERS_FIELD_NUMBER: builtins.int
     dry_run: builtins.bool
     """Only say what would go."""
     keep_days: builtins.int
     """What was made or used within so many days stays; at most 36,500. Default 30."""
     @property
-    def keep_policies(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Policies whose adapters stay, e.g. those of runs under way; at most 10,000."""
+    def keep_owners(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What updates of these owners made stays, e.g. of runs under way; at most 10,000."""
 
     def __init__(
         self,
         *,
         dry_run: builtins.bool = ...,
         keep_days: builtins.int | None = ...,
-        keep_policies: collections.abc.Iterable[builtins.str] | None = ...,
+        keep_owners: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_keep_days", b"_keep_days", "keep_days", b"keep_days"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_keep_days", b"_keep_days", "dry_run", b"dry_run", "keep_days", b"keep_days", "keep_policies", b"keep_policies"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_keep_days", b"_keep_days", "dry_run", b"dry_run", "keep_days", b"keep_days", "keep_owners", b"keep_owners"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_keep_days", b"_keep_days"]) -> typing.Literal["keep_days"] | None: ...
 
 Global___TeacherServiceCollectGarbageRequest: typing_extensions.TypeAlias = TeacherServiceCollectGarbageRequest
