@@ -25,6 +25,7 @@ import click
 
 from preceptor import __version__
 from preceptor.cli.capacity import capacity
+from preceptor.cli.certificates import certificates
 from preceptor.cli.doctor import doctor
 from preceptor.cli.evaluate import evaluate
 from preceptor.cli.evaluations import evaluations
@@ -46,7 +47,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, evaluate, up, runs, evaluations, students, tasks, doctor, probe, capacity):
+for _command in (run, evaluate, up, runs, evaluations, students, tasks, doctor, probe, certificates, capacity):
     cli.add_command(_command)
 
 
