@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Integer, Row, String, bindparam, case, delete, insert, select, tuple_, update
+from sqlalchemy import Connection, Integer, Row, String, bindparam, case, delete, func, insert, select, tuple_, update
 
 from evaluator.database import Database, attempts, evaluation_trials, evaluations, origins, trials
 from preceptor.errors import PreceptorError
@@ -105,6 +105,13 @@ class History:
                 .order_by(attempts.c.submitted, attempts.c.batch_id, attempts.c.number)
             ).all()
         return [_attempt(row) for row in rows]
+
+    def old(self, before: float) -> tuple[int, float]:
+        """Attempts that ended before a time (unix seconds): how many, and when the first ended."""
+        query = select(func.count(), func.coalesce(func.min(attempts.c.ended), before))
+        with self._database.read() as tx:
+            count, first = tx.execute(query.where(attempts.c.ended < before)).one()
+        return int(count), float(first)
 
     def forget(self, before: float) -> int:
         """Forgets attempts that ended before a time (unix seconds), a bounded number of them; how many."""

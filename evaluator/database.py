@@ -207,6 +207,7 @@ verdicts = Table(
     Column("id", String(64), primary_key=True),
     Column("right", Boolean, nullable=False),
     Column("again", Boolean),  # what it said when it was asked a second time, where it was
+    Column("created", Float, nullable=False, index=True),  # unix seconds
 )
 
 

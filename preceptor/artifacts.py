@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -156,6 +157,51 @@ class FolderStore(ArtifactStore):
     def local_path(self, artifact: types.Artifact) -> Path:
         """See ArtifactStore. Here it is the folder itself."""
         return verified_folder(artifact)
+
+
+class UsedStore(ArtifactStore):
+    """A store that knows what this process has used, so that nothing is removed from under whoever is reading it."""
+
+    def __init__(self, inner: ArtifactStore) -> None:
+        self._inner = inner
+        self._lock = threading.Lock()
+        self._used: dict[str, float] = {}  # by uri; by time.monotonic
+
+    def write_folder(self, name: str, write: Callable[[Path], None]) -> types.Artifact:
+        """See ArtifactStore."""
+        artifact = self._inner.write_folder(name, write)
+        self._note(artifact.uri)
+        return artifact
+
+    def local_path(self, artifact: types.Artifact) -> Path:
+        """See ArtifactStore."""
+        self._note(artifact.uri)  # before it is looked for: from here on it stays, or is found to be gone
+        return self._inner.local_path(artifact)
+
+    def list(self) -> list[Stored]:
+        """See ArtifactStore."""
+        return self._inner.list()
+
+    def remove(self, name: str) -> None:
+        """See ArtifactStore."""
+        self._inner.remove(name)
+
+    def remove_unless_used(self, name: str, within_seconds: float) -> bool:
+        """Removes it, unless it was used within so many seconds; whether it did."""
+        with self._lock:
+            now = time.monotonic()
+            if any(uri.endswith(f"/{name}") and now - used < within_seconds for uri, used in self._used.items()):
+                return False
+            self._inner.remove(name)
+            return True
+
+    def remove_leftovers(self) -> None:
+        """See ArtifactStore."""
+        self._inner.remove_leftovers()
+
+    def _note(self, uri: str) -> None:
+        with self._lock:
+            self._used[uri] = time.monotonic()
 
 
 def verified_folder(artifact: types.Artifact) -> Path:

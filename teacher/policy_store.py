@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -80,7 +81,10 @@ _GROUPS = sa.Table(
     METADATA,
     sa.Column("key", sa.String(80), primary_key=True),
     sa.Column("group", sa.LargeBinary, nullable=False),
+    sa.Column("created", sa.Float, nullable=False, index=True),  # seconds since the epoch
 )
+# Rows deleted in one transaction, so that it takes milliseconds.
+_FORGOTTEN_AT_ONCE = 500
 
 
 class PolicyState(StrEnum):
@@ -275,9 +279,41 @@ class PolicyStore:
         """Stores groups; what is there already stays."""
         with self._begin() as db:
             there = set(db.execute(sa.select(_GROUPS.c.key).where(_GROUPS.c.key.in_(list(groups)))).scalars())
-            new = [{"key": key, "group": group} for key, group in groups.items() if key not in there]
+            now = time.time()
+            new = [{"key": key, "group": group, "created": now} for key, group in groups.items() if key not in there]
             if new:
                 db.execute(_GROUPS.insert(), new)
+
+    def old_written(self, before: float) -> tuple[int, int, float]:
+        """Groups stored before a time (seconds since the epoch): how many, their bytes, when the first was stored."""
+        old = sa.select(
+            sa.func.count(),
+            sa.func.coalesce(sa.func.sum(sa.func.length(_GROUPS.c.group)), 0),
+            sa.func.coalesce(sa.func.min(_GROUPS.c.created), before),
+        ).where(_GROUPS.c.created < before)
+        with self._begin() as db:
+            count, size, first = db.execute(old).one()
+        return int(count), int(size), float(first)
+
+    def forget_written(self, before: float) -> None:
+        """Forgets them, a bounded number in each transaction. The same request writes them again."""
+        some = sa.select(_GROUPS.c.key).where(_GROUPS.c.created < before).limit(_FORGOTTEN_AT_ONCE)
+        while True:
+            with self._begin() as db:
+                keys = list(db.execute(some).scalars())
+                if not keys:
+                    return
+                db.execute(_GROUPS.delete().where(_GROUPS.c.key.in_(keys)))
+
+    def updated_for(self, owners: Collection[str]) -> set[str]:
+        """Ids of the policies that these owners have asked for."""
+        found: set[str] = set()
+        wanted = list(owners)
+        with self._begin() as db:
+            for start in range(0, len(wanted), 500):  # SQLite's old limit of parameters is 999
+                mine = _OWNERS.c.owner.in_(wanted[start : start + 500])
+                found |= set(db.execute(sa.select(_OWNERS.c.policy_id).where(mine)).scalars())
+        return found
 
     @contextmanager
     def _begin(self) -> Iterator[sa.Connection]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
-from sqlalchemy import func, insert, select
+from sqlalchemy import delete, func, insert, select
 
 from evaluator.database import Database, verdicts
 
@@ -32,7 +33,7 @@ class VerdictStore:
         """Keeps a verdict and, where it was asked for twice, the second one. The first to be kept stays."""
         with self._database.write() as tx:
             if tx.execute(select(verdicts.c.id).where(verdicts.c.id == verdict_id)).first() is None:
-                tx.execute(insert(verdicts).values(id=verdict_id, right=right, again=again))
+                tx.execute(insert(verdicts).values(id=verdict_id, right=right, again=again, created=time.time()))
 
     def repeated(self) -> tuple[int, int]:
         """How many were asked for twice, and how many of these got two different verdicts."""
@@ -41,3 +42,20 @@ class VerdictStore:
             asked = tx.execute(twice).scalar_one()
             differed = tx.execute(twice.where(verdicts.c.again != verdicts.c.right)).scalar_one()
         return int(asked), int(differed)
+
+    def old(self, before: float) -> tuple[int, float]:
+        """Verdicts from before a time (unix seconds): how many, and when the first was given."""
+        query = select(func.count(), func.coalesce(func.min(verdicts.c.created), before))
+        with self._database.read() as tx:
+            count, first = tx.execute(query.where(verdicts.c.created < before)).one()
+        return int(count), float(first)
+
+    def forget(self, before: float) -> None:
+        """Forgets them, a bounded number in each transaction. Who needs one again asks the judge again."""
+        some = select(verdicts.c.id).where(verdicts.c.created < before).limit(_AT_ONCE)
+        while True:
+            with self._database.write() as tx:
+                ids = list(tx.execute(some).scalars())
+                if not ids:
+                    return
+                tx.execute(delete(verdicts).where(verdicts.c.id.in_(ids)))
