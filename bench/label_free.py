@@ -49,8 +49,9 @@ from preceptor.tasks import Bank, Passage, Question, SelfEdit
 from student.base import LoadedBase, load_base
 from student.trial import Answer, AnsweringSettings, TrainingSettings, Trial, TrialOutcome
 from student.trial_runner import run_trials
+from teacher.backend import SamplingSettings
+from teacher.in_process import in_process
 from teacher.model import load_teacher
-from teacher.sampling import SamplingSettings
 from teacher.service import Teacher
 from teacher.settings import TeacherSettings
 from teacher.writing import TaskText, WritingRequest
@@ -156,7 +157,7 @@ def write(tasks: Sequence[Passage], prompt_format: str, samples: int, seed: int)
     texts = tuple(TaskText(str(i), task.title, task.text) for i, task in enumerate(tasks))
     with tempfile.TemporaryDirectory() as home:
         teacher = Teacher(
-            load_teacher(str(MODELS / "teacher"), revision="", device="cpu"), TeacherSettings(home=Path(home))
+            in_process(load_teacher(str(MODELS / "teacher"), device="cpu")), TeacherSettings(home=Path(home))
         )
         request = WritingRequest("", texts, samples, prompt_format, SAMPLING, seed, Limits(), max_resamples=1)
         try:

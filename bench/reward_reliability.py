@@ -49,8 +49,9 @@ from preceptor.v1 import evaluator_pb2 as pb
 from student.base import LoadedBase, load_base
 from student.trial import AnsweringSettings, TrainingSettings, Trial, TrialOutcome
 from student.trial_runner import run_trials
+from teacher.backend import SamplingSettings
+from teacher.in_process import in_process
 from teacher.model import load_teacher
-from teacher.sampling import SamplingSettings
 from teacher.service import Teacher
 from teacher.settings import TeacherSettings
 from teacher.writing import TaskText, WritingRequest
@@ -121,7 +122,7 @@ def write(name: str, seed: int, count: int, candidates: int) -> list[list[SelfEd
     )
     with tempfile.TemporaryDirectory() as home:
         teacher = Teacher(
-            load_teacher(str(MODELS / "teacher"), revision="", device="cpu"), TeacherSettings(home=Path(home))
+            in_process(load_teacher(str(MODELS / "teacher"), device="cpu")), TeacherSettings(home=Path(home))
         )
         request = WritingRequest(
             "", tasks, candidates, prompt_format, SamplingSettings(0.8, 1.0, 460), seed, Limits(), max_resamples=3

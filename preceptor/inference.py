@@ -131,7 +131,8 @@ class _Lost(Exception):
 
 
 class InferenceServer:
-    """A server at ``url`` (with or without /v1), and ``model``, the name under which it serves the base model."""
+    """A server at ``url`` (with or without /v1), and ``model``, the name under which it serves the base model; where
+    that is empty, ``check`` sets it to the only one that there is."""
 
     def __init__(
         self,
@@ -278,7 +279,7 @@ class InferenceServer:
         (``--max-loras``, ``--max-cpu-loras``).
 
         Raises PreceptorError: SERVER_CANNOT_ADAPT (started without it), ADAPTER_MISMATCH (it is not taken, or not what
-        the probe says), ARTIFACT_NOT_FOUND (the server does not see the folder), and what ``check`` raises.
+        the probe says), ADAPTER_NOT_SEEN (the server does not see the folder), and what ``check`` raises.
         """
         self._wait(self._load(name, str(folder), probe))
         self._adapters[name] = (str(folder), probe)
@@ -524,7 +525,7 @@ class InferenceServer:
         if (status == 404 and said in ("", "Not Found")) or "LoRA is not enabled" in said:
             raise self._cannot_adapt()
         if status == 404:
-            raise PreceptorError("ARTIFACT_NOT_FOUND", f"{self.url} sees no adapter in {folder}", file=folder)
+            raise PreceptorError("ADAPTER_NOT_SEEN", f"{self.url} sees no adapter in {folder}", file=folder)
         if status == 200 or "already been loaded" in said:
             if await self._is_listed(name):
                 return

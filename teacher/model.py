@@ -11,7 +11,7 @@ import copy
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from preceptor.artifacts import folder_sha256
-from preceptor.errors import PreceptorError
 from teacher.decoding import Decoder, GeneralDecoder
+from teacher.language import Words, ends_and_context, source_error, source_options
 from teacher.shared_prefix import SharedPrefixDecoder, is_supported
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TeacherBase:
+class TeacherBase(Words):
     """A frozen causal language model with its tokenizer. Raises PreceptorError(BAD_TEACHER_SOURCE)."""
 
     model: PreTrainedModel
@@ -42,37 +42,11 @@ class TeacherBase:
     context: int = field(init=False)  # tokens
 
     def __post_init__(self) -> None:
-        if self.tokenizer.eos_token_id is None:
-            raise PreceptorError("BAD_TEACHER_SOURCE", "the tokenizer names no end-of-sequence token", file=self.source)
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        if not isinstance(context, int):
-            raise PreceptorError("BAD_TEACHER_SOURCE", "config.json gives no max_position_embeddings", file=self.source)
+        read = ends_and_context(self.source, self.tokenizer, self.model.config, self.model.generation_config)
         self.model.requires_grad_(False)
         self.model.eval()
-        listed = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        ends = listed if isinstance(listed, list) else [] if listed is None else [listed]
-        # frozen dataclass: derived once, here
-        object.__setattr__(self, "end_id", int(self.tokenizer.eos_token_id))
-        object.__setattr__(self, "end_ids", frozenset({int(self.tokenizer.eos_token_id), *map(int, ends)}))
-        object.__setattr__(self, "context", context)
-
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """Ids of a prompt, with the tokenizer's opening token if it has one and no closing one."""
-        ids: list[int] = list(self.tokenizer(prompt, return_attention_mask=False, verbose=False)["input_ids"])
-        while ids and ids[-1] == self.end_id:
-            ids.pop()
-        return ids
-
-    def completion_ids(self, completion: str) -> list[int]:
-        """Ids of what follows a prompt, closed by the end token."""
-        encoded = self.tokenizer(completion, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [*encoded["input_ids"], self.end_id]
-
-    def text(self, ids: Sequence[int]) -> str:
-        """What the ids of a completion say."""
-        decoded = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(decoded, str)
-        return decoded
+        for name, value in zip(("end_id", "end_ids", "context"), read, strict=True):
+            object.__setattr__(self, name, value)  # frozen dataclass: derived once, here
 
     def decoder(self, model: PreTrainedModel) -> Decoder:
         """The fastest decoder that is right for a model of this kind."""
@@ -179,34 +153,12 @@ def load_teacher(source: str, *, revision: str = "", device: str = "auto") -> Te
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     folder = Path(source)
-    if folder.is_dir():
-        _check_folder(folder)
-    elif folder.is_absolute() or source.startswith("."):
-        raise PreceptorError("BAD_TEACHER_SOURCE", f"there is no folder {source}", file=source)
-    options: dict[str, Any] = {"trust_remote_code": False}
-    if folder.is_dir():
-        options["local_files_only"] = True
-    else:
-        options["revision"] = revision or "main"
+    options = source_options(source, revision)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except OSError as error:
-        reason = "BAD_TEACHER_SOURCE" if folder.is_dir() else "MODEL_UNREACHABLE"
-        raise PreceptorError(reason, f"{source} cannot be loaded: {error}", file=source) from error
-    except (ValueError, KeyError, ImportError) as error:
-        raise PreceptorError("BAD_TEACHER_SOURCE", f"{source} cannot be loaded: {error}", file=source) from error
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise source_error(source, error) from error
     commit = folder_sha256(folder) if folder.is_dir() else str(model.config._commit_hash)
     nn.Module.to(model, device)  # transformers' own wrapper of it is not typed
     return TeacherBase(model, tokenizer, source, commit)
-
-
-def _check_folder(folder: Path) -> None:
-    names = {path.name for path in folder.iterdir()}
-    if not any(name.endswith(".safetensors") for name in names):
-        if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
-            raise PreceptorError("UNSAFE_CHECKPOINT", f"{folder} has weights, but no *.safetensors", file=str(folder))
-        raise PreceptorError("BAD_TEACHER_SOURCE", f"{folder} has no *.safetensors", file=str(folder))
-    for needed in ("config.json", "tokenizer.json"):
-        if needed not in names:
-            raise PreceptorError("BAD_TEACHER_SOURCE", f"{folder} has no {needed}", file=str(folder))

@@ -1,8 +1,8 @@
 """The teacher's policies: starts updates, trains them one after the other in the background, tells who watches.
 
 Promises: an accepted update ends READY or FAILED, whatever dies meanwhile; without room on the disk, or with an
-artifact store that is away, it waits; it never runs beside the writing of self-edits (both would want the device's
-memory); the parent is never changed; a policy whose files are damaged or gone is trained again from what is stored.
+artifact store that is away, it waits; updates run one after the other; the parent is never changed; a policy whose
+files are damaged or gone is trained again from what is stored.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from preceptor.artifacts import ArtifactStore
 from preceptor.errors import PreceptorError
 from preceptor.storage import when_there_is_room
 from preceptor.v1 import types_pb2 as types
-from teacher.model import TeacherBase, save_adapter
+from teacher.backend import Trainer
 from teacher.policy_store import Policy, PolicyState, PolicyStore
 from teacher.prompts import prompt_format
-from teacher.recipe import Rewarded, Update
+from teacher.recipe import Update
 from teacher.sight import TeacherSight
-from teacher.update import Example, fine_tune
 
 log = logging.getLogger(__name__)
 
@@ -39,20 +38,22 @@ _WATCH_POLL_SECONDS = 0.5
 
 
 class Policies:
-    """All policies of one base. ``device`` is held while the base or a policy of it computes."""
+    """All policies of one base. Without a ``trainer`` there are no updates."""
 
     def __init__(
         self,
-        base: TeacherBase,
+        base_source: str,
+        base_commit: str,
+        trainer: Trainer | None,
         store: PolicyStore,
         artifacts: ArtifactStore,
-        device: threading.Lock,
         sight: TeacherSight | None = None,
     ) -> None:
-        self._base = base
+        self._base_source = base_source
+        self._base_commit = base_commit
+        self._trainer = trainer
         self._store = store
         self._artifacts = artifacts
-        self._device = device
         self._sight = sight or TeacherSight()
         self._waiting: queue.Queue[str] = queue.Queue()
         self._steps: dict[str, int] = {}  # of the policy in training
@@ -62,8 +63,8 @@ class Policies:
         self._abandoned: set[str] = set()  # those of them that nobody waits for any more
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._train_all, name="policy-training", daemon=True)
-        base_id = f"base-{base.commit[:32]}"
-        store.add_base(Policy(base_id, "", base.source, base.commit, PolicyState.READY, datetime.now(UTC)))
+        base_id = f"base-{base_commit[:32]}"
+        store.add_base(Policy(base_id, "", base_source, base_commit, PolicyState.READY, datetime.now(UTC)))
 
     def start(self) -> None:
         """Begins to train: first what a crash has left."""
@@ -79,6 +80,14 @@ class Policies:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether nobody trains here."""
+        return self._trainer is None
+
+    def _is_fixed(self) -> PreceptorError:
+        return PreceptorError("TEACHER_IS_FIXED", f"{self._base_source} is a fixed teacher; it does not learn")
 
     @property
     def stopping(self) -> bool:
@@ -99,10 +108,10 @@ class Policies:
         policy = self.get(policy_id)
         if policy.state is not PolicyState.READY:
             raise PreceptorError("POLICY_NOT_READY", f"policy {policy.id} is {policy.state}", field="policy_id")
-        if policy.base_commit != self._base.commit:
+        if policy.base_commit != self._base_commit:
             raise PreceptorError(
                 "POLICY_NOT_READY",
-                f"policy {policy.id} stands on {policy.base_source}, this service serves {self._base.source}",
+                f"policy {policy.id} stands on {policy.base_source}, this service serves {self._base_source}",
                 field="policy_id",
             )
         return policy
@@ -114,8 +123,11 @@ class Policies:
     def update(self, update: Update, request_id: str, body: bytes, owner: str = "") -> Policy:
         """Starts an update (an empty parent_id: of the active policy) and returns the policy it makes.
 
-        Raises POLICY_NOT_FOUND, POLICY_NOT_READY (the parent), UNKNOWN_PROMPT_FORMAT, REQUEST_ID_REUSED.
+        Raises TEACHER_IS_FIXED, POLICY_NOT_FOUND, POLICY_NOT_READY (the parent), UNKNOWN_PROMPT_FORMAT,
+        REQUEST_ID_REUSED.
         """
+        if self.fixed:
+            raise self._is_fixed()
         if (known := self._store.answered(request_id, body)) is not None:
             return known
         for example in update.examples:
@@ -126,10 +138,10 @@ class Policies:
         update = replace(update, parent_id=parent.id)
         kept = update.kept()
         policy = Policy(
-            id=update.policy_id(self._base.commit),
+            id=update.policy_id(self._base_commit),
             parent_id=parent.id,
-            base_source=self._base.source,
-            base_commit=self._base.commit,
+            base_source=self._base_source,
+            base_commit=self._base_commit,
             state=PolicyState.TRAINING,
             created=datetime.now(UTC),
             kept=len(kept),
@@ -295,33 +307,23 @@ class Policies:
                 adapter_uri=parent.adapter_uri,
                 adapter_sha256=parent.adapter_sha256,
             )
-        examples = [self._example(example) for example in kept]
-        settings = update.settings
+        if self._trainer is None:  # it was asked for when the service had another backend
+            raise self._is_fixed()
 
         def on_step(step: int) -> None:
             self._steps[policy.id] = step
             self._tell()
 
-        with self._device:
-            if folder is None:
-                model = self._base.new_adapter(settings.rank, settings.alpha, update.seed)
-            else:
-                model = self._base.load_adapter(folder, trainable=True)
-            trained = fine_tune(
-                model,
-                examples,
-                settings.tuning,
-                update.seed,
-                on_step=on_step,
-                stopped=lambda: self.stopping or policy.id in self._abandoned,
-            )
-        # Not under the device's lock: others can write self-edits while this waits for room.
-        artifact = self._patiently(
-            policy.id,
-            lambda: self._artifacts.write_folder(
-                policy.id, lambda draft: save_adapter(model, draft, self._base.source)
-            ),
-        )
+        def stopped() -> bool:
+            return self.stopping or policy.id in self._abandoned
+
+        trained = self._trainer.train(folder, kept, update.settings, update.seed, on_step, stopped)
+
+        def write(draft: Path) -> None:
+            for name, content in trained.files.items():
+                (draft / name).write_bytes(content)
+
+        artifact = self._patiently(policy.id, lambda: self._artifacts.write_folder(policy.id, write))
         return replace(
             policy,
             state=PolicyState.READY,
@@ -366,18 +368,6 @@ class Policies:
         finally:
             if self._hindrance.pop(policy_id, None) is not None:
                 self._tell()
-
-    def _example(self, example: Rewarded) -> Example:
-        prompt = prompt_format(example.prompt_format).render(example.title, example.text)
-        made = Example(tuple(self._base.prompt_ids(prompt)), tuple(self._base.completion_ids(example.completion)))
-        tokens = len(made.prompt) + len(made.completion)
-        if tokens > self._base.context:
-            raise PreceptorError(
-                "SEQUENCE_TOO_LONG",
-                f"a self-edit of group {example.group} has {tokens} tokens with its prompt, the teacher's context is "
-                f"{self._base.context}",
-            )
-        return made
 
 
 def _failed(policy: Policy, error: PreceptorError) -> Policy:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from preceptor.names import canonical_json, content_id
 from teacher.rest_em import Candidate, SelectionSettings, select
-from teacher.update import FineTuning
 
 # What came after policies were first made is part of an identity only where it is used, so that these keep their ids.
 _LATER_OF_EXAMPLES = ("advantage", "advantage_stderr", "only_compared")
@@ -30,6 +30,20 @@ class Rewarded:
     advantage: float | None = None
     advantage_stderr: float = 0.0
     only_compared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuning:
+    """``learning_rate`` is the peak of AdamW (no weight decay), reached after a tenth of the steps and falling
+    linearly to nothing; ``epochs`` passes; ``batch_size`` sequences a step."""
+
+    learning_rate: float = 1e-3
+    epochs: int = 2
+    batch_size: int = 8
+
+    def steps(self, examples: int) -> int:
+        """Optimiser steps for so many examples."""
+        return self.epochs * math.ceil(examples / self.batch_size)
 
 
 @dataclass(frozen=True, slots=True)

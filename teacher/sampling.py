@@ -8,7 +8,6 @@ Dimension letters: R rows (one completion each), V vocabulary, N new tokens at m
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -17,19 +16,11 @@ import torch
 from torch import Tensor
 
 from preceptor.errors import PreceptorError
+from teacher.backend import SamplingSettings, row_digest
 from teacher.decoding import Decoder
 
 # Ended rows are dropped once they are this share of the batch: dropping copies the cache, about one step's time.
 _DROP_SHARE = 1 / 8
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingSettings:
-    """How tokens are drawn. ``temperature`` 0 takes the likeliest token."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +40,7 @@ def uniforms(
     position, so that a longer sequence begins with the shorter one. 32 bits each: number * total then stays below
     total in double precision.
     """
-    digest = hashlib.sha256(f"{seed}\n{task_id}\n{sample}\n{draw}".encode()).digest()
+    digest = row_digest(seed, task_id, sample, draw)
     key = np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
     raw = np.random.Philox(key=key).random_raw(length)
     return (raw >> np.uint64(32)).astype(np.float64) / 2.0**32

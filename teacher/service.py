@@ -1,21 +1,19 @@
-"""Puts the teacher together and serves it. Imported after the settings are read: torch comes with it."""
+"""Puts the teacher together and serves it. Imported after the settings are read; a backend brings what it needs."""
 
 from __future__ import annotations
 
 import logging
-import threading
 
 import grpc
-from transformers.utils import logging as transformers_logging
 
-from preceptor.artifacts import ArtifactStore, artifact_store
+from preceptor.artifacts import ArtifactStore, UsedStore, artifact_store
 from preceptor.database import HAND_OVER_SECONDS, own_database
 from preceptor.errors import PreceptorError
 from preceptor.server import serve
-from preceptor.stack import shipped_models
 from preceptor.telemetry import OFF, Telemetry
 from preceptor.v1 import teacher_pb2_grpc
-from teacher.model import PolicyModels, TeacherBase, load_teacher
+from teacher.backend import Backend
+from teacher.garbage import TeacherGarbage
 from teacher.policies import Policies
 from teacher.policy_store import PolicyStore
 from teacher.servicer import TeacherServicer
@@ -31,18 +29,17 @@ SERVICE = "preceptor.v1.TeacherService"
 class Teacher:
     """The parts of a teacher service, put together; ``add_to`` makes a gRPC server answer for it."""
 
-    def __init__(self, base: TeacherBase, settings: TeacherSettings, telemetry: Telemetry = OFF) -> None:
-        device, sight = threading.Lock(), TeacherSight(telemetry)
+    def __init__(self, backend: Backend, settings: TeacherSettings, telemetry: Telemetry = OFF) -> None:
+        sight = TeacherSight(telemetry)
         self.store = PolicyStore(settings.database("teacher"))
-        artifacts = artifact_store(f"{settings.artifacts}/policies", settings.artifact_cache)
+        artifacts = UsedStore(artifact_store(f"{settings.artifacts}/policies", settings.artifact_cache))
         _tidy(artifacts)
-        self.policies = Policies(base, self.store, artifacts, device, sight)
+        self._garbage = TeacherGarbage(self.store, artifacts)
+        self.policies = Policies(backend.source, backend.commit, backend.trainer, self.store, artifacts, sight)
         self.writer = Writer(
-            base,
+            backend.author,
             self.policies,
-            PolicyModels(base, settings.teacher_cached_policies),
             self.store,
-            device,
             rows=settings.teacher_rows,
             answer_room=settings.teacher_answer_room,
             sight=sight,
@@ -51,7 +48,8 @@ class Teacher:
 
     def add_to(self, server: grpc.Server) -> None:
         """Adds the servicer."""
-        teacher_pb2_grpc.add_TeacherServiceServicer_to_server(TeacherServicer(self.policies, self.writer), server)
+        servicer = TeacherServicer(self.policies, self.writer, self._garbage)
+        teacher_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, server)
 
     def stop(self) -> None:
         """Ends watches, writing and training; what was being trained begins again at the next start."""
@@ -70,14 +68,41 @@ def _tidy(artifacts: ArtifactStore) -> None:
 
 
 def run(settings: TeacherSettings, telemetry: Telemetry) -> None:
-    """Serves until SIGTERM. Raises PreceptorError: what ``load_teacher`` raises, PORT_IN_USE."""
-    source = settings.teacher_source or str(shipped_models() / "teacher")
+    """Serves until SIGTERM. Raises PreceptorError: what ``make_backend`` raises, PORT_IN_USE."""
+    backend = make_backend(settings)
+    try:
+        with own_database(settings.database("teacher"), settings.grace_seconds + HAND_OVER_SECONDS):
+            teacher = Teacher(backend, settings, telemetry)
+            try:
+                serve([SERVICE], teacher.add_to, settings, on_drain=teacher.stop, telemetry=telemetry)
+            finally:
+                teacher.stop()
+                teacher.store.close()
+    finally:
+        backend.close()
+
+
+def make_backend(settings: TeacherSettings) -> Backend:
+    """What the settings name, ready. Imports torch only where it is needed.
+
+    Raises PreceptorError: what ``teacher.model.load_teacher`` raises or, of an inference server,
+    ``preceptor.inference.InferenceServer.check``.
+    """
+    if settings.teacher_backend == "openai":
+        from teacher.fixed import fixed
+
+        return fixed(settings)
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_progress_bar()  # a log is no terminal
-    base = load_teacher(source, revision=settings.teacher_revision, device=settings.teacher_device)
-    with own_database(settings.database("teacher"), settings.grace_seconds + HAND_OVER_SECONDS):
-        teacher = Teacher(base, settings, telemetry)
-        try:
-            serve([SERVICE], teacher.add_to, settings, on_drain=teacher.stop, telemetry=telemetry)
-        finally:
-            teacher.stop()
-            teacher.store.close()
+    if settings.teacher_backend == "vllm":
+        from teacher.served import served
+
+        return served(settings)
+    from teacher.in_process import in_process
+    from teacher.model import load_teacher
+
+    source, revision = settings.base_source, settings.teacher_revision
+    return in_process(
+        load_teacher(source, revision=revision, device=settings.teacher_device), settings.teacher_cached_policies
+    )

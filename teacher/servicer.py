@@ -19,6 +19,7 @@ from preceptor.limits import (
     MAX_EPOCHS,
     MAX_EXAMPLES,
     MAX_NAME_CHARACTERS,
+    MAX_OWNERS,
     MAX_RANK,
     MAX_REPLAY_SHARE,
     MAX_RESAMPLES,
@@ -30,18 +31,19 @@ from preceptor.limits import (
     MAX_TITLE_CHARACTERS,
     MIN_TEMPERATURE,
     check_name,
+    kept_seconds,
     page_size,
     page_token,
 )
 from preceptor.v1 import teacher_pb2 as pb
 from preceptor.v1 import teacher_pb2_grpc, types_pb2
+from teacher.backend import SamplingSettings
+from teacher.garbage import TeacherGarbage
 from teacher.policies import Policies
 from teacher.policy_store import Policy, PolicyState
 from teacher.prompts import FORMATS
-from teacher.recipe import Rewarded, Update, UpdateSettings
+from teacher.recipe import FineTuning, Rewarded, Update, UpdateSettings
 from teacher.rest_em import SelectionSettings
-from teacher.sampling import SamplingSettings
-from teacher.update import FineTuning
 from teacher.writing import TaskText, Writer, WritingRequest, Written, WrittenGroup
 
 _STATES = {
@@ -73,9 +75,10 @@ _LIMITS = {
 class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     """See teacher.proto; its comments are the documentation of the methods."""
 
-    def __init__(self, policies: Policies, writer: Writer) -> None:
+    def __init__(self, policies: Policies, writer: Writer, garbage: TeacherGarbage) -> None:
         self._policies = policies
         self._writer = writer
+        self._garbage = garbage
 
     def GenerateSelfEdits(
         self, request: pb.GenerateSelfEditsRequest, context: grpc.ServicerContext
@@ -133,6 +136,16 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     ) -> pb.ListPromptFormatsResponse:
         formats = [pb.PromptFormat(name=f.name, version=f.version, instruction=f.instruction) for f in FORMATS.values()]
         return pb.ListPromptFormatsResponse(formats=formats)
+
+    def CollectGarbage(
+        self, request: pb.TeacherServiceCollectGarbageRequest, context: grpc.ServicerContext
+    ) -> pb.TeacherServiceCollectGarbageResponse:
+        keep = kept_seconds(request.keep_days if request.HasField("keep_days") else None)
+        _need(len(request.keep_owners) <= MAX_OWNERS, "keep_owners", f"must be at most {MAX_OWNERS}")
+        for owner in request.keep_owners:
+            check_name("keep_owners", owner)
+        found = self._garbage.collect(keep, request.keep_owners, dry_run=request.dry_run)
+        return pb.TeacherServiceCollectGarbageResponse(garbage=found)
 
 
 def writing_request(request: pb.GenerateSelfEditsRequest) -> WritingRequest:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from preceptor.errors import PreceptorError
+from teacher.recipe import FineTuning
 
 # Short: an update has a dozen steps.
 _WARMUP_SHARE = 0.1
@@ -31,20 +32,6 @@ class Example:
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class FineTuning:
-    """``learning_rate`` is the peak of AdamW (no weight decay), reached after a tenth of the steps and falling
-    linearly to nothing; ``epochs`` passes; ``batch_size`` sequences a step."""
-
-    learning_rate: float = 1e-3
-    epochs: int = 2
-    batch_size: int = 8
-
-    def steps(self, examples: int) -> int:
-        """Optimiser steps for so many examples."""
-        return self.epochs * math.ceil(examples / self.batch_size)
 
 
 @dataclass(frozen=True, slots=True)

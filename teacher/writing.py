@@ -8,24 +8,17 @@ bounded number of times and then reported with its reason.
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-
-import numpy as np
-import torch
 
 from preceptor.completions import Limits, MalformedSelfEdit, parse
 from preceptor.errors import PreceptorError
 from preceptor.names import canonical_json, content_id
-from teacher.decoding import Decoder
-from teacher.model import PolicyModels, TeacherBase
+from teacher.backend import Author, Draw, Drawn, Row, SamplingSettings
 from teacher.policies import DAMAGED, Policies
 from teacher.policy_store import Policy, PolicyStore
 from teacher.prompts import PromptFormat, prompt_format
-from teacher.sampling import Completion, SamplingSettings, sample, uniforms
 from teacher.sight import TeacherSight
 
 # Changes whenever the same request would be answered with other completions.
@@ -76,25 +69,21 @@ class WrittenGroup:
 
 
 class Writer:
-    """Writes with any policy. ``device`` is held while a batch is decoded; ``rows`` is the size of a batch."""
+    """Writes with any policy; the ``author`` draws, ``rows`` is the size of a batch."""
 
     def __init__(
         self,
-        base: TeacherBase,
+        author: Author,
         policies: Policies,
-        models: PolicyModels,
         store: PolicyStore,
-        device: threading.Lock,
         *,
         rows: int,
         answer_room: int,
         sight: TeacherSight | None = None,
     ) -> None:
-        self._base = base
+        self._author = author
         self._policies = policies
-        self._models = models
         self._store = store
-        self._device = device
         self._rows = rows
         self._answer_room = answer_room
         self._sight = sight or TeacherSight()
@@ -140,7 +129,7 @@ class Writer:
         policy: Policy,
         request: WritingRequest,
         tasks: Sequence[TaskText],
-        prompts: Sequence[list[int]],
+        prompts: Sequence[str],
         stopped: Callable[[], bool],
     ) -> list[tuple[Written, ...]]:
         """The completions of a batch; a policy whose files turn out to be damaged is restored first."""
@@ -158,80 +147,57 @@ class Writer:
         policy: Policy,
         request: WritingRequest,
         tasks: Sequence[TaskText],
-        prompts: Sequence[list[int]],
+        prompts: Sequence[str],
         stopped: Callable[[], bool],
     ) -> list[tuple[Written, ...]]:
-        with _hold(self._device, stopped):
-            model = self._models.get(policy.adapter_sha256, lambda: self._policies.adapter_folder(policy))
-            return self._batch(self._base.decoder(model), request, tasks, prompts, stopped)
+        with self._author.writing(policy, lambda: self._policies.adapter_folder(policy), stopped) as draw:
+            return self._batch(draw, request, tasks, prompts, stopped)
 
-    def _prompt(self, form: PromptFormat, task: TaskText, max_new_tokens: int) -> list[int]:
-        ids = self._base.prompt_ids(form.render(task.title, task.text))
+    def _prompt(self, form: PromptFormat, task: TaskText, max_new_tokens: int) -> str:
+        prompt = form.render(task.title, task.text)
+        tokens = self._author.prompt_tokens(prompt)
         room = min(max_new_tokens, self._answer_room)
-        if len(ids) + room > self._base.context:
+        if tokens and tokens + room > self._author.context:
             raise PreceptorError(
                 "PASSAGE_TOO_LONG",
-                f"task {task.id} ({task.title!r}): its prompt has {len(ids)} tokens; with {room} for an answer that is "
-                f"more than the teacher's context of {self._base.context}",
+                f"task {task.id} ({task.title!r}): its prompt has {tokens} tokens; with {room} for an answer that is "
+                f"more than the teacher's context of {self._author.context}",
                 field="tasks",
                 task=task.id,
-                tokens=len(ids),
-                limit=self._base.context,
+                tokens=tokens,
+                limit=self._author.context,
             )
-        return ids
+        return prompt
 
     def _batch(
         self,
-        decoder: Decoder,
+        draw: Draw,
         request: WritingRequest,
         tasks: Sequence[TaskText],
-        prompts: Sequence[list[int]],
+        prompts: Sequence[str],
         stopped: Callable[[], bool],
     ) -> list[tuple[Written, ...]]:
         """Draws every completion of a batch, and the malformed ones again, together."""
         wanted = [(task, index) for task in range(len(tasks)) for index in range(request.samples)]
         written: dict[tuple[int, int], Written] = {}
-        for draw in range(1, request.max_resamples + 2):
-            drawn = self._draw(decoder, request, tasks, prompts, wanted, draw, stopped)
-            for row, completion in zip(wanted, drawn, strict=True):
-                written[row] = self._read(completion, request.limits, draw)
+        for time_of in range(1, request.max_resamples + 2):
+            rows = [Row(tasks[task].id, prompts[task], index, time_of) for task, index in wanted]
+            drawn = draw(rows, request.seed, request.sampling, stopped)
+            for row, one in zip(wanted, drawn, strict=True):
+                written[row] = _read(one, request.limits, time_of)
             wanted = [row for row in wanted if written[row].malformed_reason]
             if not wanted:
                 break
         return [tuple(written[task, index] for index in range(request.samples)) for task in range(len(tasks))]
 
-    def _draw(
-        self,
-        decoder: Decoder,
-        request: WritingRequest,
-        tasks: Sequence[TaskText],
-        prompts: Sequence[list[int]],
-        rows: Sequence[tuple[int, int]],
-        draw: int,
-        stopped: Callable[[], bool],
-    ) -> list[Completion]:
-        present = sorted({task for task, _ in rows})
-        length = request.sampling.max_new_tokens
-        numbers = np.stack([uniforms(request.seed, tasks[task].id, index, draw, length) for task, index in rows])
-        return sample(
-            decoder,
-            [prompts[task] for task in present],
-            [present.index(task) for task, _ in rows],
-            torch.from_numpy(numbers),
-            request.sampling,
-            self._base.end_ids,
-            [min(length, self._base.context - len(prompts[task])) for task, _ in rows],
-            stopped,
-        )
 
-    def _read(self, completion: Completion, limits: Limits, draw: int) -> Written:
-        text = self._base.text(completion.tokens)
-        reason = ""
-        try:
-            parse(text, limits, finished=completion.finished)
-        except MalformedSelfEdit as error:
-            reason = str(error)
-        return Written(text, reason, draw, len(completion.tokens))
+def _read(drawn: Drawn, limits: Limits, draw: int) -> Written:
+    reason = ""
+    try:
+        parse(drawn.text, limits, finished=drawn.finished)
+    except MalformedSelfEdit as error:
+        reason = str(error)
+    return Written(drawn.text, reason, draw, drawn.tokens)
 
 
 def batches(tasks: int, samples: int, rows: int) -> Iterator[slice]:
@@ -260,15 +226,3 @@ def _to_bytes(group: tuple[Written, ...]) -> bytes:
 
 def _from_bytes(data: bytes) -> tuple[Written, ...]:
     return tuple(Written(**values) for values in json.loads(data))
-
-
-@contextmanager
-def _hold(lock: threading.Lock, stopped: Callable[[], bool]) -> Iterator[None]:
-    """The lock, waited for only as long as somebody wants the result."""
-    while not lock.acquire(timeout=0.1):
-        if stopped():
-            raise PreceptorError("CANCELLED", "the client went away while it waited for the teacher")
-    try:
-        yield
-    finally:
-        lock.release()

@@ -20,6 +20,7 @@ from preceptor.server import Server
 from preceptor.tasks import Passage, Question
 from preceptor.v1 import teacher_pb2 as pb
 from preceptor.v1 import teacher_pb2_grpc
+from teacher.in_process import in_process
 from teacher.prompts import FORMATS
 from teacher.service import SERVICE, Teacher
 from teacher.settings import TeacherSettings
@@ -33,10 +34,15 @@ class Running:
 
     def __init__(self, home: Path, **changes: Any) -> None:
         settings = TeacherSettings(home=home, port=0, grace_seconds=2, teacher_rows=8, **changes)
-        self.teacher = Teacher(tiny_teacher(), settings)
+        self.teacher = Teacher(in_process(tiny_teacher()), settings)
         self.server = Server([SERVICE], self.teacher.add_to, settings)
         self.address = f"127.0.0.1:{self.server.port}"
         self.stub = connect(self.address, teacher_pb2_grpc.TeacherServiceStub)
+
+    @property
+    def device(self) -> Any:
+        """Held, nothing is written or trained."""
+        return self.teacher.writer._author._device  # type: ignore[attr-defined]
 
     def stop(self) -> None:
         self.teacher.stop()
@@ -184,7 +190,11 @@ def test_an_update_makes_a_policy_that_writes_otherwise_and_can_be_rolled_back(r
     assert ended.final_loss < ended.first_loss
     assert not ended.active
     folder = verified_folder(ended.adapter)
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "probe.json",
+    ]
 
     before = list(stream(running.stub.GenerateSelfEdits, generate_request(), deadline=60))
     active = call(running.stub.ActivatePolicy, pb.ActivatePolicyRequest(request_id="a1", policy_id=ended.id)).policy
@@ -404,7 +414,7 @@ def test_an_update_that_nobody_waits_for_any_more_ends_within_a_step_and_can_be_
 
 
 def test_an_update_goes_on_while_somebody_waits_for_it(running: Running) -> None:
-    with running.teacher.policies._device:
+    with running.device:
         shared = call(running.stub.UpdatePolicy, update_request("a", owner="run-1")).policy
         assert call(running.stub.UpdatePolicy, update_request("b", owner="run-2")).policy.id == shared.id
         kept = call(running.stub.UpdatePolicy, update_request("c", seed=8)).policy  # of nobody in particular
@@ -418,7 +428,7 @@ def test_an_update_goes_on_while_somebody_waits_for_it(running: Running) -> None
 
 def test_a_cancelled_update_stays_so_over_a_restart(tmp_path: Path) -> None:
     running = Running(tmp_path)
-    with running.teacher.policies._device:
+    with running.device:
         policy = call(running.stub.UpdatePolicy, update_request("a", owner="run-1")).policy
         assert cancel(running, "run-1", "cancel-1") == 1
     running.stop()
@@ -426,7 +436,7 @@ def test_a_cancelled_update_stays_so_over_a_restart(tmp_path: Path) -> None:
     try:
         found = call(running.stub.GetPolicy, pb.GetPolicyRequest(policy_id=policy.id)).policy
         assert (found.state, found.failure.reason) == (pb.POLICY_STATE_FAILED, "CANCELLED")
-        with running.teacher.policies._device:
+        with running.device:
             again = call(running.stub.UpdatePolicy, update_request("b", owner="run-1")).policy
             # A repetition that comes late ends nothing of what was asked for since.
             assert cancel(running, "run-1", "cancel-1") == 1

@@ -150,7 +150,7 @@ def test_an_update_without_room_waits_says_so_and_ends_with_the_same_policy(
     with small_disk(tmp_path / "disk") as disk:
         running = Running(disk.path)
         try:
-            with running.teacher.policies._device:  # it cannot begin before the disk is full
+            with running.device:  # it cannot begin before the disk is full
                 started = call(running.stub.UpdatePolicy, update_request("first")).policy
                 disk.fill()
             until(lambda: policy(running, started.id).failure.reason == "DISK_FULL")
@@ -173,7 +173,7 @@ def test_an_update_that_waits_for_room_does_not_keep_the_service_up_and_goes_on_
 ) -> None:
     with small_disk(tmp_path / "disk") as disk:
         running = Running(disk.path)
-        with running.teacher.policies._device:
+        with running.device:
             started = call(running.stub.UpdatePolicy, update_request("first")).policy
             disk.fill()
         until(lambda: policy(running, started.id).failure.reason == "DISK_FULL")

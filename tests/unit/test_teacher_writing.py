@@ -17,8 +17,9 @@ from preceptor.errors import PreceptorError
 from preceptor.tasks import Directive, Passage, Question, SelfEdit
 from preceptor.v1 import teacher_pb2 as pb
 from preceptor.v1 import types_pb2
+from teacher.backend import SamplingSettings
+from teacher.in_process import in_process
 from teacher.prompts import FORMATS
-from teacher.sampling import SamplingSettings
 from teacher.service import Teacher
 from teacher.servicer import task_text, writing_request
 from teacher.settings import TeacherSettings
@@ -44,7 +45,7 @@ def settings(home: Path, **changes: Any) -> TeacherSettings:
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Iterator[Teacher]:
-    made = Teacher(tiny_teacher(), settings(tmp_path))
+    made = Teacher(in_process(tiny_teacher()), settings(tmp_path))
     yield made
     made.stop()
     made.store.close()
@@ -66,7 +67,7 @@ def test_groups_come_in_the_order_of_the_tasks_with_every_sample(teacher: Teache
 
 
 def test_the_same_request_gives_the_same_groups_in_another_home(teacher: Teacher, tmp_path: Path) -> None:
-    other = Teacher(tiny_teacher(), settings(tmp_path / "other"))
+    other = Teacher(in_process(tiny_teacher()), settings(tmp_path / "other"))
     assert texts(write(teacher, REQUEST)) == texts(write(other, REQUEST))
     assert texts(write(teacher, replace(REQUEST, seed=4))) != texts(write(other, REQUEST))
     other.stop()
@@ -75,9 +76,9 @@ def test_the_same_request_gives_the_same_groups_in_another_home(teacher: Teacher
 
 def test_groups_that_were_written_once_are_given_again_without_the_model(teacher: Teacher) -> None:
     first = write(teacher, REQUEST)
-    teacher.writer._models = None  # type: ignore[assignment]
+    teacher.writer._author.writing = None  # type: ignore[method-assign, assignment]
     assert texts(write(teacher, REQUEST)) == texts(first)
-    with pytest.raises(AttributeError):
+    with pytest.raises(TypeError):
         write(teacher, replace(REQUEST, seed=4))
 
 
@@ -108,7 +109,7 @@ def test_a_completion_cut_off_by_the_limit_is_malformed(teacher: Teacher) -> Non
 
 def test_a_completion_that_reaches_the_end_of_the_context_is_malformed(tmp_path: Path) -> None:
     base = tiny_teacher(context=120)
-    teacher = Teacher(base, settings(tmp_path, teacher_answer_room=2))
+    teacher = Teacher(in_process(base), settings(tmp_path, teacher_answer_room=2))
     prompt = base.prompt_ids(FORMATS["open"].render(TASKS[0].title, TASKS[0].text))
     room = 120 - len(prompt)
     assert 5 <= room < 20
@@ -160,7 +161,7 @@ def test_writing_ends_when_the_client_is_gone_even_while_it_waits_for_the_device
     with pytest.raises(PreceptorError) as error:
         list(teacher.writer.write(REQUEST, stopped))
     assert error.value.reason == "CANCELLED"
-    with teacher.writer._device, pytest.raises(PreceptorError) as error:
+    with teacher.writer._author._device, pytest.raises(PreceptorError) as error:
         list(teacher.writer.write(REQUEST, lambda: True))
     assert error.value.reason == "CANCELLED"
 

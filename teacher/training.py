@@ -1,0 +1,134 @@
+"""Trains policies in this process: LoRA on the kept self-edits, on a base that may be loaded only for that.
+
+Promises: what the training needed of the device is free again when the base is given back, also after a failure; every
+adapter carries a probe (``probe.json``), by which a server that loads it can be seen to use it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from preceptor.errors import PreceptorError
+from preceptor.inference import Probe
+from teacher.backend import TrainedPolicy
+from teacher.language import Language
+from teacher.model import TeacherBase, save_adapter
+from teacher.prompts import prompt_format
+from teacher.recipe import Rewarded, UpdateSettings
+from teacher.update import Example, fine_tune
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+PROBE_FILE = "probe.json"
+# Enough for a sum that rounding does not reach; one short sequence for the server.
+_PROBE_TOKENS = 64
+
+
+class LoraTrainer:
+    """See ``teacher.backend.Trainer``. ``base`` gives the base for one training, with the device to itself."""
+
+    def __init__(self, words: TeacherBase | Language, base: Callable[[], AbstractContextManager[TeacherBase]]) -> None:
+        self._words = words
+        self._base = base
+
+    def train(
+        self,
+        parent: Path | None,
+        kept: Sequence[Rewarded],
+        settings: UpdateSettings,
+        seed: int,
+        on_step: Callable[[int], None],
+        stopped: Callable[[], bool],
+    ) -> TrainedPolicy:
+        """See Trainer."""
+        examples = [self._example(example) for example in kept]
+        with self._base() as base:
+            try:
+                return _train(base, parent, examples, settings, seed, on_step, stopped)
+            except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # they hold the model
+                raise
+            finally:
+                del base
+
+    def _example(self, example: Rewarded) -> Example:
+        words = self._words
+        prompt = prompt_format(example.prompt_format).render(example.title, example.text)
+        made = Example(tuple(words.prompt_ids(prompt)), tuple(words.completion_ids(example.completion)))
+        tokens = len(made.prompt) + len(made.completion)
+        if tokens > words.context:
+            raise PreceptorError(
+                "SEQUENCE_TOO_LONG",
+                f"a self-edit of group {example.group} has {tokens} tokens with its prompt, the teacher's context is "
+                f"{words.context}",
+            )
+        return made
+
+
+def _train(
+    base: TeacherBase,
+    parent: Path | None,
+    examples: Sequence[Example],
+    settings: UpdateSettings,
+    seed: int,
+    on_step: Callable[[int], None],
+    stopped: Callable[[], bool],
+) -> TrainedPolicy:
+    if parent is None:
+        model = base.new_adapter(settings.rank, settings.alpha, seed)
+    else:
+        model = base.load_adapter(parent, trainable=True)
+    trained = fine_tune(model, examples, settings.tuning, seed, on_step=on_step, stopped=stopped)
+    files = _files(model, base.source)
+    files[PROBE_FILE] = _probe(model, examples[0])
+    return TrainedPolicy(files, trained.first_loss, trained.final_loss, trained.steps)
+
+
+def _files(model: PeftModel, source: str) -> dict[str, bytes]:
+    """The adapter as it lies on a disk, but in memory: it is still here when the store has room for it at last."""
+    with tempfile.TemporaryDirectory(prefix="preceptor-adapter-") as folder:
+        save_adapter(model, Path(folder), source)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def _probe(model: PeftModel, example: Example) -> bytes:
+    continuation = example.completion[:_PROBE_TOKENS]
+    with_adapter = _logprob(model, example.prompt, continuation)
+    with model.disable_adapter():
+        without = _logprob(model, example.prompt, continuation)
+    values = {
+        "prompt": list(example.prompt),
+        "continuation": list(continuation),
+        "logprob": round(with_adapter, 4),
+        "base_logprob": round(without, 4),
+    }
+    return (json.dumps(values) + "\n").encode()
+
+
+def _logprob(model: Any, prompt: Sequence[int], continuation: Sequence[int]) -> float:
+    """Of the continuation behind the prompt, in nats, summed over its tokens."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([[*prompt, *continuation]], device=device)
+    wanted = torch.tensor(continuation, device=device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(continuation) + 1).logits[0, :-1]
+        return float(logits.float().log_softmax(-1).gather(1, wanted[:, None]).sum())
+
+
+def read_probe(folder: Path) -> Probe | None:
+    """The probe of an adapter; None where it was made before there were probes."""
+    try:
+        values = json.loads((folder / PROBE_FILE).read_text(encoding="utf-8"))
+        numbers = float(values["logprob"]), float(values["base_logprob"])
+        return Probe(tuple(values["prompt"]), tuple(values["continuation"]), *numbers)
+    except FileNotFoundError:
+        return None
