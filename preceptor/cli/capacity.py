@@ -84,7 +84,7 @@ def _show(work: Work, needs: list[Need], around: Surroundings) -> None:
     from preceptor.cli.output import print_table
 
     print(
-        f"{work.passages:,} passages x {work.self_edits} self-edits x {work.seeds} seeds"
+        f"{work.passages:,} passages x {work.self_edits} self-edits x {work.seeds} seed{'s' if work.seeds > 1 else ''}"
         f"{f' x {work.work_share:.0%} by racing' if work.work_share < 1 else ''} = {work.trials:,.0f} trials a day,"
         f" GPUs busy for {work.busy_share:.0%} of it"
     )
@@ -99,7 +99,7 @@ def _show(work: Work, needs: list[Need], around: Surroundings) -> None:
     )
     print(
         f"services: {around.trials_per_second:.3g} trials/s through one evaluator"
-        f" ({around.of_measured_rate:.0%} of what has been measured), {around.cores:.2g} cores"
+        f" ({around.of_measured_rate:.1%} of what has been measured), {around.cores:.2g} cores"
     )
     print(f"teacher:  {around.teacher_tokens_per_second:,.0f} tokens/s on average")
     print(

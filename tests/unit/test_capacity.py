@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from preceptor import capacity
-from preceptor.capacity import GPUS, Gpu, Work, estimated_seconds, gpus_needed, read_bench, surroundings
+from preceptor.capacity import GPUS, Gpu, Work, estimated_seconds, estimates, gpus_needed, read_bench, surroundings
 from preceptor.cli import main
 from preceptor.errors import PreceptorError
 
@@ -199,3 +199,25 @@ def test_the_command_refuses_what_makes_no_sense(options: tuple[str, ...], capsy
     assert code == 2
     assert not out
     assert err
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to-scale.md"
+
+
+def test_the_page_shows_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
+    block = PAGE.read_text(encoding="utf-8").partition("$ preceptor capacity ")[2].partition("```")[0]
+    options, _, shown = block.partition("\n")
+    code, out, _ = asked(capsys, *options.split())
+    assert code == 0
+    said = [line.split() for line in out.splitlines() if not line.startswith("note:")]
+    assert said == [line.split() for line in shown.splitlines()]
+
+
+def test_the_pages_table_is_what_the_formula_says() -> None:
+    rows = [line.split("|")[1:-1] for line in PAGE.read_text(encoding="utf-8").splitlines() if "B | " in line]
+    assert len(rows) == 6
+    for row in rows:
+        passages, parameters, *shown = (cell.strip() for cell in row)
+        work = Work(int(passages.replace(",", "")), 12, 3)
+        needs = estimates(work, float(parameters.removesuffix("B")) * 1e9)[:4]  # an H200 computes as an H100 does
+        assert [str(need.gpus) for need in needs] == shown, row
