@@ -168,12 +168,13 @@ class Sight:
             if one.state != pb.EVALUATION_STATE_CANCELLED:
                 self._metrics.observe(m.EVALUATION_SECONDS, ended - began)
             if one.HasField("reward"):
-                self._metrics.observe(m.REWARD, one.reward.value)
-                told["reward"] = one.reward.value
-                self._metrics.observe(m.REWARD_ERROR, one.reward.stderr)
-                told["reward_stderr"] = one.reward.stderr
-                if one.reward.HasField("seed_stderr"):
-                    self._metrics.observe(m.SEED_ERROR, one.reward.seed_stderr)
+                look = not {"gain", "agreement_gain"} & set(one.reward.terms)  # no answers were asked for
+                told |= {"reward": one.reward.value, "reward_stderr": one.reward.stderr, "look": look}
+                self._metrics.observe(m.REWARD, one.reward.value, kind="look" if look else "reward")
+                if not look:
+                    self._metrics.observe(m.REWARD_ERROR, one.reward.stderr)
+                    if one.reward.HasField("seed_stderr"):
+                        self._metrics.observe(m.SEED_ERROR, one.reward.seed_stderr)
             error = one.failure.reason or ("CANCELLED" if one.state == pb.EVALUATION_STATE_CANCELLED else "")
             self._traces.record("evaluation", began, ended, at=evaluation_place(one.id), error=error, attributes=told)
 

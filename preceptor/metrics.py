@@ -137,11 +137,18 @@ EVALUATION_SECONDS = Metric(
     (EVALUATOR,),
     buckets=_SECONDS,
 )
-REWARD = Metric("preceptor_reward", "histogram", "rewards as they are measured", (EVALUATOR,), buckets=_REWARDS)
+REWARD = Metric(
+    "preceptor_reward",
+    "histogram",
+    "rewards as they are measured; look: of a race's first look, which nobody learns from",
+    (EVALUATOR,),
+    {"kind": ("reward", "look")},
+    _REWARDS,
+)
 REWARD_ERROR = Metric(
     "preceptor_reward_stderr",
     "histogram",
-    "standard errors of the rewards, over questions and seeds",
+    "standard errors of the rewards (looks left out), over questions and seeds",
     (EVALUATOR,),
     buckets=_ERRORS,
 )
