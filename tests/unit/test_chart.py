@@ -177,8 +177,17 @@ def test_every_object_is_valid_kubernetes(variant: tuple[str, ...], version: str
     for one in rendered(*variant):
         if one["apiVersion"] == "keda.sh/v1alpha1":
             jsonschema.validate(one["spec"], SCALED_OBJECT)
+            kubernetes_validate.validate(autoscaler(one["spec"]), version, strict=True)
         else:
             kubernetes_validate.validate(one, version, strict=True)
+
+
+def autoscaler(scaled: dict[str, Any]) -> dict[str, Any]:
+    """The part of a ScaledObject that KEDA hands on to Kubernetes as it is."""
+    behavior = scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", **scaled["scaleTargetRef"]}
+    spec = {"scaleTargetRef": target, "maxReplicas": scaled["maxReplicaCount"], "behavior": behavior}
+    return {"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": {"name": "x"}, "spec": spec}
 
 
 @every_variant
@@ -413,6 +422,7 @@ def test_only_who_calls_may_reach_a_service() -> None:
     for who, port in ports.items():
         (rule,) = policies[who]["ingress"]
         assert rule["ports"] == [{"protocol": "TCP", "port": port}]
+        assert rule["from"]
         assert all("podSelector" in peer or "namespaceSelector" in peer for peer in rule["from"])
     (rule,) = policies["all"]["ingress"]
     assert [port["port"] for port in rule["ports"]] == [9464]
