@@ -10,7 +10,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,48 +67,78 @@ class VllmServer:
         return content
 
 
+class VllmProcess:
+    """A server that can be killed and started again under the same address; it serves ``model`` as ``base``."""
+
+    def __init__(
+        self, python: Path, model: Path, scratch: Path, *arguments: str, environment: Mapping[str, str] | None = None
+    ) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.server = VllmServer(f"http://127.0.0.1:{port}", "base")
+        self._log = scratch / "vllm.log"
+        self._scratch = scratch
+        self._command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        self._command += ["--dtype", "float32", "--served-model-name", "base", "--enforce-eager"]
+        self._command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
+        own = {
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two servers would be bound to one core
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is a share of the machine
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # without it there is no route that loads adapters
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "XDG_CACHE_HOME": str(scratch / "cache"),
+            "XDG_CONFIG_HOME": str(scratch / "config"),
+        }
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "PYTHON"))}
+        self._environment = {**inherited, **own, **(environment or {})}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Begins to start; ``wait_until_up`` waits for it."""
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(
+                self._command,
+                cwd=self._scratch,
+                env=self._environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_until_up(self) -> None:
+        assert self._process is not None
+        end = time.monotonic() + START_SECONDS
+        while not self.server.is_up():
+            told = self._log.read_text(errors="replace")[-3000:]
+            assert self._process.poll() is None, f"vLLM ended with {self._process.returncode}:\n{told}"
+            assert time.monotonic() < end, f"vLLM was not up within {START_SECONDS:.0f} s:\n{told}"
+            time.sleep(0.5)
+
+    def kill(self) -> None:
+        """At once, with all that it has started."""
+        assert self._process is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(STOP_SECONDS)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_SECONDS)
+            self.kill()  # its engine and workers, should they have outlived it
+
+
 @contextmanager
 def vllm_server(python: Path, model: Path, scratch: Path, *arguments: str) -> Iterator[VllmServer]:
     """Serves ``model`` in float32 while it lasts; whatever the server started is gone afterwards."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = scratch / "vllm.log"
-    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32"]
-    command += ["--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
-    own = {
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two servers would be bound to one core
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is a share of the machine
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # without it there is no route that loads adapters
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "XDG_CACHE_HOME": str(scratch / "cache"),
-        "XDG_CONFIG_HOME": str(scratch / "config"),
-    }
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "PYTHON"))}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, *arguments],
-            cwd=scratch,
-            env={**inherited, **own},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            server = VllmServer(f"http://127.0.0.1:{port}", "base")
-            end = time.monotonic() + START_SECONDS
-            while not server.is_up():
-                told = log.read_text(errors="replace")[-3000:]
-                assert process.poll() is None, f"vLLM ended with {process.returncode}:\n{told}"
-                assert time.monotonic() < end, f"vLLM was not up within {START_SECONDS:.0f} s:\n{told}"
-                time.sleep(0.5)
-            yield server
-        finally:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_SECONDS)
-            with suppress(ProcessLookupError):  # its engine and workers, should they have outlived it
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait(STOP_SECONDS)
+    process = VllmProcess(python, model, scratch, *arguments)
+    try:
+        process.start()
+        process.wait_until_up()
+        yield process.server
+    finally:
+        process.stop()
