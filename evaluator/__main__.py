@@ -32,7 +32,7 @@ def run(settings: EvaluatorSettings, telemetry: Telemetry) -> None:
     with own_database(settings.database("evaluator"), settings.grace_seconds + HAND_OVER_SECONDS):
         broker = RedisBroker(settings.broker_url)
         evaluator = Evaluator(settings, broker, telemetry=telemetry)
-        servicer = EvaluatorServicer(evaluator.evaluations)
+        servicer = EvaluatorServicer(evaluator.evaluations, evaluator.garbage)
         evaluator.dispatcher.start()
         try:
             serve(

@@ -12,6 +12,7 @@ from evaluator.database import Database
 from evaluator.dispatch import Dispatcher
 from evaluator.evaluations import Evaluations
 from evaluator.feed import Feed
+from evaluator.garbage import EvaluatorGarbage
 from evaluator.graders.judge import Judge
 from evaluator.graders.rack import Graders
 from evaluator.graders.verdicts import VerdictStore
@@ -50,6 +51,7 @@ class Evaluator:
         sight = Sight(self._database, telemetry)
         patience = settings.judge_patience_seconds
         self._marking = Marking(store, overview, self._feed, graders, patience, sight=sight)
+        self.garbage = EvaluatorGarbage(self._database, clock)
         batches, history = BatchStore(self._database, clock), History(self._database)
         limits = settings.dispatch_limits
         lanes = Lanes(settings.dedicated)

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import grpc
 
 from evaluator.evaluations import Evaluations
+from evaluator.garbage import EvaluatorGarbage
 from preceptor.errors import PreceptorError
+from preceptor.limits import kept_seconds
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1.evaluator_pb2_grpc import EvaluatorServiceServicer
 
@@ -17,8 +19,9 @@ SERVICE = "preceptor.v1.EvaluatorService"
 class EvaluatorServicer(EvaluatorServiceServicer):
     """Translates; everything happens in Evaluations."""
 
-    def __init__(self, evaluations: Evaluations) -> None:
+    def __init__(self, evaluations: Evaluations, garbage: EvaluatorGarbage) -> None:
         self._evaluations = evaluations
+        self._garbage = garbage
 
     def CreateEvaluations(
         self, request: pb.CreateEvaluationsRequest, context: grpc.ServicerContext
@@ -68,3 +71,10 @@ class EvaluatorServicer(EvaluatorServiceServicer):
         self, request: pb.GetQueueStatusRequest, context: grpc.ServicerContext
     ) -> pb.GetQueueStatusResponse:
         return self._evaluations.queue_status()
+
+    def CollectGarbage(
+        self, request: pb.EvaluatorServiceCollectGarbageRequest, context: grpc.ServicerContext
+    ) -> pb.EvaluatorServiceCollectGarbageResponse:
+        keep = kept_seconds(request.keep_days if request.HasField("keep_days") else None)
+        found = self._garbage.collect(keep, dry_run=request.dry_run)
+        return pb.EvaluatorServiceCollectGarbageResponse(garbage=found)

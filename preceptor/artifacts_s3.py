@@ -116,6 +116,12 @@ class S3Folder:
                 for future in under_way:
                     future.cancel()
 
+    def verify(self) -> str:
+        """The hash of what lies here, every file read. Raises ARTIFACT_NOT_FOUND, and ARTIFACT_CORRUPT where a file is
+        not what the manifest says."""
+        expected, sizes = self._content(self.manifest())
+        return _hash(manifest({name: self._verified(name, sizes[name], expected[name]) for name in expected}))
+
     def content_manifest(self) -> str:
         """The manifest, or where there is none what it would be: then every file is read."""
         if (written := self.manifest()) is not None:
@@ -128,25 +134,18 @@ class S3Folder:
 
         Raises ARTIFACT_NOT_FOUND, ARTIFACT_CORRUPT.
         """
-        written, files = self.manifest(), self.files()
+        written = self.manifest()
         if written is not None and (found := _hash(written)) != sha256:
             raise PreceptorError(
                 "ARTIFACT_CORRUPT", f"the manifest has hash {found[:12]}, expected {sha256[:12]}", file=self.url
             )
-        hashes = read_manifest(written) if written is not None else {name: "" for name in files if counts(name)}
-        if not hashes:
-            raise PreceptorError("ARTIFACT_NOT_FOUND", "nothing lies there", file=self.url)
-        if missing := sorted(hashes.keys() - files.keys()):
-            raise PreceptorError("ARTIFACT_CORRUPT", "the file is missing", file=f"{self.url}/{missing[0]}")
-        room(sum(files[name][0] for name in hashes))
-        for name, expected in hashes.items():
+        expected, sizes = self._content(written)
+        room(sum(sizes[name] for name in expected))
+        for name in expected:
             path = to / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
-                found = self.sha256(name, files[name][0], file.write)
-            if expected and found != expected:
-                message = f"the file has hash {found[:12]}, expected {expected[:12]}"
-                raise PreceptorError("ARTIFACT_CORRUPT", message, file=f"{self.url}/{name}")
+                self._verified(name, sizes[name], expected[name], file.write)
 
     def upload(self, folder: Path) -> types.Artifact:
         """Publishes a folder's content here: the manifest comes last. What lay here before and differs gives way."""
@@ -188,6 +187,25 @@ class S3Folder:
                 if time.time() - upload["Initiated"].timestamp() > older_than_seconds:
                     which = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
                     self._fs.call_s3("abort_multipart_upload", Bucket=self.bucket, **which)
+
+    def _content(self, written: str | None) -> tuple[dict[str, str], dict[str, int]]:
+        """The files that count, each with its hash by the manifest (empty where there is none); the sizes of all."""
+        sizes = {name: size for name, (size, _) in self.files().items()}
+        expected = read_manifest(written) if written is not None else {name: "" for name in sizes if counts(name)}
+        if not expected:
+            raise PreceptorError("ARTIFACT_NOT_FOUND", "nothing lies there", file=self.url)
+        if missing := sorted(expected.keys() - sizes.keys()):
+            raise PreceptorError("ARTIFACT_CORRUPT", "the file is missing", file=f"{self.url}/{missing[0]}")
+        return expected, sizes
+
+    def _verified(
+        self, name: str, size: int, expected: str, write: Callable[[bytes], object] = lambda _data: None
+    ) -> str:
+        found = self.sha256(name, size, write)
+        if expected and found != expected:
+            message = f"the file has hash {found[:12]}, expected {expected[:12]}"
+            raise PreceptorError("ARTIFACT_CORRUPT", message, file=f"{self.url}/{name}")
+        return found
 
     def _key(self, name: str) -> str:
         return f"{self._root}/{name}".partition("/")[2]

@@ -70,6 +70,11 @@ MAX_RESAMPLES = 100
 # Self-edits that one update learns from.
 MAX_EXAMPLES = 100_000
 
+# What nobody has used for so long may go, where nobody says otherwise; and for ever.
+KEEP_DAYS, MAX_KEEP_DAYS = 30, 36_500
+# Runs under way that a request to collect garbage may name.
+MAX_OWNERS = 10_000
+
 # A config that people wrote, with everything in it spelt out, has some thousand.
 MAX_CONFIG_CHARACTERS = 50_000
 # A file of tasks: what is in it travels in one message (preceptor.server.MAX_MESSAGE_BYTES).
@@ -85,6 +90,14 @@ def check_name(field: str, value: str, most: int = MAX_NAME_CHARACTERS) -> None:
     """
     if not 1 <= len(value) <= most or not value.isprintable():
         raise PreceptorError("INVALID_REQUEST", f"{field} must have 1..{most} printable characters", field=field)
+
+
+def kept_seconds(days: int | None) -> float:
+    """For how long a collector of garbage keeps what nobody uses. Raises PreceptorError(INVALID_REQUEST)."""
+    days = KEEP_DAYS if days is None else days
+    if days > MAX_KEEP_DAYS:
+        raise PreceptorError("INVALID_REQUEST", f"keep_days must be at most {MAX_KEEP_DAYS}", field="keep_days")
+    return days * 86400.0
 
 
 def page_size(asked: int) -> int:

@@ -24,11 +24,13 @@ from types import FrameType
 import click
 
 from preceptor import __version__
+from preceptor.cli.artifacts import artifacts
 from preceptor.cli.capacity import capacity
 from preceptor.cli.certificates import certificates
 from preceptor.cli.doctor import doctor
 from preceptor.cli.evaluate import evaluate
 from preceptor.cli.evaluations import evaluations
+from preceptor.cli.gc import gc
 from preceptor.cli.probe import probe
 from preceptor.cli.run import run
 from preceptor.cli.runs import runs
@@ -47,7 +49,21 @@ def cli() -> None:
     """
 
 
-for _command in (run, evaluate, up, runs, evaluations, students, tasks, doctor, probe, certificates, capacity):
+for _command in (
+    run,
+    evaluate,
+    up,
+    runs,
+    evaluations,
+    students,
+    tasks,
+    doctor,
+    probe,
+    certificates,
+    capacity,
+    artifacts,
+    gc,
+):
     cli.add_command(_command)
 
 

@@ -137,6 +137,7 @@ def full_request() -> evaluator.CreateEvaluationsRequest:
         ("ListAttempts", False),
         ("RetryEvaluations", False),
         ("GetQueueStatus", False),
+        ("CollectGarbage", False),
     ],
 )
 def test_evaluator(evaluation: tuple[House, list[str]], method: str, streams: bool) -> None:
@@ -156,6 +157,7 @@ def test_evaluator(evaluation: tuple[House, list[str]], method: str, streams: bo
             request_id=GOOD_ID, evaluation_ids=ids, owner="run-1", reason="TRIAL_DIVERGED"
         ),
         "GetQueueStatus": evaluator.GetQueueStatusRequest(),
+        "CollectGarbage": evaluator.EvaluatorServiceCollectGarbageRequest(dry_run=True, keep_days=1),
     }
     house.knock(method, good[method], streams=streams)
 
@@ -378,6 +380,7 @@ def teaching(folder: Path) -> Iterator[tuple[House, Running, str]]:
         ("ActivatePolicy", False),
         ("CancelUpdates", False),
         ("ListPromptFormats", False),
+        ("CollectGarbage", False),
     ],
 )
 def test_teacher(tmp_path: Path, method: str, streams: bool) -> None:
@@ -400,6 +403,9 @@ def test_teacher(tmp_path: Path, method: str, streams: bool) -> None:
             "ActivatePolicy": teacher.ActivatePolicyRequest(request_id=GOOD_ID, policy_id=base),
             "CancelUpdates": teacher.CancelUpdatesRequest(request_id="cancel-1", owner="somebody"),
             "ListPromptFormats": teacher.ListPromptFormatsRequest(),
+            "CollectGarbage": teacher.TeacherServiceCollectGarbageRequest(
+                dry_run=True, keep_days=1, keep_owners=["somebody"]
+            ),
         }
         # Writing for many is long work that was asked for: it is cancelled, and must then be out of the way.
         patience = {"patience": 3.0} if method == "GenerateSelfEdits" else {}

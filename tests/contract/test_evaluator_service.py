@@ -90,7 +90,7 @@ def serving(folder: Path) -> Iterator[Bench]:
         grace_seconds=1,
     )
     evaluator = Evaluator(configured, broker)
-    servicer = EvaluatorServicer(evaluator.evaluations)
+    servicer = EvaluatorServicer(evaluator.evaluations, evaluator.garbage)
     server = Server([SERVICE], lambda one: add_EvaluatorServiceServicer_to_server(servicer, one), configured)
     evaluator.dispatcher.start()
     with open_channel(f"127.0.0.1:{server.port}") as channel:
