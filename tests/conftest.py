@@ -40,3 +40,11 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/service.db"
     server: Postgres = request.getfixturevalue("postgres_server")
     return server.new_schema()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def databases(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Services that read their settings, here or in a child, use a database of each kind in turn."""
+    if request.param == "postgresql":
+        server: Postgres = request.getfixturevalue("postgres_server")
+        monkeypatch.setenv("PRECEPTOR_DATABASE_URL", server.new_database())

@@ -29,13 +29,13 @@ class Preceptor:
     def __init__(self, home: Path) -> None:
         self.home = home
         own = {key: value for key, value in os.environ.items() if not key.startswith("PRECEPTOR_")}
-        self._environment = {**own, "PYTHONPATH": str(REPOSITORY), "PRECEPTOR_HOME": str(home)}
+        self.environment = {**own, "PYTHONPATH": str(REPOSITORY), "PRECEPTOR_HOME": str(home)}
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """The command, running, in a session of its own and with its output in one pipe."""
         return subprocess.Popen(
             [sys.executable, "-m", "preceptor", *arguments],
-            env=self._environment,
+            env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
