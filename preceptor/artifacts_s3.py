@@ -328,6 +328,7 @@ def _translated(url: str) -> Iterator[None]:
 def _in_our_words(error: Exception, url: str) -> Exception:
     """What went wrong with a bucket, in the catalogue's words; the error itself where it has nothing to do with one."""
     from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+    from botocore.exceptions import ConnectionError as NoConnection
 
     cause = error if isinstance(error, ClientError) else error.__cause__
     if isinstance(cause, ClientError):
@@ -345,7 +346,7 @@ def _in_our_words(error: Exception, url: str) -> Exception:
         return PreceptorError("ARTIFACT_NOT_FOUND", "nothing lies there", file=url)
     if (known := storage_error(error)) is not None:  # of a file that was to be sent
         return known
-    if isinstance(error, HTTPClientError | TimeoutError | ConnectionError) or _is_of_network(error):
+    if isinstance(error, HTTPClientError | NoConnection | TimeoutError | ConnectionError) or _is_of_network(error):
         return PreceptorError("ARTIFACT_STORE_UNREACHABLE", f"the store does not answer: {_line(error)}", file=url)
     if isinstance(error, BotoCoreError | ValueError):  # no keys, no region, no such profile, a name that is none
         return PreceptorError("ARTIFACT_STORE_REFUSED", _line(error), file=url)

@@ -257,6 +257,16 @@ def _connect(url: URL) -> psycopg.Connection[Any]:
         raise DatabaseError("DATABASE_UNREACHABLE", f"{_place(url)}: {said}") from None
 
 
+def server_version(url: URL) -> tuple[str, bool]:
+    """The server's version, and whether the connection is encrypted; touches no schema. For who only wants to know.
+
+    Raises DatabaseError, PreceptorError(DATABASE_REFUSED).
+    """
+    with _connect(url) as connection:
+        version = ".".join(map(str, divmod(connection.info.server_version, 10_000)))
+        return version, bool(connection.pgconn.ssl_in_use)
+
+
 def _arguments(url: URL) -> dict[str, Any]:
     return {key: value for key, value in _LINE.items() if key not in url.query} | {"application_name": _name(url)}
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import logging
+import math
 import socket
 import ssl
 import stat
@@ -45,6 +46,7 @@ class Tls:
     ca: bytes = field(repr=False)
     certificate: bytes = field(repr=False)
     key: bytes = field(repr=False)
+    until: float = math.inf  # unix seconds: the certificate's end
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """Shows the certificate and demands one of the same authority from every client."""
@@ -210,12 +212,13 @@ def _load_tls(folder: Path) -> Tls:
         raise _bad(folder, CERTIFICATE_FILE, said) from None
     except ssl.SSLError as error:
         raise _bad(folder, CERTIFICATE_FILE, f"cannot be used: {_words(error)}") from None
-    left = (ssl.cert_time_to_seconds(certificate["notAfter"]) - now) / 86400
+    until = ssl.cert_time_to_seconds(certificate["notAfter"])
+    left = (until - now) / 86400
     if left < EXPIRY_WARNING_DAYS:
         log.warning("%s expires in %.0f days (%s)", folder / CERTIFICATE_FILE, left, certificate["notAfter"])
     if not certificate.get("subjectAltName"):
         log.warning("%s names no host (subjectAltName); no client accepts it from a service", folder / CERTIFICATE_FILE)
-    return Tls(folder, contents[CA_FILE], contents[CERTIFICATE_FILE], contents[KEY_FILE])
+    return Tls(folder, contents[CA_FILE], contents[CERTIFICATE_FILE], contents[KEY_FILE], until)
 
 
 def _context(folder: Path, server: bool) -> ssl.SSLContext:

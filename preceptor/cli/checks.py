@@ -17,7 +17,8 @@ import psutil
 
 from preceptor import __version__
 from preceptor.cli.connection import house_settings
-from preceptor.cli.stack_checks import Finding, stack_findings
+from preceptor.cli.server_checks import Finding
+from preceptor.cli.stack_checks import is_served, stack_findings
 from preceptor.errors import PreceptorError
 from preceptor.settings import HouseSettings
 from preceptor.storage import free_bytes, mount_of
@@ -38,12 +39,18 @@ EXTRAS = {
 
 def all_findings() -> list[Finding]:
     """All checks, in the order in which one would ask."""
-    findings = [_python(), *_packages()]
     try:
         settings = house_settings()
     except PreceptorError as error:
-        return [*findings, Finding("settings", "problem", str(error), "correct or unset the variable")]
-    return [*findings, _redis_binary(settings), _ports(), *_home(settings.home), *_machine(), *stack_findings(settings)]
+        wrong = Finding("settings", "problem", error.message, "correct or unset the variable")
+        return [_python(), *_packages(served=True), wrong]
+    served = is_served(settings)
+    # In a container, or beside somebody's stack, only what is needed there is missed.
+    own = [] if served else [_redis_binary(settings), _ports()]
+    return [
+        *(_python(), *_packages(served), *own),
+        *(*_home(settings.home), *_machine(served), *stack_findings(settings)),
+    ]
 
 
 def _python() -> Finding:
@@ -51,7 +58,7 @@ def _python() -> Finding:
     return Finding("python", "ok", f"{platform.python_version()} ({sys.executable}), preceptor {__version__}")
 
 
-def _packages() -> Iterator[Finding]:
+def _packages(served: bool) -> Iterator[Finding]:
     for extra, packages in EXTRAS.items():
         versions, missing = [], []
         for package in packages:
@@ -59,7 +66,9 @@ def _packages() -> Iterator[Finding]:
                 versions.append(f"{package} {importlib.metadata.version(package)}")
             except importlib.metadata.PackageNotFoundError:
                 missing.append(package)
-        if missing:
+        if missing and served:
+            yield Finding(f"extra {extra}", "ok", f"not whole here (without {', '.join(missing)})")
+        elif missing:
             yield Finding(
                 f"extra {extra}", "problem", f"missing: {', '.join(missing)}", "pip install 'preceptor[embedded]'"
             )
@@ -118,12 +127,12 @@ def _home(home: Path) -> Iterator[Finding]:
         yield Finding("disk", "ok", found)
 
 
-def _machine() -> Iterator[Finding]:
+def _machine(served: bool) -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Finding("processor", "ok", f"{cores} core{'s' if cores > 1 else ''} ({platform.machine()})")
     memory = psutil.virtual_memory()
     found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB available"
-    if memory.available < MEMORY_BYTES:
+    if memory.available < MEMORY_BYTES and not served:
         yield Finding("memory", "note", found, "the embedded stack may need 4 GiB; close something or use --workers 1")
     else:
         yield Finding("memory", "ok", found)

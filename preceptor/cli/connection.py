@@ -28,9 +28,15 @@ def house_settings() -> HouseSettings:
     try:
         return HouseSettings()
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        name = f"PRECEPTOR_{'_'.join(str(part) for part in problem['loc']).upper()}"
-        raise PreceptorError("BAD_CONFIG", f"environment variable {name}: {problem['msg']}", field=name) from None
+        raise PreceptorError("BAD_CONFIG", f"environment variable {setting_problem(error)}") from None
+
+
+def setting_problem(error: ValidationError) -> str:
+    """The first wrong setting, in one line that begins with its variable."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    variable = "_".join(("PRECEPTOR", *map(str, first["loc"]))).upper()
+    return f"{variable}: {message}" if first["loc"] else message
 
 
 def stack_in_use(service: str = "orchestrator") -> HouseSettings:

@@ -1,17 +1,27 @@
-"""The checks behind ``preceptor doctor`` that ask a stack: its services, Redis, workers and student."""
+"""The checks behind ``preceptor doctor`` that ask a stack: its services, Redis, workers and student.
+
+Of an embedded stack everything is asked; where the settings name addresses, that is asked which they name.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection, Iterator
 
 from preceptor import __version__
 from preceptor.channel import Health, call, connect, health_of, is_serving
 from preceptor.cli.connection import find_stack
+from preceptor.cli.server_checks import (
+    Finding,
+    artifact_findings,
+    database_findings,
+    gpu_findings,
+    inference_findings,
+    problem,
+    security_findings,
+)
 from preceptor.errors import CATALOGUE, PreceptorError
 from preceptor.settings import HouseSettings
 from preceptor.versions import CONTRACT_VERSION
@@ -22,38 +32,84 @@ PROBE_SECONDS = 3.0
 CLOCK_SECONDS = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What one check found. ``next_step`` is empty where there is nothing to do."""
+def named_services(settings: HouseSettings) -> list[str]:
+    """The services whose address somebody has set."""
+    return [name for name in SERVICES if f"{name}_address" in settings.model_fields_set]
 
-    what: str
-    state: Literal["ok", "note", "problem"]
-    found: str
-    next_step: str = ""
+
+def is_served(settings: HouseSettings) -> bool:
+    """Whether the settings name services or a Redis: then there is a stack that others run, and none is embedded."""
+    return bool(named_services(settings)) or "broker_url" in settings.model_fields_set
 
 
 def stack_findings(settings: HouseSettings) -> Iterator[Finding]:
     """What there is to say of the stack that commands would use."""
-    addresses = find_stack(settings)
+    secured = list(security_findings(settings))
+    yield from secured
+    if any(one.state == "problem" for one in secured):
+        return  # nobody can be asked
+    try:
+        addresses = find_stack(settings)
+    except PreceptorError as error:  # it is there, and its TLS does not fit
+        addresses = settings if is_served(settings) else None
+        if addresses is None:
+            yield problem("stack", error)
+            return
+    # Somebody has said where they are: one that does not answer is missed.
+    named = named_services(settings)
+    if addresses is None and named:
+        addresses = settings
     if addresses is None:
         yield Finding(
             "stack", "ok", f"none is up for {settings.home.resolve()}", "`preceptor run` starts one, `preceptor up` too"
         )
-        if "broker_url" in settings.model_fields_set:  # somebody means to use it
+        if is_served(settings):
             yield from _broker(settings, workers_wanted=False)
+        yield from _servers(settings, ())
         return
-    yield Finding("stack", "ok", f"up ({addresses.home.resolve()})")
+    embedded = addresses is not settings
+    yield Finding(
+        "stack", "ok", f"up ({addresses.home.resolve()})" if embedded or not named else "named by the settings"
+    )
     yield from _other_stack(addresses)
     up = set()
-    for name in SERVICES:
+    for name in SERVICES if embedded or not named else named:
         finding, health = _service(addresses, name)
         yield finding
         if health is not None:
             up.add(name)
             yield from _clock(f"clock of the {name}", health.seconds_ahead)
-    yield from _broker(addresses, workers_wanted=True)
+    if embedded or not named or "broker_url" in settings.model_fields_set:
+        yield from _broker(addresses, workers_wanted=True)
+    yield from _servers(addresses, up)
+
+
+def _servers(addresses: HouseSettings, up: Collection[str]) -> Iterator[Finding]:
+    yield from database_findings()
+    yield from artifact_findings(addresses)
+    yield from inference_findings()
     if "student" in up:
         yield _active_student(addresses)
+    if "evaluator" in up:
+        yield from _queues(addresses)
+
+
+def _queues(addresses: HouseSettings) -> Iterator[Finding]:
+    from preceptor.cli.evaluations import unserved
+    from preceptor.v1 import evaluator_pb2, evaluator_pb2_grpc
+
+    stub = connect(addresses.evaluator_address, evaluator_pb2_grpc.EvaluatorServiceStub)
+    try:
+        status = call(stub.GetQueueStatus, evaluator_pb2.GetQueueStatusRequest(), deadline=5, retried=())
+    except PreceptorError as error:
+        yield problem("queues", error)
+        return
+    if not status.workers:  # said already, of all workers
+        return
+    for line in unserved(status):
+        yield Finding(
+            "queues", "note", line, "start such a worker, or change PRECEPTOR_DEDICATED_STUDENTS of the evaluator"
+        )
 
 
 def _other_stack(addresses: HouseSettings) -> Iterator[Finding]:
@@ -108,12 +164,13 @@ def _broker(addresses: HouseSettings, *, workers_wanted: bool) -> Iterator[Findi
     except ImportError:
         yield Finding("redis", "note", "cannot be asked: its packages are missing", "pip install 'preceptor[queue]'")
         return
-    where = addresses.broker_url.rpartition("@")[2].removeprefix("redis://")  # never the password
+    where = addresses.broker_url.rpartition("@")[2].partition("?")[0]  # never the password
+    where = where.removeprefix("redis://").removeprefix("rediss://")
     try:
         ahead = check_broker(addresses.broker_url)
         workers = LeaseBoard(addresses.broker_url).workers()
     except PreceptorError as error:
-        yield Finding("redis", "problem", error.message, error.next_step)
+        yield problem("redis", error)
         return
     except (redis.RedisError, ValueError) as error:
         yield Finding(
@@ -123,10 +180,12 @@ def _broker(addresses: HouseSettings, *, workers_wanted: bool) -> Iterator[Findi
             "check that it runs and PRECEPTOR_BROKER_URL",
         )
         return
-    yield Finding("redis", "ok", f"answers at {where}")
+    secure = ", with TLS" if addresses.broker_url.startswith("rediss://") else ""
+    yield Finding("redis", "ok", f"answers at {where}{secure}")
     yield from _clock("clock of redis", -ahead)
     if workers_wanted or workers:
         yield _workers([worker.name for worker in workers])
+    yield from gpu_findings(workers)
 
 
 def _workers(names: list[str]) -> Finding:

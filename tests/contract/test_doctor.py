@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -14,12 +15,16 @@ from typing import Any
 import pytest
 
 from preceptor import __version__
+from preceptor.certificates import make_certificate
 from preceptor.channel import Health
 from preceptor.cli import main
-from preceptor.cli.checks import GIB
+from preceptor.cli.checks import EXTRAS, GIB
+from preceptor.leases import LeaseBoard, WorkerStatus
 from preceptor.redis_server import EmbeddedRedis
 from preceptor.versions import CONTRACT_VERSION
+from student.gpu_lease import leased_gpu
 from tests.contract.cli_services import Services
+from tests.unit.test_gpu_lease import TWO, simulate
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +76,7 @@ def findings(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
 def test_a_broker_is_checked_as_soon_as_it_is_named_and_a_wrong_password_is_told_from_a_wrong_host(
     redis_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PRECEPTOR_ORCHESTRATOR_ADDRESS", "127.0.0.1:1")  # no stack is up
+    monkeypatch.setattr("preceptor.cli.stack_checks.find_stack", lambda _settings: None)  # no stack is up
     assert "redis" not in findings(capsys)
     monkeypatch.setenv("PRECEPTOR_BROKER_URL", redis_url)
     found = findings(capsys)
@@ -155,3 +160,133 @@ def test_a_disk_that_is_nearly_full_is_told(
     found = findings(capsys)["disk"]
     assert found["state"] == state
     assert f"{free:.1f} of {size:.1f} GiB free" in found["found"]
+
+
+# -- a stack that others run (compose, a cluster) ----------------------------------------------------------------------
+
+
+def test_where_services_are_named_only_those_are_asked_and_nothing_of_the_embedded_stack_is_missed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRECEPTOR_ORCHESTRATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setitem(EXTRAS, "models", ("torch", "no-such-package"))
+    found = findings(capsys)
+    assert found["orchestrator"]["state"] == "problem"
+    assert "does not answer at 127.0.0.1:1" in found["orchestrator"]["found"]
+    assert not {"teacher", "evaluator", "redis", "redis server", "ports", "workers"} & set(found)
+    assert found["extra models"] == {
+        "what": "extra models",
+        "state": "ok",
+        "found": "not whole here (without no-such-package)",
+        "next_step": "",
+    }
+
+
+@pytest.mark.parametrize(
+    ("variables", "what", "said", "step"),
+    [
+        (
+            {"PRECEPTOR_BROKER_PASSWORD_FILE": "/no/such/file"},
+            "settings",
+            "PRECEPTOR_BROKER_PASSWORD_FILE=/no/such/file cannot be read: No such file or directory",
+            "correct or unset the variable",
+        ),
+        (
+            {"PRECEPTOR_DATABASE_URL": "postgresql://u@h/d", "PRECEPTOR_DATABASE_PASSWORD_FILE": "/no/such/file"},
+            "settings of the services",
+            "PRECEPTOR_DATABASE_PASSWORD_FILE=/no/such/file cannot be read",
+            "correct or unset the variable",
+        ),
+        ({"PRECEPTOR_TOKEN_FILE": "/no/such/file"}, "token", "the token cannot be read: No such file", "same token"),
+        ({"PRECEPTOR_TLS": "/no/such/folder"}, "certificates", "ca.pem cannot be read", "one authority"),
+        (
+            {"PRECEPTOR_DATABASE_URL": "postgresql://u:secret@127.0.0.1:1/d"},
+            "database",
+            "u@127.0.0.1:1/d: connection",
+            "check PRECEPTOR_DATABASE_URL",
+        ),
+        (
+            {"PRECEPTOR_TEACHER_SERVER_URL": "http://127.0.0.1:1", "PRECEPTOR_TEACHER_SERVER_MODEL": "m"},
+            "teacher server",
+            "(SERVER_UNREACHABLE)",
+            "",
+        ),
+        (
+            {
+                "PRECEPTOR_ANSWER_SERVER_URL": "http://127.0.0.1:1",
+                "PRECEPTOR_ANSWER_SERVER_API_KEY_FILE": "/no/such/file",
+            },
+            "answer server",
+            "PRECEPTOR_ANSWER_SERVER_API_KEY_FILE=/no/such/file cannot be read: No such file",
+            "correct the path",
+        ),
+        (
+            {
+                "PRECEPTOR_ARTIFACTS_URL": "s3://bucket/prefix",
+                "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+                "AWS_ACCESS_KEY_ID": "x",
+                "AWS_SECRET_ACCESS_KEY": "secret",
+                "AWS_REGION": "us-east-1",
+            },
+            "artifacts",
+            "(ARTIFACT_STORE_UNREACHABLE)",
+            "AWS_ENDPOINT_URL",
+        ),
+    ],
+)
+def test_each_bad_input_is_one_finding_with_what_to_change(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    what: str,
+    said: str,
+    step: str,
+) -> None:
+    monkeypatch.setattr("preceptor.cli.stack_checks.find_stack", lambda _settings: None)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = findings(capsys)[what]
+    assert found["state"] == "problem"
+    assert said in found["found"]
+    assert found["next_step"]
+    assert step in found["next_step"]
+
+
+def test_a_folder_of_artifacts_is_looked_at(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("preceptor.cli.stack_checks.find_stack", lambda _settings: None)
+    monkeypatch.setenv("PRECEPTOR_ARTIFACTS_URL", str(tmp_path / "there"))
+    assert findings(capsys)["artifacts"]["state"] == "ok"
+    monkeypatch.setenv("PRECEPTOR_ARTIFACTS_URL", "/no/such/folder")
+    assert findings(capsys)["artifacts"]["state"] == "problem"
+
+
+def test_who_holds_which_gpu_is_told(
+    redis_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The GPU is simulated; the lock and the worker's word are real."""
+    monkeypatch.setattr("preceptor.cli.stack_checks.find_stack", lambda _settings: None)
+    monkeypatch.setenv("PRECEPTOR_BROKER_URL", redis_url)
+    monkeypatch.setenv("PRECEPTOR_GPU_LOCKS", str(tmp_path / "locks"))
+    LeaseBoard(redis_url).beat(WorkerStatus("host:1", gpu="GPU-aaaa0000-1111"))
+    simulate(tmp_path / "bin", monkeypatch, TWO)
+    assert "none is taken" in findings(capsys)["gpu locks"]["found"]
+    with leased_gpu("auto", tmp_path / "locks", 1, 0):
+        found = findings(capsys)
+    assert found["gpu leases"]["found"] == "GPU-aaaa0000-1111 by host:1"
+    assert found["gpu locks"]["found"].endswith(f"GPU-aaaa0000-1111 by {socket.gethostname()}:{os.getpid()}")
+
+
+def test_a_certificate_that_ends_soon_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    monkeypatch.setattr("preceptor.cli.stack_checks.find_stack", lambda _settings: None)
+    for days, state in ((30, "ok"), (3, "note")):
+        folder = make_certificate(tmp_path / str(days), "house", ["localhost"], days, 100)
+        monkeypatch.setenv("PRECEPTOR_TLS", str(folder))
+        found = findings(capsys)["certificates"]
+        assert found["state"] == state
+        assert f"valid for {days} days" in found["found"]
