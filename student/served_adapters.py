@@ -35,7 +35,8 @@ class AdapterFolder:
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
         self._owner = uuid.uuid4().hex[:8]
-        self._abandoned: list[tuple[float, Path]] = []
+        self._abandoned: list[tuple[float, Path]] = []  # when they may go
+        self._closed = False
         self._root.mkdir(parents=True, exist_ok=True)
         # Locked before it has its name: under that, nobody finds it free.
         draft = self._root / f".{self._owner}"
@@ -115,6 +116,9 @@ class AdapterFolder:
 
     def close(self) -> None:
         """Removes what is left of this process. What is abandoned is left to whoever looks next."""
+        if self._closed:
+            return
+        self._closed = True
         if not self._abandoned:
             shutil.rmtree(self._own, ignore_errors=True)
             with suppress(OSError):
