@@ -1,6 +1,6 @@
 #!/bin/sh
-# make_secrets.sh FOLDER: makes the secrets of compose.yaml that are not there yet: token, redis_password,
-# postgres_password. What is there is kept: a password of a database that exists cannot be made anew.
+# make_secrets.sh FOLDER: makes the secrets of compose.yaml that are not there yet: token and passwords, and with TLS=1
+# an authority and a certificate. What is there is kept: a password of a database that exists cannot be made anew.
 set -eu
 folder=${1:?usage: make_secrets.sh FOLDER}
 umask 027
@@ -8,7 +8,7 @@ if ! mkdir -p "$folder" 2>/dev/null || [ ! -w "$folder" ]; then
   echo "secrets: $folder cannot be written by user $(id -u); next: chown it to that user, or let user 10001 read and fill it" >&2
   exit 2
 fi
-for name in token redis_password postgres_password; do
+for name in token redis_password postgres_password grafana_password; do
   file=$folder/$name
   if [ ! -s "$file" ]; then
     # 32 random bytes as letters and digits: none of them needs quoting in a URL, a header or a shell.
@@ -18,3 +18,12 @@ for name in token redis_password postgres_password; do
     echo "secrets: made $file"
   fi
 done
+if [ -n "${TLS:-}" ] && [ ! -s "$folder/tls/key.pem" ]; then
+  # One certificate for all containers, for a year. The authority's key is kept by nobody: remove the folder tls, and the
+  # next start makes an authority and a certificate anew.
+  draft=$(mktemp -d)
+  preceptor certificates "$draft" > /dev/null
+  cp -R "$draft/house" "$folder/tls"
+  rm -rf "$draft"
+  echo "secrets: made $folder/tls"
+fi

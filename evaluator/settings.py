@@ -26,7 +26,7 @@ class EvaluatorSettings(ServiceSettings):
     )
     history_days: float = Field(30.0, ge=0, description="how long attempts that have ended are remembered")
     max_waiting: int = Field(1_000_000, ge=1, description="evaluations that are not final; beyond them QUEUE_FULL")
-    result_poll_seconds: float = Field(0.05, gt=0, le=60)
+    result_poll_seconds: float = Field(0.05, gt=0, le=60, description="how often results are looked for")
     batches_in_flight: int = Field(256, ge=1, description="batches on a queue at once, at most")
     dedicated_students: str = Field(
         "", description="names, with commas: students that have a queue of their own (PRECEPTOR_STUDENTS of a worker)"
@@ -36,7 +36,7 @@ class EvaluatorSettings(ServiceSettings):
     batch_trials: int = Field(32, ge=1, description="trials that one worker trains together, at most")
     judge_url: str = Field("", description="OpenAI-compatible endpoint up to /v1; empty: no judge")
     judge_model: str = Field("", validate_default=True, max_length=200, description="what the endpoint calls its model")
-    judge_api_key: SecretStr = SecretStr("")
+    judge_api_key: SecretStr = Field(SecretStr(""), description="key of the endpoint")
     judge_concurrency: int = Field(8, ge=1, le=1024, description="questions to the judge at once")
     judge_requests_per_second: float = Field(0.0, ge=0, allow_inf_nan=False, description="0: no limit")
     judge_timeout_seconds: float = Field(60.0, gt=0, le=3600, description="for one request, to its last byte")

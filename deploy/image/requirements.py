@@ -1,4 +1,4 @@
-"""Prints what the named extras of pyproject.toml need, a requirement a line: ``requirements.py pyproject.toml EXTRA...``.
+"""``requirements.py pyproject.toml EXTRA...`` prints what these extras need, a requirement a line.
 
 So an image can install them before it has the code, and a change of the code does not install them again.
 """
