@@ -60,6 +60,7 @@ from student.watchdog import ENDED_ITSELF, Watchdog, end_process
 
 if TYPE_CHECKING:  # torch comes after the settings are known to be right
     from student.base_cache import BaseCache
+    from student.served_answers import ServedAnswers
     from student.worker_job import TrialJob
 
 log = logging.getLogger(__name__)
@@ -372,6 +373,7 @@ def _work(settings: WorkerSettings, telemetry: Telemetry, gpu: Gpu | None) -> No
     import torch
     from transformers.utils import logging as transformers_logging
 
+    from student.answering import answer
     from student.base_cache import BaseCache
     from student.memory import Caps
     from student.worker_job import TrialJob
@@ -390,7 +392,8 @@ def _work(settings: WorkerSettings, telemetry: Telemetry, gpu: Gpu | None) -> No
     cache = BaseCache(settings.loaded_bases, device, settings.artifact_cache)
     app = make_app(settings.broker_url)
     caps = Caps(settings.max_adapters, settings.gradient_checkpointing)
-    job = TrialJob(cache, name, settings.batch_seconds, caps, settings.trial_seconds)
+    served = _answer_server(settings)
+    job = TrialJob(cache, name, settings.batch_seconds, caps, settings.trial_seconds, served or answer)
     watchdog = Watchdog()
     sight = WorkerSight(telemetry, name, device)
     worker = TrialWorker(app, job, cache, name, watchdog, settings, gpu.uuid if gpu else "", sight)
@@ -427,11 +430,44 @@ def _work(settings: WorkerSettings, telemetry: Telemetry, gpu: Gpu | None) -> No
         quiet=True,
     )
     consumer.start()
+    if served is not None:
+        served.close()
     if worker.device_failed:
         log.critical("this process ends itself: its device is broken, and only a new process gets a fresh one")
         os._exit(ENDED_ITSELF)  # no farewell: tidying up asks the device, which may never answer
     if consumer.exitcode:
         sys.exit(consumer.exitcode)
+
+
+def _answer_server(settings: WorkerSettings) -> ServedAnswers | None:
+    """Who answers large question sets, where the settings name somebody."""
+    if not settings.answer_server_url:
+        return None
+    from student.served_answers import ServedAnswers
+
+    folder = settings.answer_server_adapters or settings.home / "answers"
+    try:
+        served = ServedAnswers(
+            settings.answer_server_url,
+            folder,
+            api_key=settings.answer_server_api_key.get_secret_value(),
+            min_questions=settings.answer_server_min_questions,
+            only=settings.answer_server_only,
+            concurrency=settings.answer_server_concurrency,
+            timeout_seconds=settings.answer_server_seconds,
+        )
+    except OSError as error:
+        message = f"PRECEPTOR_ANSWER_SERVER_ADAPTERS={folder} cannot be used: {error.strerror}"
+        raise PreceptorError("OUTPUT_NOT_WRITABLE", message, field="PRECEPTOR_ANSWER_SERVER_ADAPTERS") from None
+
+    def clear() -> None:
+        try:
+            served.clear_leftovers()
+        except (PreceptorError, OSError) as error:  # the next batch looks again
+            log.warning("answers are given here until the answer server is there: %s", error)
+
+    threading.Thread(target=clear, name="answer-server-leftovers", daemon=True).start()
+    return served
 
 
 def _wait_for_broker(broker_url: str) -> None:
