@@ -1,0 +1,248 @@
+"""What teacher and evaluator let go and what they keep, asked for over gRPC; with adapters on a disk and in a bucket of
+a real S3-compatible server (moto's)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluator.attempts import Ending, begin, end
+from evaluator.database import Database
+from evaluator.garbage import EvaluatorGarbage
+from evaluator.graders.verdicts import VerdictStore
+from preceptor.channel import call
+from preceptor.errors import PreceptorError
+from preceptor.v1 import teacher_pb2 as pb
+from preceptor.v1 import types_pb2 as types
+from tests.contract.test_teacher_service import Running, update_request, watched
+from tests.contract.test_teacher_storage import made, policy, until, written
+from tests.s3_server import BUCKET, S3Server, s3_server
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT
+
+DAY = 86400.0
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with s3_server() as running:
+        yield running
+
+
+@pytest.fixture
+def s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    server.set_environment(monkeypatch)
+    return server
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """Of a teacher."""
+    if request.param == "disk":
+        return {"home": tmp_path}
+    request.getfixturevalue("s3")
+    return {"home": tmp_path, "artifacts_url": f"s3://{BUCKET}/{tmp_path.name}"}
+
+
+def collected(running: Running, *, keep_days: int = 0, dry_run: bool = False, owners: tuple[str, ...] = ()) -> Any:
+    request = pb.TeacherServiceCollectGarbageRequest(dry_run=dry_run, keep_days=keep_days, keep_owners=owners)
+    return call(running.stub.CollectGarbage, request, deadline=60).garbage
+
+
+def names(garbage: Any) -> set[str]:
+    return {item.name for item in garbage if item.kind == "adapter"}
+
+
+def test_an_old_adapter_goes_and_its_policy_is_trained_again_to_the_same(settings: dict[str, Any]) -> None:
+    running = Running(**settings)
+    first = made(running)
+    text = written(running, first.id)
+    assert not names(collected(running)), "what this process has just used stays"
+    running.stop()
+    running = Running(**settings)
+    try:
+        assert not collected(running, keep_days=1), "it is not old"
+        (adapter, *_) = would = collected(running, dry_run=True)
+        assert names(would) == {first.id}
+        assert adapter.bytes > 1000
+        assert adapter.age_seconds < 600
+        assert names(collected(running, dry_run=True)) == {first.id}, "a dry run removes nothing"
+        assert names(collected(running)) == {first.id}
+        assert not names(collected(running)), "twice is harmless"
+        assert policy(running, first.id).state == pb.POLICY_STATE_READY
+        assert written(running, first.id) == text
+        assert policy(running, first.id).adapter.sha256 == first.adapter.sha256
+    finally:
+        running.stop()
+
+
+def test_what_is_active_or_a_run_under_way_has_made_stays(settings: dict[str, Any]) -> None:
+    running = Running(**settings)
+    of_run = made(running, owner="run-1")
+    child = made(running, request_id="second", parent_id=of_run.id, owner="run-2")
+    active = made(running, request_id="third", parent_id=child.id, seed=8, activate=True)
+    stranger = running.teacher.policies._artifacts.write_folder(  # type: ignore[attr-defined]
+        "another-house", lambda folder: (folder / "f").write_text("x")
+    )
+    assert stranger.sha256
+    running.stop()
+    running = Running(**settings)
+    try:
+        assert names(collected(running, dry_run=True)) == {of_run.id, child.id}
+        assert names(collected(running, dry_run=True, owners=("run-1",))) == {child.id}
+        assert not names(collected(running, dry_run=True, owners=("run-2",))), "with its whole line"
+        assert names(collected(running)) == {of_run.id, child.id}
+        assert len(written(running, active.id)) == 2
+        # Its parents are gone; whoever trains on it has it, and whoever trains on them gets them back.
+        again = made(running, request_id="fourth", parent_id=child.id, seed=9)
+        assert again.parent_id == child.id
+    finally:
+        running.stop()
+
+
+def test_the_line_of_what_is_being_trained_stays(settings: dict[str, Any]) -> None:
+    running = Running(**settings)
+    parent = made(running)
+    running.stop()
+    running = Running(**settings)
+    try:
+        with running.device:
+            request = update_request("second", parent_id=parent.id)
+            started = call(running.stub.UpdatePolicy, request).policy
+            assert not names(collected(running))
+        assert watched(running, started.id)[-1].state == pb.POLICY_STATE_READY
+    finally:
+        running.stop()
+
+
+def test_written_groups_go_by_age_and_are_written_again(tmp_path: Path) -> None:
+    running = Running(tmp_path)
+    try:
+        text = written(running, "")
+        time.sleep(0.01)
+        assert not collected(running, keep_days=1)
+        (item,) = collected(running, dry_run=True)
+        assert (item.kind, item.count) == ("written groups", 2)
+        assert item.bytes > 100
+        assert [one.kind for one in collected(running)] == ["written groups"]
+        assert not collected(running)
+        assert written(running, "") == text
+    finally:
+        running.stop()
+
+
+def test_leftovers_go_when_their_writer_must_be_dead(tmp_path: Path) -> None:
+    running = Running(tmp_path)
+    try:
+        left = tmp_path / "artifacts" / "policies" / ".draft-x-1"
+        left.mkdir(parents=True)
+        (left / "f").write_text("half")
+        assert not collected(running)
+        hours_ago = time.time() - 2 * 3600
+        for path in (left / "f", left):
+            os.utime(path, (hours_ago, hours_ago))
+        (item,) = collected(running, keep_days=30)
+        assert (item.kind, item.name) == ("leftover", ".draft-x-1")
+        assert not left.exists()
+    finally:
+        running.stop()
+
+
+def test_an_update_waits_for_a_bucket_that_is_away_and_says_so(s3: S3Server, tmp_path: Path) -> None:
+    running = Running(tmp_path, artifacts_url=f"s3://{BUCKET}/{tmp_path.name}")
+    try:
+        s3.proxy.refuse(600)
+        started = call(running.stub.UpdatePolicy, update_request("first")).policy
+        until(lambda: policy(running, started.id).failure.reason == "ARTIFACT_STORE_UNREACHABLE", seconds=60)
+        assert policy(running, started.id).state == pb.POLICY_STATE_TRAINING
+        s3.proxy.heal()
+        first = watched(running, started.id)[-1]
+        assert first.state == pb.POLICY_STATE_READY
+        assert first.adapter.uri == f"s3://{BUCKET}/{tmp_path.name}/policies/{first.id}"
+    finally:
+        s3.proxy.heal()
+        running.stop()
+    s3.proxy.refuse(600)  # a teacher that starts meanwhile serves what needs no bucket
+    running = Running(tmp_path / "another-machine", artifacts_url=f"s3://{BUCKET}/{tmp_path.name}")
+    try:
+        assert len(written(running, "")) == 2
+    finally:
+        s3.proxy.heal()
+        running.stop()
+
+
+def test_an_adapter_that_was_damaged_in_the_bucket_is_made_again(s3: S3Server, tmp_path: Path) -> None:
+    url = f"s3://{BUCKET}/{tmp_path.name}"
+    running = Running(tmp_path / "one", artifacts_url=url)
+    first = made(running)
+    text = written(running, first.id)
+    running.stop()
+    s3.put(f"{tmp_path.name}/policies/{first.id}/adapter_model.safetensors", b"damaged")
+    (tmp_path / "one" / "artifact-cache").rename(tmp_path / "gone")
+    running = Running(tmp_path / "one", artifacts_url=url)
+    try:
+        running.teacher.store.forget_written(time.time() + 1)
+        assert written(running, first.id) == text
+        assert policy(running, first.id).adapter == first.adapter
+        assert s3.read(f"{tmp_path.name}/policies/{first.id}/adapter_model.safetensors") != b"damaged"
+    finally:
+        running.stop()
+
+
+def test_a_teacher_whose_key_is_wrong_says_so_at_once(s3: S3Server, tmp_path: Path) -> None:
+    s3.check_keys()
+    try:
+        with pytest.raises(PreceptorError) as refused:
+            Running(tmp_path, artifacts_url=f"s3://{BUCKET}/x")
+    finally:
+        s3.let_everybody_in()
+    assert refused.value.reason == "ARTIFACT_STORE_REFUSED"
+
+
+def test_limits_of_a_request_are_told(tmp_path: Path) -> None:
+    running = Running(tmp_path)
+    try:
+        for changes in (
+            {"keep_days": 36_501},
+            {"owners": ("",)},
+            {"owners": ("x" * 300,)},
+            {"owners": ("a",) * 10_001},
+        ):
+            with pytest.raises(PreceptorError) as refused:
+                collected(running, **changes)  # type: ignore[arg-type]
+            assert refused.value.reason == "INVALID_REQUEST"
+    finally:
+        running.stop()
+
+
+def test_an_evaluator_forgets_what_is_old_and_nothing_else(database_url: str) -> None:
+    database = Database(database_url)
+    now = time.time()
+    with database.write() as tx:
+        for number, ended in ((1, now - 40 * DAY), (2, now - DAY), (3, None)):
+            begin(tx, "batch", number, 1, now - 50 * DAY)
+            if ended is not None:
+                end(tx, "batch", number, Ending(), ended)
+    verdicts = VerdictStore(database)
+    verdicts.put("old", True, None)
+    later = EvaluatorGarbage(database, clock=lambda: now + 31 * DAY)
+    here = EvaluatorGarbage(database)
+    try:
+
+        def told(found: list[types.Garbage]) -> list[tuple[str, int]]:
+            return [(item.kind, item.count) for item in found]
+
+        assert told(here.collect(30 * DAY, dry_run=True)) == [("attempts", 1)]
+        assert told(here.collect(30 * DAY, dry_run=False)) == [("attempts", 1)]
+        assert told(here.collect(30 * DAY, dry_run=False)) == []
+        assert verdicts.known(["old"]) == {"old": True}
+        assert told(later.collect(30 * DAY, dry_run=False)) == [("attempts", 1), ("verdicts", 1)]
+        assert verdicts.known(["old"]) == {}
+        assert told(later.collect(0, dry_run=True)) == [], "an attempt under way is no history"
+    finally:
+        database.close()
