@@ -91,5 +91,14 @@ def set_up_logging(service: str, settings: HouseSettings) -> None:
         handler.setFormatter(logging.Formatter(f"%(asctime)s {service} %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     # Third parties that narrate every connection at INFO, or log every result whole.
-    for noisy in ("httpx", "httpx2", "httpx2", "urllib3", "filelock", "celery.worker.strategy", "celery.app.trace"):
+    for noisy in ("httpx", "httpx2", "urllib3", "filelock", "celery.worker.strategy", "celery.app.trace"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("kombu.asynchronous.hub").addFilter(_without_redis_traceback)
+
+
+def _without_redis_traceback(record: logging.LogRecord) -> bool:
+    """kombu's timers tell of a Redis that refuses with a traceback, every ten seconds; the message says it as well."""
+    error = record.exc_info[1] if record.exc_info else None
+    if error is not None and type(error).__module__.partition(".")[0] == "redis":
+        record.exc_info = record.exc_text = None
+    return True
