@@ -98,6 +98,10 @@ class Registry:
         """Raises what ``open_database`` raises."""
         self._engine = open_database(database_url, "student.migrations")
 
+    def close(self) -> None:
+        """Closes all connections."""
+        self._engine.dispose()
+
     def once(self, request_id: str, body: bytes, act: Callable[[Session], bytes]) -> bytes:
         """Runs ``act`` in a transaction and keeps its answer, or gives the answer of the first time.
 

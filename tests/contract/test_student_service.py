@@ -59,9 +59,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Service:
     """A running service and a client of it."""
 
-    def __init__(self, database: Path, broker_url: str) -> None:
+    def __init__(self, database_url: str, broker_url: str) -> None:
         self.board = DeploymentBoard(broker_url)
-        self.servicer = StudentServicer(Registry(f"sqlite:///{database}"), self.board, watch_seconds=0.05)
+        self.registry = Registry(database_url)
+        self.servicer = StudentServicer(self.registry, self.board, watch_seconds=0.05)
         self.server = Server(
             [SERVICE],
             lambda server: add_StudentServiceServicer_to_server(self.servicer, server),
@@ -86,14 +87,15 @@ class Service:
     def stop(self) -> None:
         self.servicer.drain()
         self.server.stop()
+        self.registry.close()
 
 
 @pytest.fixture
-def service(tmp_path: Path, broker_url: str) -> Iterator[Service]:
+def service(database_url: str, broker_url: str) -> Iterator[Service]:
     client = redis.Redis.from_url(broker_url)
     client.flushall()
     client.close()
-    running = Service(tmp_path / "student.db", broker_url)
+    running = Service(database_url, broker_url)
     yield running
     running.stop()
 
@@ -263,7 +265,7 @@ def test_students_are_listed_in_pages(service: Service, folder: Path) -> None:
 
 
 def test_a_swap_is_visible_at_once_and_survives_a_restart(
-    service: Service, folder: Path, tmp_path: Path, broker_url: str
+    service: Service, folder: Path, tmp_path: Path, database_url: str, broker_url: str
 ) -> None:
     service.register("old", folder)
     new = service.register("new", save_student(tmp_path / "qwen", "qwen2"))
@@ -274,7 +276,7 @@ def test_a_swap_is_visible_at_once_and_survives_a_restart(
     client = redis.Redis.from_url(broker_url)
     client.flushall()  # Redis may lose everything
     client.close()
-    again = Service(tmp_path / "student.db", broker_url)
+    again = Service(database_url, broker_url)
     try:
         assert call(again.stub.GetStudent, api.GetStudentRequest()).student.name == "new"
         assert again.board.wanted() == new.pinned

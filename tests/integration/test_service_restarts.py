@@ -72,6 +72,7 @@ def ending() -> Iterator[list[StudentProcess]]:
         process.end()
 
 
+@pytest.mark.usefixtures("databases")
 def test_a_killed_student_service_knows_what_it_has_answered(tmp_path: Path, ending: list[StudentProcess]) -> None:
     folder = save_student(tmp_path / "model")
     first = StudentProcess(tmp_path).serve()
