@@ -91,7 +91,7 @@ def set_up_logging(service: str, settings: HouseSettings) -> None:
         handler.setFormatter(logging.Formatter(f"%(asctime)s {service} %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     # Third parties that narrate every connection at INFO, or log every result whole.
-    for noisy in ("httpx", "httpx2", "urllib3", "filelock", "celery.worker.strategy", "celery.app.trace"):
+    for noisy in ("httpx", "httpx2", "urllib3", "filelock", "celery.worker.strategy", "celery.app.trace", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("kombu.asynchronous.hub").addFilter(_without_redis_traceback)
 
