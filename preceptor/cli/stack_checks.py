@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 
 from preceptor import __version__
-from preceptor.channel import Health, call, connect, health_of, is_serving
+from preceptor.channel import Health, call, connect, health_of, is_serving, stream
 from preceptor.cli.connection import find_stack
 from preceptor.cli.server_checks import (
     Finding,
@@ -104,6 +104,9 @@ def _queues(addresses: HouseSettings) -> Iterator[Finding]:
     except PreceptorError as error:
         yield problem("queues", error)
         return
+    if status.evaluations_failed:
+        step = "`preceptor evaluations failed` says why and what to do"
+        yield Finding("evaluations", "note", f"{status.evaluations_failed} have FAILED", step)
     if not status.workers:  # said already, of all workers
         return
     for line in unserved(status):
@@ -207,8 +210,15 @@ def _active_student(addresses: HouseSettings) -> Finding:
     stub = connect(addresses.student_address, student_pb2_grpc.StudentServiceStub)
     try:
         student = call(stub.GetStudent, student_pb2.GetStudentRequest(), deadline=5).student
+        watch = student_pb2.WatchDeploymentRequest(name=student.name)
+        seen = stream(stub.WatchDeployment, watch, deadline=5)
+        deployment = next((one.deployment for one in seen), student_pb2.Deployment())
     except PreceptorError as error:
-        return Finding("active student", "problem", error.message, error.next_step)
-    return Finding(
-        "active student", "ok", f"{student.name} ({student.architecture}, {student.parameters:,} parameters)"
-    )
+        return problem("active student", error)
+    found = f"{student.name} ({student.architecture}, {student.parameters:,} parameters)"
+    if deployment.state == student_pb2.DEPLOYMENT_STATE_FAILED:
+        failure = deployment.failure
+        step = CATALOGUE[failure.reason if failure.reason in CATALOGUE else "INTERNAL"].next_step
+        return Finding("active student", "problem", f"{found}: {failure.message} ({failure.reason})", step)
+    ready = f"in memory of {deployment.workers_ready} of {deployment.workers_alive} workers"
+    return Finding("active student", "ok", f"{found}, {ready}")

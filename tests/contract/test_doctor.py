@@ -19,8 +19,10 @@ from preceptor.certificates import make_certificate
 from preceptor.channel import Health
 from preceptor.cli import main
 from preceptor.cli.checks import EXTRAS, GIB
+from preceptor.errors import CATALOGUE
 from preceptor.leases import LeaseBoard, WorkerStatus
 from preceptor.redis_server import EmbeddedRedis
+from preceptor.v1 import evaluator_pb2, student_pb2
 from preceptor.versions import CONTRACT_VERSION
 from student.gpu_lease import leased_gpu
 from tests.contract.cli_services import Services
@@ -290,3 +292,34 @@ def test_a_certificate_that_ends_soon_is_told(
         found = findings(capsys)["certificates"]
         assert found["state"] == state
         assert f"valid for {days} days" in found["found"]
+
+
+def test_a_student_that_no_worker_can_load_is_told_with_its_reason(
+    services: Services, capsys: pytest.CaptureFixture[str]
+) -> None:
+    services.students.students["large"] = student_pb2.Student(name="large", parameters=7)
+    services.students.active = "large"
+    found = findings(capsys)["active student"]
+    assert (found["state"], found["found"]) == ("ok", "large (, 7 parameters), in memory of 0 of 2 workers")
+    services.students.deployments = [student_pb2.DEPLOYMENT_STATE_FAILED]
+    found = findings(capsys)["active student"]
+    assert found["state"] == "problem"
+    assert "the folder is gone (MODEL_UNREACHABLE)" in found["found"]
+    assert found["next_step"] == CATALOGUE["MODEL_UNREACHABLE"].next_step
+
+
+def test_what_waits_for_workers_of_its_own_and_what_has_failed_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = evaluator_pb2.QueueReport(name="trials.large", student="large", waiting_batches=3)
+    status = evaluator_pb2.GetQueueStatusResponse(
+        evaluations_failed=7, workers=[evaluator_pb2.WorkerReport(name="a:1")], queues=[own]
+    )
+    monkeypatch.setattr("tests.contract.scripted_evaluator.Evaluator.GetQueueStatus", lambda *_: status, raising=False)
+    with Services() as made:
+        for name, value in made.environment.items():
+            monkeypatch.setenv(name, value)
+        found = findings(capsys)
+    assert found["queues"]["found"] == "student large waits for a worker with PRECEPTOR_STUDENTS=large (3 batches)"
+    assert found["queues"]["state"] == found["evaluations"]["state"] == "note"
+    assert found["evaluations"]["found"] == "7 have FAILED"
