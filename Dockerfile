@@ -67,7 +67,9 @@ RUN --mount=type=bind,source=deploy/image,target=/src/image \
     --mount=type=bind,source=pyproject.toml,target=/src/pyproject.toml \
     --mount=type=bind,source=constraints.txt,target=/src/constraints.txt \
     /src/image/install.sh server orchestrator
-RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel pip install --no-cache-dir --no-deps /wheel/*.whl
+# The models that ship are the student's and the teacher's.
+RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel pip install --no-cache-dir --no-deps /wheel/*.whl \
+ && rm -rf /usr/local/lib/python3*/site-packages/worlds/almanac/models
 USER 10001:10001
 EXPOSE 7104
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s CMD ["preceptor", "probe", "orchestrator"]

@@ -13,6 +13,7 @@ cd "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 # Tests that packages bring along, headers and static libraries.
 find . -depth -type d \( -name tests -o -name test \) -exec rm -rf {} +
 rm -rf torch/include torch/share/cmake numpy/_core/include sqlalchemy/testing
+rm -rf matplotlib/mpl-data/sample_data numpy/f2py numpy/distutils
 find . -name '*.a' -delete
 # botocore describes every service of AWS; artifacts need one, and its credentials two more.
 if [ -d botocore/data ]; then
