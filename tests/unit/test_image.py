@@ -1,0 +1,56 @@
+"""What the images are made by: the requirements of extras, and the secrets of compose.yaml."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import stat
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+MAKE_SECRETS = REPOSITORY / "deploy" / "make_secrets.sh"
+
+
+def test_requirements_of_extras_are_those_that_pip_would_take() -> None:
+    requirements = runpy.run_path(str(REPOSITORY / "deploy" / "image" / "requirements.py"))["requirements"]
+    with (REPOSITORY / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    light = requirements(project, ["server", "student", "evaluator"])
+    assert set(project["dependencies"]) <= set(light)
+    for needed in ("sqlalchemy", "psycopg", "s3fs", "prometheus_client", "celery", "huggingface_hub"):
+        assert any(one.startswith(needed) for one in light), needed
+    for heavy in ("torch", "transformers", "matplotlib", "preceptor"):
+        assert not any(one.startswith(heavy) for one in light), heavy
+    assert len(light) == len(set(light))
+    assert any(one.startswith("torch") for one in requirements(project, ["worker"]))
+
+
+def test_secrets_are_made_where_they_are_missing_and_never_again(tmp_path: Path) -> None:
+    folder = tmp_path / "secrets"
+    first = subprocess.run([MAKE_SECRETS, folder], capture_output=True, text=True, check=True)
+    made = {path.name: path.read_text() for path in folder.iterdir()}
+    assert sorted(made) == ["grafana_password", "postgres_password", "redis_password", "token"]
+    assert len(set(made.values())) == 4
+    for path in folder.iterdir():
+        assert len(made[path.name]) == 64
+        assert made[path.name].isalnum()
+        assert not path.stat().st_mode & (stat.S_IRWXO | stat.S_IWGRP)
+    assert not any(secret in first.stdout for secret in made.values())
+    (folder / "token").unlink()
+    again = subprocess.run([MAKE_SECRETS, folder], capture_output=True, text=True, check=True)
+    assert again.stdout.splitlines() == [f"secrets: made {folder}/token"]
+    assert (folder / "redis_password").read_text() == made["redis_password"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    folder = tmp_path / "secrets"
+    folder.mkdir(mode=0o500)
+    done = subprocess.run([MAKE_SECRETS, folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "cannot be written" in done.stderr
