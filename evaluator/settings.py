@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
@@ -9,7 +10,7 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from evaluator.flights import DispatchLimits
 from evaluator.graders.chat import ChatLimits
 from evaluator.graders.judge import JudgeSettings
-from preceptor.settings import ServiceSettings, student_names
+from preceptor.settings import ServiceSettings, read_secret, student_names
 
 
 class EvaluatorSettings(ServiceSettings):
@@ -36,7 +37,10 @@ class EvaluatorSettings(ServiceSettings):
     batch_trials: int = Field(32, ge=1, description="trials that one worker trains together, at most")
     judge_url: str = Field("", description="OpenAI-compatible endpoint up to /v1; empty: no judge")
     judge_model: str = Field("", validate_default=True, max_length=200, description="what the endpoint calls its model")
-    judge_api_key: SecretStr = Field(SecretStr(""), description="key of the endpoint")
+    judge_api_key_file: Path | None = Field(
+        None, exclude=True, description="the file that holds the endpoint's key, instead of PRECEPTOR_JUDGE_API_KEY"
+    )
+    judge_api_key: SecretStr = Field(SecretStr(""), validate_default=True, description="key of the endpoint")
     judge_concurrency: int = Field(8, ge=1, le=1024, description="questions to the judge at once")
     judge_requests_per_second: float = Field(0.0, ge=0, allow_inf_nan=False, description="0: no limit")
     judge_timeout_seconds: float = Field(60.0, gt=0, le=3600, description="for one request, to its last byte")
@@ -65,10 +69,19 @@ class EvaluatorSettings(ServiceSettings):
             raise ValueError("PRECEPTOR_JUDGE_URL and PRECEPTOR_JUDGE_MODEL need each other")
         return model
 
+    @field_validator("judge_api_key_file", mode="before")
+    @classmethod
+    def _no_key_file_is_not_set(cls, value: object) -> object:
+        return value or None
+
     @field_validator("judge_api_key")
     @classmethod
-    def _fits_a_header(cls, key: SecretStr) -> SecretStr:
+    def _fits_a_header(cls, key: SecretStr, known: ValidationInfo) -> SecretStr:
         bare = key.get_secret_value().strip()
+        if (file := known.data.get("judge_api_key_file")) is not None:
+            if bare:
+                raise ValueError("PRECEPTOR_JUDGE_API_KEY_FILE is set too; give one of the two")
+            bare = read_secret("PRECEPTOR_JUDGE_API_KEY_FILE", file)
         if not bare.isascii() or (bare and not bare.isprintable()):
             raise ValueError("has characters that no key has")
         return SecretStr(bare)

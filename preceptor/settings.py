@@ -208,15 +208,21 @@ def student_names(listed: str) -> tuple[str, ...]:
     return names
 
 
-def _with_password(prefix: str, url: str, file: Path) -> str:
-    """The URL with the password that the file holds."""
+def read_secret(variable: str, file: Path) -> str:
+    """What a secret's file holds. Raises ValueError with the variable that named it."""
     try:
-        password = file.read_text(encoding="utf-8").strip()
+        secret = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
-        raise ValueError(f"{prefix}_PASSWORD_FILE={file} cannot be read: {reason}") from None
-    if not password:
-        raise ValueError(f"{prefix}_PASSWORD_FILE={file} is empty")
+        raise ValueError(f"{variable}={file} cannot be read: {reason}") from None
+    if not secret:
+        raise ValueError(f"{variable}={file} is empty")
+    return secret
+
+
+def _with_password(prefix: str, url: str, file: Path) -> str:
+    """The URL with the password that the file holds."""
+    password = read_secret(f"{prefix}_PASSWORD_FILE", file)
     parts = urlsplit(url)
     user, at, place = parts.netloc.rpartition("@")
     if ":" in user:

@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from preceptor.settings import HouseSettings, ServiceSettings, student_names
+from preceptor.settings import HouseSettings, ServiceSettings, read_secret, student_names
 
 
 class StudentSettings(ServiceSettings):
@@ -37,11 +37,7 @@ class AnswerServerSettings(HouseSettings):
         if (file := self.answer_server_api_key_file) is not None:
             if self.answer_server_api_key.get_secret_value():
                 raise ValueError("PRECEPTOR_ANSWER_SERVER_API_KEY is set too; give one of the two")
-            try:
-                self.answer_server_api_key = SecretStr(file.read_text(encoding="utf-8").strip())
-            except (OSError, UnicodeDecodeError) as error:
-                why = getattr(error, "strerror", None) or "it is no text"
-                raise ValueError(f"PRECEPTOR_ANSWER_SERVER_API_KEY_FILE={file} cannot be read: {why}") from None
+            self.answer_server_api_key = SecretStr(read_secret("PRECEPTOR_ANSWER_SERVER_API_KEY_FILE", file))
             self.answer_server_api_key_file = None
         return self
 

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from preceptor.settings import ServiceSettings
+from preceptor.settings import ServiceSettings, read_secret
 from preceptor.stack import shipped_models
 
 
@@ -99,13 +99,7 @@ class TeacherSettings(ServiceSettings):
                 raise ValueError(
                     "PRECEPTOR_TEACHER_SERVER_API_KEY and PRECEPTOR_TEACHER_SERVER_API_KEY_FILE are set; give one"
                 )
-            try:
-                key = file.read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                reason = getattr(error, "strerror", None) or "it is no text"
-                raise ValueError(f"PRECEPTOR_TEACHER_SERVER_API_KEY_FILE={file} cannot be read: {reason}") from None
-            if not key:
-                raise ValueError(f"PRECEPTOR_TEACHER_SERVER_API_KEY_FILE={file} is empty")
+            key = read_secret("PRECEPTOR_TEACHER_SERVER_API_KEY_FILE", file)
         if not key.isascii() or (key and not key.isprintable()):
             raise ValueError("PRECEPTOR_TEACHER_SERVER_API_KEY has characters that no key has")
         self.teacher_server_api_key, self.teacher_server_api_key_file = SecretStr(key), None

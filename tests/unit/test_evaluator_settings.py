@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from evaluator.settings import EvaluatorSettings
@@ -44,6 +46,26 @@ def test_a_judge_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
     limits = judge.limits
     assert (limits.concurrency, limits.requests_per_second, limits.timeout_seconds) == (3, 2.5, 7.0)
     assert "secret" not in repr(settings) + repr(judge)
+
+
+def test_a_judges_key_may_lie_in_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "key"
+    file.write_text("secret\n")
+    _, settings = start(monkeypatch, url=URL, model=MODEL, api_key_file=str(file))
+    assert settings is not None
+    assert settings.judge is not None
+    assert settings.judge.api_key == "secret"
+    assert "secret" not in settings.model_dump_json() + repr(settings)
+
+    file.write_text("")
+    assert start(monkeypatch) == (2, None)
+    assert start(monkeypatch, api_key="other") == (2, None)
+    assert start(monkeypatch, api_key="", api_key_file=str(tmp_path / "gone")) == (2, None)
+    assert "gone cannot be read: No such file" in capsys.readouterr().err
+    code, _ = start(monkeypatch, api_key_file="")  # as compose says that it is not set
+    assert code == 0
 
 
 @pytest.mark.parametrize(
