@@ -70,6 +70,7 @@ def trained_on(house: ScriptedHouse) -> list[types.Task]:
     return [task for request in requests for task in (request.task, *(group.task for group in request.more))]
 
 
+@pytest.mark.usefixtures("databases")
 def test_written_questions_reward_the_rounds_and_nobody_trains_on_the_given_ones(tmp_path: Path) -> None:
     house = ScriptedHouse(tmp_path, AskingTeacher())
     with house, orchestrator_here(house, tmp_path) as o:
@@ -155,6 +156,7 @@ def canary_requests(house: ScriptedHouse) -> list[evaluator.CreateEvaluationsReq
     return [request for request in house.evaluator.requests if ".canary-" in request.request_id]
 
 
+@pytest.mark.usefixtures("databases")
 def test_the_canary_ends_the_rounds_and_the_best_policy_is_the_one_that_is_measured(tmp_path: Path) -> None:
     house = ScriptedHouse(tmp_path, FallingTeacher(malformed_share=0.0))
     with house, orchestrator_here(house, tmp_path) as o:

@@ -56,6 +56,7 @@ def undisturbed(tmp_path: Path, request: pb.CreateRunRequest, **evaluator: Any) 
         return results(o.summary(run_id))
 
 
+@pytest.mark.usefixtures("databases")
 def test_a_run_reaches_its_end_and_the_teacher_learnt_from_every_round(tmp_path: Path) -> None:
     teacher = ScriptedTeacher(malformed_share=0.3)
     with ScriptedHouse(tmp_path, teacher) as house, orchestrator_here(house, tmp_path) as o:
@@ -73,6 +74,7 @@ def test_a_run_reaches_its_end_and_the_teacher_learnt_from_every_round(tmp_path:
         assert sum(of["evaluations"][k] for k in ("succeeded", "failed", "malformed")) == of["self_edits"] == 12
 
 
+@pytest.mark.usefixtures("databases")
 def test_the_same_config_again_gives_the_same_result_from_known_evaluations(tmp_path: Path) -> None:
     with ScriptedHouse(tmp_path) as house, orchestrator_here(house, tmp_path) as o:
         summaries = []
@@ -133,6 +135,7 @@ def test_failed_evaluations_are_counted_and_left_out_and_never_score(tmp_path: P
     assert any("failed" in note for note in summary["notes"])
 
 
+@pytest.mark.usefixtures("databases")
 def test_a_round_with_too_many_failures_ends_the_run_and_a_resume_tries_them_again(tmp_path: Path) -> None:
     request = create_request()
     expected = undisturbed(tmp_path, request)
@@ -251,6 +254,7 @@ def test_a_service_that_stays_away_fails_the_run_which_can_be_resumed(tmp_path: 
         assert results(o.summary(run_id)) == expected
 
 
+@pytest.mark.usefixtures("databases")
 def test_sigkill_of_the_orchestrator_at_any_moment_changes_nothing(tmp_path: Path) -> None:
     request = create_request()
     expected = undisturbed(tmp_path, request)
@@ -357,6 +361,7 @@ def steps(evaluator: ScriptedEvaluator) -> dict[str, int]:
     return found
 
 
+@pytest.mark.usefixtures("databases")
 def test_a_race_stops_some_measures_the_best_again_and_offers_nobody_else(tmp_path: Path) -> None:
     with ScriptedHouse(tmp_path) as house, orchestrator_here(house, tmp_path) as o:
         run_id = o.create(racing_request())

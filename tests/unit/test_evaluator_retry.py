@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select
 
-from evaluator.database import attempts, dead_batches, dead_letters, evaluations, origins, owner_turns
+from evaluator.database import attempts, dead_batches, dead_letters, evaluations
 from preceptor.errors import PreceptorError
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import trial_pb2 as trial
@@ -16,6 +16,7 @@ from preceptor.v1 import types_pb2 as types
 from tests.evaluation_requests import group
 from tests.evaluator_house import CANCELLED, FAILED, QUEUED, SUCCEEDED, House
 from tests.fake_broker import FakeBroker
+from tests.old_homes import old_home
 from tests.scripted_trials import answer_batch
 
 
@@ -300,27 +301,13 @@ def test_as_many_as_wait_already_are_refused_and_nothing_is_changed(database_url
 
 
 def test_a_home_of_before_goes_on(tmp_path: Path) -> None:
-    """It has none of the tables that came with attempts, letters and turns, and none of what came later."""
-    house = House(tmp_path / "evaluator.db", FakeBroker())
-    made = house.create("Ada lives in Lisbon.", "fail:TRIAL_DIVERGED")
-    house.step()
-    house.broker.take()
-    house.step(1)
-    with house.database.write() as tx:
-        for table in (attempts, origins, dead_letters, dead_batches, owner_turns):
-            table.drop(tx)
-        for statement in (
-            "DROP TABLE alembic_version",
-            "DROP INDEX batches_by_state",
-            "ALTER TABLE batches DROP COLUMN student",
-            "CREATE INDEX batches_by_state ON batches (state, turn)",
-        ):
-            tx.exec_driver_sql(statement)
-    house.restart()
-    house.broker.finish()
-    house.step()
-    late = house.create("Ada is a baker.")
+    """It has none of the tables that came with attempts, letters and turns."""
+    tables = ("attempts", "origins", "dead_letters", "dead_batches", "owner_turns")
+    house = House(old_home(tmp_path, "evaluator", without=tables), FakeBroker())
+    made, _ = house.evaluations.page(pb.ListEvaluationsRequest())
+    late = house.create("fail:TRIAL_DIVERGED", request_id="late")
+    house.pass_time(130)  # nobody is at the old ones any more
     work(house)
-    assert house.states([*made, *late]) == [SUCCEEDED, FAILED, SUCCEEDED]
+    assert house.states([*made, *late]) == [SUCCEEDED, SUCCEEDED, FAILED]
     assert retry(house) == 1
     house.close()

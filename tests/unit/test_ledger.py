@@ -17,6 +17,7 @@ from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import orchestrator_pb2 as pb
 from preceptor.v1 import teacher_pb2 as teacher
 from preceptor.v1 import types_pb2 as types
+from tests.old_homes import old_home
 
 QUEUED, SUCCEEDED, FAILED = (
     evaluator.EVALUATION_STATE_QUEUED,
@@ -146,22 +147,13 @@ def test_of_openings_the_most_is_kept(engine: Engine) -> None:
 
 
 def test_a_database_of_before_races_is_read_and_continued(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/old.db"
-    engine = open_database(url, "orchestrator.migrations")
-    ledger = Ledger(engine, "run", 0.0)
-    ledger.write([entry()])
-    ledger.record(report(SUCCEEDED, 0.5))
-    ledger.finish_round(1, teacher.Policy(id="a", kept=1, offered=1))
-    with engine.begin() as connection:
-        for table in ("measurements", "round_groups", "openings", "alembic_version"):
-            connection.execute(text(f"DROP TABLE {table}"))
-    engine.dispose()
+    url = old_home(tmp_path, "orchestrator", without=("measurements", "round_groups", "openings"))
     engine = open_database(url, "orchestrator.migrations")
     ledger = Ledger(engine, "run", 0.0)
     (line,) = ledger.entries()
     assert line.earned is not None
     assert line.earned.value == 0.5
-    assert ledger.finished_rounds()[1] == FinishedRound("a", 1, 1)
+    assert ledger.finished_rounds()[1] == FinishedRound("p-1", 1, 1)
     ledger.record(report(SUCCEEDED, 0.25, Kind.FRESH))
     assert ledger.entries()[0].fresh is not None
     engine.dispose()

@@ -23,10 +23,9 @@ from student.registry import Registry
 from teacher.policy_store import PolicyState, PolicyStore
 from tests.evaluator_house import QUEUED, RUNNING, House
 from tests.fake_broker import FakeBroker
+from tests.old_homes import old_home
 
 SERVICES = sorted(MODELS)
-# Databases of the last version without migrations, with a little of everything in them.
-OLD_HOMES = Path(__file__).parent / "old_homes"
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -34,13 +33,6 @@ def differences(engine: Engine, service: str) -> list[object]:
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         return list(compare_metadata(context, tables_of(service)))
-
-
-def old_home(folder: Path, service: str) -> str:
-    path = folder / f"{service}.db"
-    with closing(sqlite3.connect(path)) as database:
-        database.executescript((OLD_HOMES / f"{service}.sql").read_text())
-    return f"sqlite:///{path}"
 
 
 def rows(engine: Engine) -> dict[str, int]:
