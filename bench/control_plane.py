@@ -265,9 +265,9 @@ def plain_celery(tasks: int) -> dict[str, float]:
         return {"ms_per_task": 1000 * seconds / tasks, "per_second": tasks / (time.monotonic() - begun)}
 
 
-def at_the_door(shape: Shape, evaluations: int) -> dict[str, Any]:
+def at_the_door(shape: Shape, evaluations: int, **settings: object) -> dict[str, Any]:
     """A client asks for so many evaluations and watches them all, 8 workers answer at once."""
-    with house_of("door", batch_trials=shape.batch_trials) as house:
+    with house_of("door", batch_trials=shape.batch_trials, **settings) as house:
         house.workers(8, 0.0)
         list(watch(house, create(house, request(shape, 0))))  # everything has been done once
         asked = [request(shape, 1 + n * shape.tasks) for n in range(max(1, evaluations // shape.evaluations))]
@@ -284,10 +284,10 @@ def at_the_door(shape: Shape, evaluations: int) -> dict[str, Any]:
         }
 
 
-def through_a_run(shape: Shape, evaluations: int) -> dict[str, Any]:
+def through_a_run(shape: Shape, evaluations: int, **settings: object) -> dict[str, Any]:
     """A whole run of two rounds over the real orchestrator and evaluator, with a watcher; 8 workers answer at once."""
     groups = max(2, evaluations // shape.self_edits // 2)
-    with house_of("run", batch_trials=shape.batch_trials) as house:
+    with house_of("run", batch_trials=shape.batch_trials, **settings) as house:
         house.start_orchestrator()
         house.workers(8, 0.0)
         stub = house.orchestrator

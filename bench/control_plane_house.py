@@ -14,10 +14,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import psutil
 import redis
@@ -29,16 +29,18 @@ from preceptor.v1.evaluator_pb2_grpc import EvaluatorServiceStub
 from preceptor.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
 
 START_SECONDS = 60.0
+NO_PORTS: Mapping[str, int] = MappingProxyType({})
 
 
 class House:
     """Redis and an evaluator in a folder of their own; more where asked. Settings are the defaults, but for those
     given. Ends everything on the way out."""
 
-    def __init__(self, folder: Path, **settings: object) -> None:
+    def __init__(self, folder: Path, *, metrics_ports: Mapping[str, int] = NO_PORTS, **settings: object) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._settings = {f"PRECEPTOR_{name.upper()}": str(value) for name, value in settings.items()}
+        self._metrics_ports = metrics_ports
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._server = EmbeddedRedis(folder / "redis", free_port())
         self.broker_url = self._server.url
@@ -77,7 +79,8 @@ class House:
             self._spawn(name, self._server.command, {})
             self._wait(name, self._redis_answers)
             return
-        self._spawn(name, [sys.executable, "-m", name], {"PRECEPTOR_PORT": str(self._ports[name])})
+        ports = {"PRECEPTOR_PORT": self._ports[name], "PRECEPTOR_METRICS_PORT": self._metrics_ports.get(name, 0)}
+        self._spawn(name, [sys.executable, "-m", name], {key: str(port) for key, port in ports.items()})
         self._wait(name, lambda: is_serving(self.address(name)))
 
     def start_orchestrator(self) -> None:

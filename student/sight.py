@@ -110,7 +110,8 @@ class WorkerSight:
             self._traces.record("trial batch", began, ended, within=whole, at=batch, error=failure, attributes=told)
             if not failure:
                 for phase, (start, end) in times.items():
-                    self._traces.record(phase, start, end, within=batch)
+                    if phases[phase]:  # a baseline is not trained
+                        self._traces.record(phase, start, end, within=batch)
 
 
 def gpu_memory(device: str) -> Iterable[m.Sample]:

@@ -78,13 +78,15 @@ def show(evaluation_id: str, as_json: bool) -> None:
     from preceptor.channel import call
     from preceptor.cli.connection import evaluator_in_use
     from preceptor.cli.output import as_json_value, plain, print_json, print_table
+    from preceptor.tracing import evaluation_place
     from preceptor.v1 import evaluator_pb2 as pb
 
     stub = evaluator_in_use()
     evaluation = call(stub.GetEvaluation, pb.GetEvaluationRequest(evaluation_id=evaluation_id)).evaluation
     attempts = call(stub.ListAttempts, pb.ListAttemptsRequest(evaluation_id=evaluation_id)).attempts
     if as_json:
-        shown = {**as_json_value(evaluation), "state": _state(evaluation)}
+        trace = evaluation_place(evaluation.id).trace_id
+        shown = {**as_json_value(evaluation), "state": _state(evaluation), "trace_id": trace}
         print_json({"evaluation": shown, "attempts": [as_json_value(attempt) for attempt in attempts]})
         return
     documents = evaluation.self_edit.documents
@@ -95,6 +97,7 @@ def show(evaluation_id: str, as_json: bool) -> None:
         f"  student: {evaluation.student.name} ({evaluation.student.commit[:12]})",
         f"  self-edit ({len(documents)} documents): {beginning}",
         f"  asked for: {_time(evaluation.create_time)}, final: {_time(evaluation.finish_time) or '-'}",
+        f"  trace: {evaluation_place(evaluation.id).trace_id}",
     ]
     if evaluation.HasField("reward"):
         lines.append(f"  reward: {evaluation.reward.value:+.4f} ± {evaluation.reward.stderr:.4f}")
@@ -199,9 +202,12 @@ def unserved(status: evaluator_pb2.GetQueueStatusResponse) -> list[str]:
     for queue in status.queues:
         number = queue.waiting_batches + queue.submitted_batches
         if number and not queue.workers_alive:
-            whose = f"student {queue.student} waits" if queue.student else "students without a queue of their own wait"
-            setting = f"PRECEPTOR_STUDENTS={queue.student}" if queue.student else "no PRECEPTOR_STUDENTS"
-            lines.append(f"{whose} for a worker with {setting} ({number} batch{'es' if number > 1 else ''})")
+            who = (
+                f"student {queue.student} waits for a worker with PRECEPTOR_STUDENTS={queue.student}"
+                if queue.student
+                else "students without a queue of their own wait for a worker with no PRECEPTOR_STUDENTS"
+            )
+            lines.append(f"{who} ({number} batch{'es' if number > 1 else ''})")
     return lines
 
 
