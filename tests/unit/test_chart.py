@@ -35,7 +35,7 @@ REPOSITORY = Path(__file__).parents[2]
 CHART = REPOSITORY / "deploy" / "helm" / "preceptor"
 FILES = {path.name.removesuffix("-values.yaml"): path for path in sorted((CHART / "ci").glob("*-values.yaml"))}
 # The oldest that the chart takes and kubernetes-validate knows, and a new one.
-KUBERNETES = ("1.27", "1.36")
+OLDEST, NEWEST = "1.27", "1.36"
 SETTINGS: dict[str, type[HouseSettings]] = {
     "teacher": TeacherSettings,
     "student": StudentSettings,
@@ -171,9 +171,10 @@ def test_helm_has_nothing_to_complain_of(values: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@every_variant
-@pytest.mark.parametrize("version", KUBERNETES)
-def test_every_object_is_valid_kubernetes(variant: tuple[str, ...], version: str) -> None:
+@pytest.mark.parametrize(
+    ("version", "variant"), [(NEWEST, one) for one in VARIANTS] + [(OLDEST, one) for one in VARIANTS[:2]]
+)
+def test_every_object_is_valid_kubernetes(version: str, variant: tuple[str, ...]) -> None:
     for one in rendered(*variant):
         if one["apiVersion"] == "keda.sh/v1alpha1":
             jsonschema.validate(one["spec"], SCALED_OBJECT)
