@@ -43,8 +43,15 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def databases(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Services that read their settings, here or in a child, use a database of each kind in turn."""
-    if request.param == "postgresql":
-        server: Postgres = request.getfixturevalue("postgres_server")
-        monkeypatch.setenv("PRECEPTOR_DATABASE_URL", server.new_database())
+def database_setting(request: pytest.FixtureRequest) -> str:
+    """PRECEPTOR_DATABASE_URL for services with a database of each kind in turn (empty: SQLite in their home)."""
+    if request.param == "sqlite":
+        return ""
+    server: Postgres = request.getfixturevalue("postgres_server")
+    return server.new_database()
+
+
+@pytest.fixture
+def databases(database_setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for all services that read their settings, here or in a child."""
+    monkeypatch.setenv("PRECEPTOR_DATABASE_URL", database_setting)

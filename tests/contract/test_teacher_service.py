@@ -51,8 +51,8 @@ class Running:
 
 
 @pytest.fixture
-def running(tmp_path: Path, databases: None) -> Iterator[Running]:
-    made = Running(tmp_path)
+def running(tmp_path: Path, database_setting: str) -> Iterator[Running]:
+    made = Running(tmp_path, database_url=database_setting)
     yield made
     made.stop()
 
