@@ -41,7 +41,8 @@ _CONNECT_SECONDS, _READ_SECONDS = 5, 30
 # Of one request, by botocore (refused connections, time-outs, 5xx, throttling), and again by s3fs where an answer
 # breaks off in its middle.
 _TRIES, _TRIES_AGAIN = 3, 2
-# What is read by one request. Some of them at a time, for one connection gives 50-100 MB/s whatever the network.
+# What is read by one request; what breaks off is read again. Some of them at a time, for a single connection seldom
+# fills a network.
 _CHUNK_BYTES = 16 * 2**20
 _AT_ONCE = 4
 # What has no manifest after so long never gets one: its writer was killed.
