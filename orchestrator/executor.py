@@ -34,6 +34,7 @@ from preceptor.errors import PreceptorError
 from preceptor.metrics import RUNS_FINISHED, Sample
 from preceptor.storage import ROOM_SECONDS
 from preceptor.telemetry import OFF, Telemetry
+from preceptor.tracing import about
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import teacher_pb2 as teacher
 from preceptor.v1 import types_pb2 as types
@@ -157,7 +158,7 @@ class RunExecutor:
     def _execute(self, run_id: str) -> None:
         with self._lock:
             alone = self._one_at_a_time[run_id]
-        with alone:  # a run that was cancelled and resumed at once: the old thread ends first
+        with alone, about(run=run_id):  # a run that was cancelled and resumed at once: the old thread ends first
             while True:
                 try:
                     self._execute_once(run_id)

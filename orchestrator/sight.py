@@ -34,8 +34,8 @@ class RunSight:
 
     @contextmanager
     def run(self) -> Iterator[None]:
-        """The run is executed while the context is open; log lines name it."""
-        with about(run=self._run_id), self._traces.span("run", at=run_place(self._run_id)):
+        """The run is executed while the context is open."""
+        with self._traces.span("run", at=run_place(self._run_id)):
             yield
 
     @contextmanager
