@@ -54,12 +54,12 @@ USER 10001:10001
 
 FROM light-app AS student
 EXPOSE 7102
-HEALTHCHECK --interval=30s --timeout=20s --start-period=120s CMD ["preceptor", "probe", "student"]
+HEALTHCHECK --interval=30s --timeout=30s --start-period=120s CMD ["preceptor", "probe", "student"]
 ENTRYPOINT ["python", "-m", "student"]
 
 FROM light-app AS evaluator
 EXPOSE 7103
-HEALTHCHECK --interval=30s --timeout=20s --start-period=120s CMD ["preceptor", "probe", "evaluator"]
+HEALTHCHECK --interval=30s --timeout=30s --start-period=120s CMD ["preceptor", "probe", "evaluator"]
 ENTRYPOINT ["python", "-m", "evaluator"]
 
 FROM light AS orchestrator
@@ -72,7 +72,7 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel pip install --no-ca
  && rm -rf /usr/local/lib/python3*/site-packages/worlds/almanac/models
 USER 10001:10001
 EXPOSE 7104
-HEALTHCHECK --interval=30s --timeout=20s --start-period=120s CMD ["preceptor", "probe", "orchestrator"]
+HEALTHCHECK --interval=30s --timeout=30s --start-period=120s CMD ["preceptor", "probe", "orchestrator"]
 ENTRYPOINT ["python", "-m", "orchestrator"]
 
 # Where models run: torch and transformers.
@@ -87,11 +87,11 @@ USER 10001:10001
 
 FROM models AS teacher
 EXPOSE 7101
-HEALTHCHECK --interval=30s --timeout=20s --start-period=300s CMD ["preceptor", "probe", "teacher"]
+HEALTHCHECK --interval=30s --timeout=30s --start-period=300s CMD ["preceptor", "probe", "teacher"]
 ENTRYPOINT ["python", "-m", "teacher"]
 
 FROM models AS worker
-HEALTHCHECK --interval=30s --timeout=20s --start-period=300s CMD ["preceptor", "probe", "worker"]
+HEALTHCHECK --interval=30s --timeout=30s --start-period=300s CMD ["preceptor", "probe", "worker"]
 ENTRYPOINT ["python", "-m", "student.worker"]
 
 # The command line, and the chores of compose.yaml. Last, so that `docker build .` without a target gives it.
