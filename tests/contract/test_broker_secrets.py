@@ -1,8 +1,9 @@
-"""Redis with a password from a file, with TLS and with mutual TLS; the same files for everything that talks to it."""
+"""Redis and PostgreSQL with passwords from files and with TLS, by every way in which our processes talk to them."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import socketserver
 import subprocess
 import sys
@@ -14,12 +15,14 @@ from urllib.parse import quote, unquote, urlsplit
 import kombu.pools
 import pytest
 import redis
+from sqlalchemy import make_url
 
 from evaluator.broker import RedisBroker
 from preceptor.errors import PreceptorError
 from preceptor.launch import launch
 from preceptor.leases import LeaseBoard, WorkerStatus
 from preceptor.names import celery_task_id
+from preceptor.postgres import server_version
 from preceptor.queue import check_broker, fetch_result, make_app, submit
 from preceptor.settings import HouseSettings, ServiceSettings
 from student.deployment import DeploymentBoard
@@ -36,6 +39,7 @@ from tests.contract.test_security import (
     trial_batch,
     wait_until,
 )
+from tests.postgres import Postgres
 
 __all__ = ["authority", "broker", "foreign", "good"]  # fixtures
 
@@ -322,3 +326,56 @@ def test_a_worker_with_the_wrong_authority_ends_with_2_and_says_why(
     assert "its certificate is refused: unable to get local issuer certificate" in done.stderr
     assert "(TLS_FAILED)" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# PostgreSQL, which speaks TLS by itself.
+
+
+@needs_openssl
+def test_postgresql_over_tls_looks_at_authority_and_host_and_says_what_is_wrong(
+    postgres: Postgres, authority: Authority, good: Path, foreign: Path, tmp_path: Path
+) -> None:
+    folder = Path(str(postgres.run("SHOW data_directory")[0][0]))
+    for name in ("cert.pem", "key.pem"):
+        shutil.copy(good / name, folder)
+        if os.getuid() == 0:
+            shutil.chown(folder / name, "postgres", "postgres")
+    postgres.run("ALTER SYSTEM SET ssl_cert_file = 'cert.pem'")
+    postgres.run("ALTER SYSTEM SET ssl_key_file = 'key.pem'")
+    postgres.run("ALTER SYSTEM SET ssl = on")
+    postgres.run("SELECT pg_reload_conf()")
+
+    def ask(options: str, host: str = "127.0.0.1") -> tuple[str, bool]:
+        url = ServiceSettings(database_url=postgres.url(options=options).replace("127.0.0.1", host)).database("public")
+        return server_version(make_url(url))
+
+    def refused(options: str) -> str:
+        with pytest.raises(PreceptorError) as raised:
+            ask(options)
+        assert raised.value.reason == "DATABASE_REFUSED"
+        return raised.value.message
+
+    try:
+        ours = f"sslmode=verify-full&sslrootcert={good / 'ca.pem'}"
+        wait_until(lambda: ask("sslmode=prefer")[1], 20)
+        assert ask(ours)[1]
+        assert ask(ours, "localhost")[1]
+        assert not ask("sslmode=disable")[1]
+        assert "certificate verify failed" in refused(f"sslmode=verify-full&sslrootcert={foreign / 'ca.pem'}")
+        assert "root certificate file" in refused(f"sslmode=verify-full&sslrootcert={tmp_path / 'none.pem'}")
+        elsewhere = authority.certificate("postgres", names="DNS:db")
+        for name in ("cert.pem", "key.pem"):
+            shutil.copyfile(elsewhere / name, folder / name)
+        postgres.run("SELECT pg_reload_conf()")
+
+        def another_name() -> bool:
+            try:
+                ask(ours)
+            except PreceptorError as error:
+                return "does not match host name" in error.message and error.reason == "DATABASE_REFUSED"
+            return False
+
+        wait_until(another_name, 20)
+    finally:
+        postgres.run("ALTER SYSTEM RESET ALL")
+        postgres.run("SELECT pg_reload_conf()")
