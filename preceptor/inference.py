@@ -131,8 +131,7 @@ class _Lost(Exception):
 
 
 class InferenceServer:
-    """A server at ``url`` (with or without /v1), and ``model``, the name under which it serves the base model; where
-    that is empty, ``check`` sets it to the only one that there is."""
+    """A server at ``url`` (with or without /v1), and ``model``, the name under which it serves the base model."""
 
     def __init__(
         self,
