@@ -100,7 +100,7 @@ class Execution:
     def _base_policy(self) -> str:
         if self._record.base_policy:
             return self._record.base_policy
-        base = self._teacher.base_policy()
+        base = self._teacher.base_policy(learns=self._plan.config.update.algorithm != "none")
         self._store.set_base_policy(self._record.id, base)
         return base
 

@@ -157,7 +157,7 @@ class RunPlan:
 
     def update(self, number: int, parent_id: str, entries: Sequence[Entry]) -> teacher.UpdatePolicyRequest:
         """The round's update from its rewarded self-edits; what failed, was malformed or was stopped without a reward
-        is not among them.
+        is not among them. Without examples where the run has no updates.
 
         Where the best of a group were measured again on fresh seeds, that alone counts for them, in their group's mean
         too, and the others are there for comparison: the seeds that chose somebody flatter him.
@@ -172,6 +172,8 @@ class RunPlan:
             activate=False,  # several runs may learn at once; the last policy is activated when its run succeeds
             owner=self.run_id,
         )
+        if settings.algorithm == "none":
+            return request
         groups: dict[str, list[Entry]] = {}
         for entry in entries:
             if entry.earned is not None:

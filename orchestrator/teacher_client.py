@@ -30,13 +30,22 @@ class TeacherClient:
         self._stop = stop
         self._hindered = hindered
 
-    def base_policy(self) -> str:
+    def base_policy(self, learns: bool) -> str:
         """The id of the untouched teacher: the root of the active policy. Every run starts from it, so that an
-        earlier run's policy cannot change this run's result."""
+        earlier run's policy cannot change this run's result.
+
+        Raises PreceptorError: TEACHER_IS_FIXED where it ``learns`` in this run and cannot, and what the call raises.
+        """
         policy = self._remote().call(self._stub.GetPolicy, teacher.GetPolicyRequest()).policy
         while policy.parent_id:
             request = teacher.GetPolicyRequest(policy_id=policy.parent_id)
             policy = self._remote().call(self._stub.GetPolicy, request).policy
+        if learns and policy.fixed:
+            raise PreceptorError(
+                "TEACHER_IS_FIXED",
+                f"{policy.base_source} is a fixed teacher; it does not learn",
+                field="update.algorithm",
+            )
         return policy.id
 
     def generate(self, request: teacher.GenerateSelfEditsRequest) -> Iterator[teacher.GenerateSelfEditsResponse]:

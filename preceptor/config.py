@@ -140,7 +140,7 @@ class RoundsConfig(Section):
 class UpdateConfig(Section):
     """How the teacher learns from rewards."""
 
-    algorithm: Literal["rest_em"] = "rest_em"
+    algorithm: Literal["rest_em", "none"] = Field("rest_em", description="none: the teacher stays as it is")
     top_k: int = Field(2, ge=1, le=MAX_SELF_EDITS)
     min_reward: float = Field(0.0, ge=-MAX_REWARD, le=MAX_REWARD)
     min_advantage: Threshold = 0.0

@@ -83,8 +83,12 @@ def _check(server: InferenceServer, language: Language) -> ServedModel:
     facts = server.check()
     if facts.kind != "vllm":
         raise PreceptorError("SERVER_TOO_OLD", f"{server.url} is no vLLM server; the backend `vllm` needs one")
-    model = facts.model(server.model)
-    assert model is not None  # says check
+    bases = [model for model in facts.models if not model.parent]
+    model = facts.model(server.model) if server.model else bases[0] if len(bases) == 1 else None
+    if model is None:  # check has looked for one that is named
+        names = ", ".join(base.id for base in bases)
+        raise PreceptorError("MODEL_NOT_SERVED", f"{server.url} serves {names}: say which is the teacher's")
+    server.model = model.id
     theirs, ours = server.tokens(_SAMPLE), language.prompt_ids(_SAMPLE)
     if theirs != ours:
         raise PreceptorError(

@@ -98,7 +98,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         if request.owner:
             check_name("owner", request.owner)
         policy = self._policies.update(update(request), request.request_id, _body(request), request.owner)
-        return pb.UpdatePolicyResponse(policy=_policy(policy))
+        return pb.UpdatePolicyResponse(policy=self._policy(policy))
 
     def CancelUpdates(
         self, request: pb.CancelUpdatesRequest, context: grpc.ServicerContext
@@ -109,19 +109,19 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         return pb.CancelUpdatesResponse(cancelled=number)
 
     def GetPolicy(self, request: pb.GetPolicyRequest, context: grpc.ServicerContext) -> pb.GetPolicyResponse:
-        return pb.GetPolicyResponse(policy=_policy(self._policies.get(request.policy_id)))
+        return pb.GetPolicyResponse(policy=self._policy(self._policies.get(request.policy_id)))
 
     def ListPolicies(self, request: pb.ListPoliciesRequest, context: grpc.ServicerContext) -> pb.ListPoliciesResponse:
         policies, following = self._policies.page(page_size(request.page_size), page_token(request.page_token))
         return pb.ListPoliciesResponse(
-            policies=[_policy(policy) for policy in policies], next_page_token=str(following) if following else ""
+            policies=[self._policy(policy) for policy in policies], next_page_token=str(following) if following else ""
         )
 
     def WatchPolicy(
         self, request: pb.WatchPolicyRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.WatchPolicyResponse]:
         for policy in self._policies.watch(request.policy_id, lambda: not context.is_active()):
-            yield pb.WatchPolicyResponse(policy=_policy(policy))
+            yield pb.WatchPolicyResponse(policy=self._policy(policy))
 
     def ActivatePolicy(
         self, request: pb.ActivatePolicyRequest, context: grpc.ServicerContext
@@ -129,7 +129,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         check_name("request_id", request.request_id)
         _need(bool(request.policy_id), "policy_id", "must not be empty")
         policy = self._policies.activate(request.policy_id, request.request_id, _body(request))
-        return pb.ActivatePolicyResponse(policy=_policy(policy))
+        return pb.ActivatePolicyResponse(policy=self._policy(policy))
 
     def ListPromptFormats(
         self, request: pb.ListPromptFormatsRequest, context: grpc.ServicerContext
@@ -146,6 +146,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             check_name("keep_owners", owner)
         found = self._garbage.collect(keep, request.keep_owners, dry_run=request.dry_run)
         return pb.TeacherServiceCollectGarbageResponse(garbage=found)
+
+    def _policy(self, policy: Policy) -> pb.Policy:
+        return _policy(policy, self._policies.fixed)
 
 
 def writing_request(request: pb.GenerateSelfEditsRequest) -> WritingRequest:
@@ -304,7 +307,7 @@ def _written(index: int, written: Written, limits: Limits) -> pb.WrittenSelfEdit
     return message
 
 
-def _policy(policy: Policy) -> pb.Policy:
+def _policy(policy: Policy, fixed: bool) -> pb.Policy:
     message = pb.Policy(
         id=policy.id,
         parent_id=policy.parent_id,
@@ -321,6 +324,7 @@ def _policy(policy: Policy) -> pb.Policy:
         steps=policy.steps,
         steps_planned=policy.steps_planned,
         seconds=policy.seconds,
+        fixed=fixed,
     )
     message.create_time.FromDatetime(policy.created)
     if policy.adapter_uri:

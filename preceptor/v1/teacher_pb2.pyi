@@ -81,6 +81,7 @@ class Policy(google.protobuf.message.Message):
     CREATE_TIME_FIELD_NUMBER: builtins.int
     GROUPS_FIELD_NUMBER: builtins.int
     GROUPS_DROPPED_FIELD_NUMBER: builtins.int
+    FIXED_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Content hash of base, parent, examples and settings; "base-..." is the untouched teacher."""
     parent_id: builtins.str
@@ -101,6 +102,8 @@ class Policy(google.protobuf.message.Message):
     groups: builtins.int
     """Groups that were offered, and those of them that had no self-edit worth keeping."""
     groups_dropped: builtins.int
+    fixed: builtins.bool
+    """The teacher does not learn: UpdatePolicy answers with TEACHER_IS_FIXED."""
     @property
     def adapter(self) -> preceptor.v1.types_pb2.Artifact:
         """The adapter in PEFT's format; absent for the base."""
@@ -132,9 +135,10 @@ class Policy(google.protobuf.message.Message):
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         groups: builtins.int = ...,
         groups_dropped: builtins.int = ...,
+        fixed: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["adapter", b"adapter", "create_time", b"create_time", "failure", b"failure"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["active", b"active", "adapter", b"adapter", "base_commit", b"base_commit", "base_source", b"base_source", "create_time", b"create_time", "failure", b"failure", "final_loss", b"final_loss", "first_loss", b"first_loss", "groups", b"groups", "groups_dropped", b"groups_dropped", "id", b"id", "kept", b"kept", "offered", b"offered", "parent_id", b"parent_id", "seconds", b"seconds", "state", b"state", "steps", b"steps", "steps_planned", b"steps_planned"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["active", b"active", "adapter", b"adapter", "base_commit", b"base_commit", "base_source", b"base_source", "create_time", b"create_time", "failure", b"failure", "final_loss", b"final_loss", "first_loss", b"first_loss", "fixed", b"fixed", "groups", b"groups", "groups_dropped", b"groups_dropped", "id", b"id", "kept", b"kept", "offered", b"offered", "parent_id", b"parent_id", "seconds", b"seconds", "state", b"state", "steps", b"steps", "steps_planned", b"steps_planned"]) -> None: ...
 
 Global___Policy: typing_extensions.TypeAlias = Policy
 

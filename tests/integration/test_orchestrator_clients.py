@@ -191,10 +191,27 @@ def test_patience_ends(tmp_path: Path) -> None:
         house.stop("teacher")
         start = time.monotonic()
         with pytest.raises(PreceptorError) as caught:
-            teacher_client(house, Stop(), patience=1.5).base_policy()
+            teacher_client(house, Stop(), patience=1.5).base_policy(learns=True)
     assert caught.value.reason == "SERVICE_UNREACHABLE"
     assert "teacher" in caught.value.message
     assert 1 < time.monotonic() - start < 10
+
+
+class FixedTeacher(ScriptedTeacher):
+    def GetPolicy(self, request: teacher.GetPolicyRequest, context: Any) -> teacher.GetPolicyResponse:
+        response = super().GetPolicy(request, context)
+        response.policy.fixed = True
+        return response
+
+
+def test_a_fixed_teacher_is_refused_before_the_first_round_unless_the_run_has_no_updates(tmp_path: Path) -> None:
+    with ScriptedHouse(tmp_path, FixedTeacher()) as house:
+        client = teacher_client(house, Stop())
+        with pytest.raises(PreceptorError) as caught:
+            client.base_policy(learns=True)
+        assert caught.value.reason == "TEACHER_IS_FIXED"
+        assert caught.value.metadata["field"] == "update.algorithm"
+        assert client.base_policy(learns=False) == "base-scripted"
 
 
 class Refusing(ScriptedEvaluator):
@@ -217,7 +234,7 @@ class Refusing(ScriptedEvaluator):
             raise PreceptorError(self.reason, "there is no room")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("reason", ["QUEUE_FULL", "SERVICE_BUSY", "DISK_FULL"])
+@pytest.mark.parametrize("reason", ["QUEUE_FULL", "SERVICE_BUSY", "DISK_FULL", "ARTIFACT_STORE_UNREACHABLE"])
 def test_a_service_without_room_is_waited_for_beyond_any_patience_and_this_is_said(tmp_path: Path, reason: str) -> None:
     told: list[str] = []
     with ScriptedHouse(tmp_path, evaluator=Refusing(reason, 5)) as house:  # type: ignore[abstract]
@@ -258,6 +275,6 @@ def test_a_service_that_is_away_for_a_while_is_named_until_it_is_back(tmp_path: 
         stub = connect(house.address("teacher"), teacher_pb2_grpc.TeacherServiceStub)
         client = TeacherClient(stub, 60, Stop(), lambda name, words: told.append(words))
         threading.Timer(4.5, house.start, ["teacher"]).start()
-        assert client.base_policy() == "base-scripted"
+        assert client.base_policy(learns=True) == "base-scripted"
     assert set(told[:-1]) == {"waiting for the teacher service, which does not answer"}
     assert told[-1] == ""

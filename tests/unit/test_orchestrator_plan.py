@@ -112,6 +112,7 @@ def test_only_rewarded_self_edits_reach_the_update() -> None:
     assert [example.reward for example in request.examples] == [-0.5, 0.25]
     assert len({example.group_id for example in request.examples}) == 2
     assert not request.activate
+    assert not plan(update={"algorithm": "none"}).update(1, "parent", entries).examples
 
 
 def test_training_rounds_ask_the_reward_bank_and_some_probes_and_the_measurement_the_sealed_bank_and_all() -> None:
