@@ -48,9 +48,9 @@ def until(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 
 def undisturbed(tmp_path: Path, request: pb.CreateRunRequest, **evaluator: Any) -> dict[str, Any]:
-    """The summary of a run that nothing happens to."""
-    home = tmp_path / "undisturbed"
-    with ScriptedHouse(home, evaluator=ScriptedEvaluator(**evaluator)) as house, orchestrator_here(house, home) as o:
+    """The summary of a run that nothing happens to, on SQLite."""
+    home, scripted = tmp_path / "undisturbed", ScriptedEvaluator(**evaluator)
+    with ScriptedHouse(home, evaluator=scripted) as house, orchestrator_here(house, home, database_url="") as o:
         run_id = o.create(request)
         assert o.finish(run_id).state == pb.RUN_STATE_SUCCEEDED
         return results(o.summary(run_id))
@@ -74,7 +74,6 @@ def test_a_run_reaches_its_end_and_the_teacher_learnt_from_every_round(tmp_path:
         assert sum(of["evaluations"][k] for k in ("succeeded", "failed", "malformed")) == of["self_edits"] == 12
 
 
-@pytest.mark.usefixtures("databases")
 def test_the_same_config_again_gives_the_same_result_from_known_evaluations(tmp_path: Path) -> None:
     with ScriptedHouse(tmp_path) as house, orchestrator_here(house, tmp_path) as o:
         summaries = []
@@ -361,7 +360,6 @@ def steps(evaluator: ScriptedEvaluator) -> dict[str, int]:
     return found
 
 
-@pytest.mark.usefixtures("databases")
 def test_a_race_stops_some_measures_the_best_again_and_offers_nobody_else(tmp_path: Path) -> None:
     with ScriptedHouse(tmp_path) as house, orchestrator_here(house, tmp_path) as o:
         run_id = o.create(racing_request())
