@@ -14,6 +14,7 @@ Labels have few values (states, reasons of the catalogue of errors, methods), bu
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -298,6 +299,22 @@ class Sample:
 def sample(metric: Metric, value: float, **labels: str) -> Sample:
     """A gauge's value, for ``Metrics.at_scrape``."""
     return Sample(metric, value, labels)
+
+
+def gpu_memory() -> Iterator[Sample]:
+    """Of the GPU that this process computes on, for ``Metrics.at_scrape``; nothing where it has not begun to use one.
+    Imports nothing."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return
+    cuda = torch.cuda
+    # The current device is the one of the asking thread. Whoever has tensors somewhere computes there.
+    for index in [index for index in range(cuda.device_count()) if cuda.memory_reserved(index)][:1]:
+        free, total = cuda.mem_get_info(index)
+        yield sample(GPU_MEMORY, cuda.memory_allocated(index), kind="allocated")
+        yield sample(GPU_MEMORY, cuda.memory_reserved(index), kind="reserved")
+        yield sample(GPU_MEMORY, total - free, kind="used")
+        yield sample(GPU_MEMORY, total, kind="total")
 
 
 class Metrics:

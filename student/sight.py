@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from preceptor import metrics as m
 from preceptor.queue import EVALUATIONS, SENT
@@ -55,8 +54,7 @@ class WorkerSight:
             yield m.sample(m.LOADED_BASES, len(students()))
 
         self._metrics.at_scrape(look)
-        if self._device.startswith("cuda"):
-            self._metrics.at_scrape(lambda: gpu_memory(self._device))
+        self._metrics.at_scrape(m.gpu_memory)
 
     @contextmanager
     def at_work(self, task_id: str, message: Message) -> Iterator[None]:
@@ -112,16 +110,3 @@ class WorkerSight:
                 for phase, (start, end) in times.items():
                     if phases[phase]:  # a baseline is not trained
                         self._traces.record(phase, start, end, within=batch)
-
-
-def gpu_memory(device: str) -> Iterable[m.Sample]:
-    """The memory of a GPU that this process uses already."""
-    import torch
-
-    cuda: Any = torch.cuda
-    if cuda.is_initialized():
-        free, total = cuda.mem_get_info(device)
-        yield m.sample(m.GPU_MEMORY, cuda.memory_allocated(device), kind="allocated")
-        yield m.sample(m.GPU_MEMORY, cuda.memory_reserved(device), kind="reserved")
-        yield m.sample(m.GPU_MEMORY, total - free, kind="used")
-        yield m.sample(m.GPU_MEMORY, total, kind="total")

@@ -21,6 +21,7 @@ class TeacherSight:
 
     def __init__(self, telemetry: Telemetry = OFF) -> None:
         self._metrics, self._traces = telemetry.metrics, telemetry.traces
+        telemetry.metrics.at_scrape(m.gpu_memory)
         self._asked: dict[str, Place] = {}  # by policy in training: the call that asked for it
 
     @contextmanager

@@ -198,3 +198,17 @@ def test_off_is_nothing_and_nothing_is_imported_for_it() -> None:
     code = "import sys, preceptor.launch, preceptor.server, preceptor.channel, orchestrator.sight; "
     code += "print([name for name in sys.modules if name.startswith(('prometheus_client', 'opentelemetry'))])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60, cwd=REPOSITORY).strip() == "[]"
+
+
+def test_a_process_without_a_gpu_tells_nothing_of_one() -> None:
+    assert list(m.gpu_memory()) == []
+
+
+@pytest.mark.gpu
+def test_the_memory_of_the_gpu_in_use_is_told() -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    held = torch.zeros(2**20, device="cuda")
+    told = {one.labels["kind"]: one.value for one in m.gpu_memory()}
+    assert held.numel() * 4 <= told["allocated"] <= told["reserved"] <= told["used"] <= told["total"]
