@@ -92,9 +92,7 @@ class WorkerStatus:
     trials_done: int = 0  # since it started
     peak_memory_bytes: int = 0
     ticks: int = 0  # signs of progress of its task: its steps, and chunks of answers
-    serves: tuple[
-        str, ...
-    ] = ()  # names of the students that it is there for; none: all without a queue of their own
+    serves: tuple[str, ...] = ()  # names of the students that it is there for; none: all without a queue of their own
     gpu: str = ""  # UUID of the GPU that it holds for itself
 
 
@@ -179,8 +177,9 @@ def _status(value: object) -> WorkerStatus | None:
     known = {field.name for field in fields(WorkerStatus)}  # a newer worker may say more
     try:
         said = {name: what for name, what in json.loads(str(value or "")).items() if name in known}
-        lists = {name: tuple(map(str, said.get(name) or ())) for name in ("students", "serves")}
-        status = WorkerStatus(**{**said, **lists})
+        # An older worker does not say whom it serves.
+        lists = {"students": said["students"], "serves": said.get("serves", ())}
+        status = WorkerStatus(**{**said, **{name: tuple(map(str, names)) for name, names in lists.items()}})
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return None
     texts = all(isinstance(one, str) for one in (status.name, status.task_id, status.gpu))
