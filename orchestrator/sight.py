@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from orchestrator.entries import EditKey, round_stage
+from orchestrator.entries import EditKey, Kind, round_stage
 from preceptor import metrics as m
 from preceptor.telemetry import OFF, Telemetry
 from preceptor.tracing import about, evaluation_place, run_place
@@ -30,7 +30,7 @@ class RunSight:
         self._traces, self._run_id = telemetry.traces, run_id
         self._lock = threading.Lock()
         self._written: dict[tuple[str, int], tuple[float, float]] = {}  # by stage and task: began, ended
-        self._told: set[EditKey] = set()
+        self._told: set[tuple[EditKey, Kind]] = set()
 
     @contextmanager
     def run(self) -> Iterator[None]:
@@ -63,8 +63,9 @@ class RunSight:
         for report in reports:
             for key in report.keys:
                 with self._lock:
-                    written = None if key in self._told else self._written.get((key.stage, key.task))
-                    self._told.add(key)
+                    told = (key, report.kind) in self._told
+                    written = None if told else self._written.get((key.stage, key.task))
+                    self._told.add((key, report.kind))
                 if written is None or report.final:
                     continue
                 self._traces.record(

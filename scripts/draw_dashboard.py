@@ -70,7 +70,9 @@ def series_of(url: str, panel: dict[str, Any], start: float, end: float) -> Seri
             if all(value == "NaN" for _, value in one["values"]):
                 continue
             times, values = zip(*((float(at), float(value)) for at, value in one["values"]), strict=True)
-            found.append((legend(target["legendFormat"], one["metric"]), list(times), list(values)))
+            found.append(
+                (legend(target["legendFormat"], one["metric"]).replace("Service/", "/"), list(times), list(values))
+            )
     return found
 
 
@@ -87,6 +89,7 @@ def readable(unit: str, value: float) -> str:
 
 def draw_lines(axes: Axes, panel: dict[str, Any], found: Series, start: float, end: float) -> None:
     """A panel of lines, stacked where it says so."""
+    wide_characters = panel["gridPos"]["w"] * 12
     defaults = panel["fieldConfig"]["defaults"]
     unit = defaults["unit"]
     clock = [[datetime.fromtimestamp(at) for at in times] for _, times, _ in found]
@@ -110,9 +113,10 @@ def draw_lines(axes: Axes, panel: dict[str, Any], found: Series, start: float, e
     if "max" in defaults:
         axes.set_ylim(top=defaults["max"])
     if found:
+        columns = wide_characters // (max(len(name) for name, _, _ in found) + 6)
         axes.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=6.5, frameon=False, labelcolor=TEXT,
-            columnspacing=1.0, handlelength=1.2,
+            loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=max(1, min(len(found), columns)),
+            fontsize=6.5, frameon=False, labelcolor=TEXT, columnspacing=1.0, handlelength=1.2,
         )  # fmt: skip
     else:
         axes.text(0.5, 0.5, "no data", ha="center", va="center", color=FAINT, transform=axes.transAxes)
@@ -155,10 +159,10 @@ def draw(url: str, dashboard: dict[str, Any], start: float, end: float, out: Pat
             0.02, 1 - 0.35 / place["h"], panel["title"], color=TEXT, fontsize=9, weight="bold", va="top",
             transform=frame.transAxes,
         )  # fmt: skip
-        words = textwrap.fill(panel.get("description", ""), int(place["w"] * 13.5))
+        words = textwrap.fill(panel.get("description", ""), int(place["w"] * 16))
         lines = words.count("\n") + 1 if words else 0
         frame.text(0.02, 1 - 1.0 / place["h"], words, color=FAINT, fontsize=6.5, va="top", transform=frame.transAxes)
-        below, above = 1.9 / height, (1.15 + 0.38 * lines) / height
+        below, above = 1.9 / height, (1.3 + 0.42 * lines) / height
         axes = figure.add_axes((left + 0.035, top - high + below, wide - 0.045, high - below - above))
         axes.set_facecolor(PANEL)
         axes.tick_params(colors=FAINT, labelsize=6.5, length=0)
