@@ -151,11 +151,9 @@ def _try_out(server: subprocess.Popen[bytes], serving: Serving, settings: ServeS
     try:
         client.complete([[1]] * (1 + len(serving.adapters)), model=_names(serving), max_tokens=1)
     except PreceptorError as error:
-        with suppress(subprocess.TimeoutExpired):
-            server.wait(STOP_SECONDS)  # a dead engine takes its server along
-        if server.poll() is not None:
-            raise _died(server, log) from None
-        raise PreceptorError(error.reason, f"{serving.name} does not answer: {error.message}", file=str(log)) from None
+        words = last_words(log.read_text(encoding="utf-8", errors="replace"))
+        message = f"vLLM came up and cannot answer ({error.message}): {words}"
+        raise PreceptorError("PROCESS_DIED", message, file=str(log)) from None
     finally:
         client.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,6 +23,12 @@ from student.trial import ALL_LINEAR
 # The ranks that vLLM makes room for; an adapter of another one takes the next.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _LOOK_SECONDS = 60.0
+# Which process says it, and when.
+_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ \S+ \S+ \[[^\]]*\] )?")
+# An error as Python prints it, and none of those by which vLLM's processes only tell each other that one has failed.
+_ERROR = re.compile(
+    r"[\w.]*(Error|Exception): (?!Engine core initialization failed|EngineCore encountered|Worker failed with error)"
+)
 # Prints what is to be known without importing vLLM, which takes as long as loading a small model.
 _LOOK = """
 import json, importlib.metadata as packages, importlib.util, pathlib, re
@@ -144,16 +151,14 @@ def _environment(own: Mapping[str, str]) -> dict[str, str]:
 
 def last_words(log: str) -> str:
     """What a server that ended said was wrong, in one line."""
-    lines = [line.split(") ", 1)[-1].strip() for line in log.splitlines()]
-    errors = [line for line in lines if _is_error(line)]
-    return (errors or [line for line in lines if line] or ["it said nothing"])[-1][:500]
-
-
-def _is_error(line: str) -> bool:
-    kind, colon, said = line.partition(": ")
-    # The engine's error comes first; that it did not come up follows, and says no more than that.
-    told = not said.startswith("Engine core initialization failed")
-    return bool(colon) and told and kind.rpartition(".")[2].endswith(("Error", "Exception")) and " " not in kind
+    lines = [_PREFIX.sub("", line).strip() for line in log.splitlines()]
+    errors = [number for number, line in enumerate(lines) if _ERROR.match(line)]
+    if not errors:
+        return ([line for line in lines if line] or ["it said nothing"])[-1][:500]
+    last = errors[-1]
+    # pydantic names the field and what is wrong with it in the lines after its error
+    more = lines[last + 1 : last + 3] if "validation error" in lines[last] else []
+    return " ".join([lines[last], *more])[:500]
 
 
 def _quotient(whole: object, parts: object) -> int | None:

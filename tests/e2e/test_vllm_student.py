@@ -141,6 +141,8 @@ def serving(python: Path, scratch: Path, student: types.PinnedStudent, *argument
             alive = psutil.wait_procs(children, STOP_SECONDS)[1]
             for child in alive:
                 child.kill()
+            if process.stdout:
+                process.stdout.close()
         assert not alive, "vLLM outlived what had started it"
 
 

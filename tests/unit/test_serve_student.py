@@ -86,16 +86,23 @@ def test_heads_without_a_kernel_are_refused_on_the_cpu(config: dict[str, Any], w
     assert GPU.refusal(config) == ""
 
 
-LOG = """(EngineCore pid=9) INFO loading
-(EngineCore pid=9) ERROR 11-21 21:03:11 [core.py:1] Traceback (most recent call last):
-(EngineCore pid=9) ValueError: Head size 24 is not supported
+LOG = """(APIServer pid=8) WARNING 11-21 21:36:37 [u.py:255] This can cause errors like `OSError: too many open files`
+(Worker pid=7) ERROR 11-21 21:40:00 [e.py:63] Traceback (most recent call last):
+(Worker pid=7) ERROR 11-21 21:40:00 [e.py:63] RuntimeError: Unsupported CPU attention configuration: head_dim=24
+(EngineCore pid=9) ERROR 11-21 21:40:00 [core.py:5] RuntimeError: Worker failed with error 'Unsupported CPU attention'
+(APIServer pid=8) ERROR 11-21 21:40:00 [async_llm.py:906] vllm.v1.EngineDeadError: EngineCore encountered an issue. See
 (APIServer pid=8) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
 INFO: bye
 """
+INVALID = """(APIServer pid=8) pydantic_core._pydantic_core.ValidationError: 1 validation error for LoRAConfig
+(APIServer pid=8) max_lora_rank
+(APIServer pid=8)   Input should be 1, 8 or 16
+"""
 
 
-def test_the_last_words_are_the_error_that_came_first() -> None:
-    assert last_words(LOG) == "ValueError: Head size 24 is not supported"
+def test_the_last_words_are_the_error_behind_the_others() -> None:
+    assert last_words(LOG) == "RuntimeError: Unsupported CPU attention configuration: head_dim=24"
+    assert last_words(INVALID).endswith("for LoRAConfig max_lora_rank Input should be 1, 8 or 16")
     assert last_words("usage: vllm\nerror: unknown argument --nonsense\n") == "error: unknown argument --nonsense"
     assert last_words("") == "it said nothing"
 
