@@ -186,11 +186,15 @@ class UsedStore(ArtifactStore):
         """See ArtifactStore."""
         self._inner.remove(name)
 
+    def is_used(self, name: str, within_seconds: float) -> bool:
+        """Whether it was used within so many seconds."""
+        with self._lock:
+            return self._is_used(name, within_seconds)
+
     def remove_unless_used(self, name: str, within_seconds: float) -> bool:
         """Removes it, unless it was used within so many seconds; whether it did."""
         with self._lock:
-            now = time.monotonic()
-            if any(uri.endswith(f"/{name}") and now - used < within_seconds for uri, used in self._used.items()):
+            if self._is_used(name, within_seconds):
                 return False
             self._inner.remove(name)
             return True
@@ -198,6 +202,10 @@ class UsedStore(ArtifactStore):
     def remove_leftovers(self) -> None:
         """See ArtifactStore."""
         self._inner.remove_leftovers()
+
+    def _is_used(self, name: str, within_seconds: float) -> bool:
+        now = time.monotonic()
+        return any(uri.endswith(f"/{name}") and now - used < within_seconds for uri, used in self._used.items())
 
     def _note(self, uri: str) -> None:
         with self._lock:

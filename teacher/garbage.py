@@ -40,7 +40,11 @@ class TeacherGarbage:
         """
         found = []
         for stored, kind, reason in self._artifacts_to_go(keep_seconds, keep_owners):
-            if dry_run or self._artifacts.remove_unless_used(stored.name, IN_USE_SECONDS):
+            if dry_run:
+                goes = not self._artifacts.is_used(stored.name, IN_USE_SECONDS)
+            else:
+                goes = self._artifacts.remove_unless_used(stored.name, IN_USE_SECONDS)
+            if goes:
                 found.append(
                     types.Garbage(
                         kind=kind,
