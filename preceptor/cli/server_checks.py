@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 ASK_SECONDS = 5.0
 # Variables that begin so name an inference server: _URL, _MODEL, _API_KEY, _API_KEY_FILE.
-INFERENCE_SERVERS = {"teacher server": "PRECEPTOR_TEACHER_SERVER", "answer server": "PRECEPTOR_ANSWER_SERVER"}
+ANSWER_SERVER = "answer server"
+INFERENCE_SERVERS = {"teacher server": "PRECEPTOR_TEACHER_SERVER", ANSWER_SERVER: "PRECEPTOR_ANSWER_SERVER"}
 EXPIRY_DAYS = 14
 ELSEWHERE = "ask where the service runs: docker compose exec SERVICE preceptor doctor"
 
@@ -118,14 +119,14 @@ def artifact_findings(settings: HouseSettings) -> Iterator[Finding]:
         yield Finding("artifacts", "ok", f"{url} answers")
 
 
-def inference_findings() -> Iterator[Finding]:
-    """vLLM and its like, where they are named."""
+def inference_findings(commit: str = "") -> Iterator[Finding]:
+    """vLLM and its like, where they are named. ``commit``: the active student's, for the server that answers for it."""
     for what, prefix in INFERENCE_SERVERS.items():
         if url := os.environ.get(f"{prefix}_URL", ""):
-            yield _inference_server(what, prefix, url)
+            yield _inference_server(what, prefix, url, commit if what == ANSWER_SERVER else "")
 
 
-def _inference_server(what: str, prefix: str, url: str) -> Finding:
+def _inference_server(what: str, prefix: str, url: str, commit: str) -> Finding:
     try:
         from preceptor.inference import InferenceServer
     except ImportError:
@@ -145,8 +146,12 @@ def _inference_server(what: str, prefix: str, url: str) -> Finding:
         return problem(what, error)
     finally:
         server.close()
+    if commit and not any(one.id.endswith(f"@{commit[:12]}") for one in facts.models):
+        found = f"{url} does not serve the active student (...@{commit[:12]}): workers answer by themselves"
+        return Finding(what, "note", found, "serve it: `preceptor students serve NAME`")
     kind = f"vLLM {facts.version}" if facts.kind == "vllm" else "OpenAI-compatible"
-    return Finding(what, "ok", f"{url} answers ({kind}), serves {model or server.model or 'several models'}")
+    served = model or ", ".join(one.id for one in facts.models if not one.parent)
+    return Finding(what, "ok", f"{url} answers ({kind}), serves {served}")
 
 
 def gpu_findings(workers: Sequence[WorkerStatus]) -> Iterator[Finding]:

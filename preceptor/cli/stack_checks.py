@@ -87,9 +87,11 @@ def stack_findings(settings: HouseSettings) -> Iterator[Finding]:
 def _servers(addresses: HouseSettings, up: Collection[str]) -> Iterator[Finding]:
     yield from database_findings()
     yield from artifact_findings(addresses)
-    yield from inference_findings()
+    commit = ""
     if "student" in up:
-        yield _active_student(addresses)
+        finding, commit = _active_student(addresses)
+        yield finding
+    yield from inference_findings(commit)
     if "evaluator" in up:
         yield from _queues(addresses)
 
@@ -204,7 +206,8 @@ def _workers(names: list[str]) -> Finding:
     return Finding("workers", "ok", found)
 
 
-def _active_student(addresses: HouseSettings) -> Finding:
+def _active_student(addresses: HouseSettings) -> tuple[Finding, str]:
+    """And its commit, where there is one."""
     from preceptor.v1 import student_pb2, student_pb2_grpc
 
     stub = connect(addresses.student_address, student_pb2_grpc.StudentServiceStub)
@@ -214,11 +217,12 @@ def _active_student(addresses: HouseSettings) -> Finding:
         seen = stream(stub.WatchDeployment, watch, deadline=5)
         deployment = next((one.deployment for one in seen), student_pb2.Deployment())
     except PreceptorError as error:
-        return problem("active student", error)
+        return problem("active student", error), ""
     found = f"{student.name} ({student.architecture}, {student.parameters:,} parameters)"
     if deployment.state == student_pb2.DEPLOYMENT_STATE_FAILED:
         failure = deployment.failure
         step = CATALOGUE[failure.reason if failure.reason in CATALOGUE else "INTERNAL"].next_step
-        return Finding("active student", "problem", f"{found}: {failure.message} ({failure.reason})", step)
+        found = f"{found}: {failure.message} ({failure.reason})"
+        return Finding("active student", "problem", found, step), student.pinned.commit
     ready = f"in memory of {deployment.workers_ready} of {deployment.workers_alive} workers"
-    return Finding("active student", "ok", f"{found}, {ready}")
+    return Finding("active student", "ok", f"{found}, {ready}"), student.pinned.commit

@@ -22,10 +22,11 @@ from preceptor.cli.checks import EXTRAS, GIB
 from preceptor.errors import CATALOGUE
 from preceptor.leases import LeaseBoard, WorkerStatus
 from preceptor.redis_server import EmbeddedRedis
-from preceptor.v1 import evaluator_pb2, student_pb2
+from preceptor.v1 import evaluator_pb2, student_pb2, types_pb2
 from preceptor.versions import CONTRACT_VERSION
 from student.gpu_lease import leased_gpu
 from tests.contract.cli_services import Services
+from tests.inference_server import BASE, KEY, Reply, played_server
 from tests.unit.test_gpu_lease import TWO, simulate
 
 
@@ -323,3 +324,34 @@ def test_what_waits_for_workers_of_its_own_and_what_has_failed_is_told(
     assert found["queues"]["found"] == "student large waits for a worker with PRECEPTOR_STUDENTS=large (3 batches)"
     assert found["queues"]["state"] == found["evaluations"]["state"] == "note"
     assert found["evaluations"]["found"] == "7 have FAILED"
+
+
+def test_inference_servers_are_asked_who_they_are_and_what_they_serve(
+    services: Services, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services.students.students["x"] = student_pb2.Student(name="x", pinned=types_pb2.PinnedStudent(commit="c0ffee" * 4))
+    services.students.active = "x"
+    with played_server() as teacher, played_server() as answers:
+        monkeypatch.setenv("PRECEPTOR_TEACHER_SERVER_URL", teacher.url)
+        monkeypatch.setenv("PRECEPTOR_TEACHER_SERVER_API_KEY", KEY)
+        monkeypatch.setenv("PRECEPTOR_ANSWER_SERVER_URL", answers.url)
+        monkeypatch.setenv("PRECEPTOR_ANSWER_SERVER_API_KEY", KEY)
+        found = findings(capsys)
+        assert found["teacher server"]["state"] == "ok"
+        assert f"answers (vLLM {teacher.version}), serves {BASE}" in found["teacher server"]["found"]
+        assert found["answer server"]["state"] == "note"
+        assert "does not serve the active student (...@c0ffeec0ffee)" in found["answer server"]["found"]
+        answers.adapters["x@c0ffeec0ffee"] = "/x"
+        assert findings(capsys)["answer server"]["state"] == "ok"
+
+        def told() -> tuple[str, str]:
+            one = findings(capsys)["teacher server"]
+            assert one["state"] == "problem"
+            return one["found"].rpartition("(")[2].rstrip(")"), one["next_step"]
+
+        monkeypatch.setenv("PRECEPTOR_TEACHER_SERVER_MODEL", "another")
+        assert told() == ("MODEL_NOT_SERVED", CATALOGUE["MODEL_NOT_SERVED"].next_step)
+        teacher.version = "0.1.0"
+        assert told() == ("SERVER_TOO_OLD", CATALOGUE["SERVER_TOO_OLD"].next_step)
+        teacher.trouble = lambda _number, _path, _body: Reply(401, {})
+        assert told() == ("SERVER_REFUSED", CATALOGUE["SERVER_REFUSED"].next_step)
