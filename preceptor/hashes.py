@@ -15,8 +15,8 @@ def file_sha256(path: Path) -> str:
 
 def counts(relative: str) -> bool:
     """Whether a file (its path with ``/``) is part of a folder's content: not what is hidden (a name that begins with a
-    dot), and no caches."""
-    return not any(part.startswith(".") or part == "__pycache__" for part in relative.split("/"))
+    dot), no caches, and nothing that would lead out of the folder (``..``, ``/etc``), as a key in a bucket may."""
+    return not any(part.startswith(".") or part in ("", "__pycache__") for part in relative.split("/"))
 
 
 def manifest(hashes: Mapping[str, str]) -> str:

@@ -292,6 +292,18 @@ def test_a_folder_copied_by_other_means_has_the_hash_it_has_on_the_disk(bucket: 
     assert _reason(lambda: bucket.store().local_path(artifact)) == "ARTIFACT_CORRUPT"
 
 
+def test_keys_that_lead_out_of_the_folder_are_not_followed(bucket: Bucket, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a.txt").write_text("a")
+    bucket.put("m/a.txt", "a")
+    for key in ("m//" + str(tmp_path / "outside-1"), "m/../../outside-2", "m/sub/../../../../outside-3"):
+        bucket.server.put(f"{bucket.prefix}/{key}", b"x")
+    sha256 = folder_sha256(tmp_path / "model")
+    found = bucket.store().local_path(types.Artifact(uri=f"{bucket.url}/m", sha256=sha256))
+    assert [path.name for path in found.iterdir()] == ["a.txt"]
+    assert not list(tmp_path.rglob("outside*"))
+
+
 def test_what_was_written_to_a_disk_before_there_was_a_bucket_is_still_found(bucket: Bucket, tmp_path: Path) -> None:
     artifact = FolderStore(tmp_path / "disk").write_folder("x", _write)
     assert bucket.store().local_path(artifact) == tmp_path / "disk" / "x"
