@@ -94,7 +94,9 @@ def main() -> None:
             made.model.save_pretrained(folder)
             made.tokenizer.save_pretrained(folder)
             del made
-        more = [] if given.device == "cpu" else ["--gpu-memory-utilization", str(given.gpu_memory)]
+        # vLLM 0.32 dies on the CPU of a request with a seed whose prompt it reads in parts
+        cpu = ["--no-enable-chunked-prefill", "--max-model-len", "2048", "--max-num-batched-tokens", "2048"]
+        more = cpu if given.device == "cpu" else ["--gpu-memory-utilization", str(given.gpu_memory)]
         with serving(folder, 1, more) as url:
             settings = TeacherSettings(
                 home=Path(scratch) / "home",
