@@ -12,7 +12,8 @@
 # Needs: docker with compose 2.24 on PATH (DOCKER_HOST is honoured), and a Python with this project for the embedded run
 # (PYTHON, default .venv/bin/python). Ports are chosen by the engine, names by COMPOSE_PROJECT_NAME, so it disturbs no
 # other stack. BUILD_NETWORK=host: builds use the host's network. HEALTHY_SECONDS: another limit than 90, for a slow or
-# busy machine. EXPECTED=FILE: summary of the embedded run, read if it is there, else written. Exit code 0: all of it was seen; 1: not, and the last line says what.
+# busy machine. EXPECTED=FILE: summary of the embedded run, read if it is there, else written.
+# Exit code 0: all of it was seen; 1: not, and the last line says what.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -21,7 +22,7 @@ for word in "$@"; do
   case $word in
     --no-build) BUILD= ;;
     --keep) KEEP=1 ;;
-    *) sed -n '2,18p' "$0"; exit 2 ;;
+    *) sed -n '2,17p' "$0"; exit 2 ;;
   esac
 done
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -157,7 +158,14 @@ done
 done_step "$run is under way"
 
 state() { inside runs show "$run" --json | field state; }
-goes_on() { [ "$(state)" = RUNNING ] || fail "the run is over ($(state)) before $1; more rounds: ROUNDS=$((ROUNDS * 2))"; }
+goes_on() { # WHAT: fails if the run is over; an orchestrator that is just being started again is waited for
+  local end=$((SECONDS + AGAIN_SECONDS)) now=
+  until now=$(state 2>/dev/null) && [ -n "$now" ]; do
+    [ $SECONDS -lt $end ] || fail "the orchestrator does not say how the run is"
+    sleep 1
+  done
+  case $now in RUNNING | PENDING) ;; *) fail "the run is over ($now) before $1; more rounds: ROUNDS=$((ROUNDS * 2))" ;; esac
+}
 alive() { inside evaluations queue --json | field workers_alive; }
 until_workers() {
   local end=$((SECONDS + AGAIN_SECONDS))
@@ -211,10 +219,12 @@ for service in worker redis teacher postgres evaluator student orchestrator work
     [ $SECONDS -lt $end ] || fail "$service was not started again"
     sleep 0.2
   done
-  until_well "$container" "$service"
   kills=$((kills + 1))
-  done_step "died and is well again"
+  done_step "died and was started again"
 done
+step "all well"
+for container in $(compose ps --quiet); do until_well "$container" "$(docker inspect --format '{{.Name}}' "$container")"; done
+done_step "after $kills deaths"
 step "docker kill"
 goes_on "a container is killed from outside"
 container=$(compose ps --quiet worker | head -1)
