@@ -167,6 +167,25 @@ def test_a_round_in_which_everything_is_malformed_teaches_nothing_and_the_run_go
     assert arms["trained_teacher"]["malformed"] == 4
 
 
+class FixedTeacher(ScriptedTeacher):
+    def GetPolicy(self, request: teacher_pb2.GetPolicyRequest, context: Any) -> teacher_pb2.GetPolicyResponse:
+        response = super().GetPolicy(request, context)
+        response.policy.fixed = True
+        return response
+
+
+def test_a_fixed_teachers_run_writes_and_measures_and_updates_nothing(tmp_path: Path) -> None:
+    with ScriptedHouse(tmp_path, FixedTeacher()) as house, orchestrator_here(house, tmp_path) as o:
+        refused = o.finish(o.create(create_request()))
+        assert (refused.state, refused.failure.reason) == (pb.RUN_STATE_FAILED, "TEACHER_IS_FIXED")
+        run_id = o.create(create_request(run_config(update={"algorithm": "none"})))
+        assert o.finish(run_id).state == pb.RUN_STATE_SUCCEEDED
+        summary = o.summary(run_id)
+    assert not house.teacher.updates
+    assert set(summary["policies"]) == {"base-scripted"}
+    assert all(of["evaluations"]["succeeded"] > 8 for of in summary["rounds"])
+
+
 def test_a_measurement_without_rounds_compares_the_untrained_teacher_with_itself(tmp_path: Path) -> None:
     with ScriptedHouse(tmp_path) as house, orchestrator_here(house, tmp_path) as o:
         run_id = o.create(create_request(run_config(rounds={"count": 0})))
