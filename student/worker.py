@@ -383,6 +383,12 @@ def _work(settings: WorkerSettings, telemetry: Telemetry, gpu: Gpu | None) -> No
     device = "cuda" if gpu is not None else settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.gpu_locks is not None and gpu is None and device.startswith("cuda"):
+        message = (
+            "PRECEPTOR_GPU_LOCKS is set, but which GPUs there are cannot be told: torch sees one and nvidia-smi none "
+            "(in a container NVIDIA_DRIVER_CAPABILITIES must have `utility`)"
+        )
+        raise PreceptorError("DEVICE_UNUSABLE", message, field="PRECEPTOR_GPU_LOCKS")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts

@@ -197,8 +197,14 @@ def queue(as_json: bool) -> None:
 
 
 def unserved(status: evaluator_pb2.GetQueueStatusResponse) -> list[str]:
-    """What waits for a worker that there is none of, a line each."""
-    lines = []
+    """What waits for a worker that there is none of, and the workers that nothing can come to; a line each."""
+    known = {queue.student for queue in status.queues}
+    lines = [
+        f"worker {worker.name} waits for student {student}, which the evaluator's PRECEPTOR_DEDICATED_STUDENTS lacks"
+        for worker in status.workers
+        for student in worker.students
+        if student not in known
+    ]
     for queue in status.queues:
         number = queue.waiting_batches + queue.submitted_batches
         if number and not queue.workers_alive:

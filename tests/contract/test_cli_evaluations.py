@@ -146,6 +146,10 @@ def test_a_student_that_waits_for_workers_of_its_own_is_told(
     assert unserved(pb.GetQueueStatusResponse(queues=[pb.QueueReport(name="trials"), own, served])) == [
         "student large waits for a worker with PRECEPTOR_STUDENTS=large (24 batches)"
     ]
+    worker = pb.WorkerReport(name="a:1", students=["large", "lagre"])
+    assert unserved(pb.GetQueueStatusResponse(queues=[own], workers=[worker]))[0] == (
+        "worker a:1 waits for student lagre, which the evaluator's PRECEPTOR_DEDICATED_STUDENTS lacks"
+    )
 
 
 def test_without_a_stack_it_says_so(

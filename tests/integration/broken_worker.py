@@ -59,6 +59,8 @@ def main(what: str) -> int:
         worker_job.run_trials = loses_the_device
     elif what == "has no room":
         fitting.room = lambda _device: (1000, "NVIDIA T0 has 0.00 of 1.00 GiB free")
+    elif what == "sees a GPU":
+        torch.cuda.is_available = lambda: True
     elif what == "cannot beat":
         break_the_beat()
         worker_job.run_trials = never_returns

@@ -91,3 +91,15 @@ def test_two_workers_for_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with redis_server(tmp_path / "redis") as server, worker_process(server.url, log, **settings) as third:
         assert third.wait(START_SECONDS) == 2
     assert "PRECEPTOR_DEVICE=cuda cannot be used" in log.read_text()
+
+
+def test_a_gpu_that_cannot_be_named_is_not_used_without_a_lease(tmp_path: Path) -> None:
+    """As in a container that was given a GPU without nvidia-smi."""
+    log = tmp_path / "worker.log"
+    settings = {"PRECEPTOR_GPU_LOCKS": str(tmp_path / "locks")}
+    with (
+        redis_server(tmp_path / "redis") as server,
+        worker_process(server.url, log, "sees a GPU", module="tests.integration.broken_worker", **settings) as worker,
+    ):
+        assert worker.wait(START_SECONDS) == 2
+    assert "torch sees one and nvidia-smi none" in log.read_text()
