@@ -42,8 +42,13 @@ LOST_OWNERSHIP = 70
 _MAKING, _OWNER, _USER = 0x70726D6D, 0x70726D6F, 0x70726D75
 _WATCH_SECONDS = 1.0
 _POLL_SECONDS = 0.1
-# As long as SQLite waits for another writer.
-_LOCK_WAIT = "30s"
+# What a server is told at the beginning of a session. Locks: as long as SQLite waits for another writer. And where a
+# client's machine or network is gone, it is to let go of what that one held within half a minute (its own default may
+# be hours): the next owner waits for it.
+_SESSION = """
+    SET lock_timeout = '30s';
+    SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3
+"""
 # Nobody waits for ever for a server whose machine or network is gone. A parameter of the URL goes first.
 _LINE: dict[str, Any] = {
     "connect_timeout": 10,
@@ -217,7 +222,7 @@ def _join(connection: psycopg.Connection[Any], url: URL) -> None:
         connection.adapters.register_loader(kind, _AnyTextLoader)
     connection.autocommit = True
     schema = _number(url)
-    connection.execute(f"SET lock_timeout = '{_LOCK_WAIT}'")
+    connection.execute(_SESSION)
     connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", (_USER, schema))
     for _, name in _holders(connection, _OWNER, schema):
         if name != _name(url):
@@ -230,7 +235,6 @@ def _make_schema(url: URL) -> None:
     schema = _schema(url)
     try:
         with _connect(url) as connection, connection.transaction():
-            connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_WAIT}'")
             connection.execute("SELECT pg_advisory_xact_lock(%s, %s)", (_MAKING, _number(url)))
             # Asked first: whoever may not make schemas may use one that is there.
             if connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", (schema,)).fetchone() is None:
@@ -249,7 +253,9 @@ def _connect(url: URL) -> psycopg.Connection[Any]:
     """A connection outside any engine, without transactions. Raises DatabaseError, PreceptorError(DATABASE_REFUSED)."""
     positional, options = url.get_dialect()().create_connect_args(url)
     try:
-        return psycopg.connect(*positional, **{**options, **_arguments(url)}, autocommit=True)
+        connection = psycopg.connect(*positional, **{**options, **_arguments(url)}, autocommit=True)
+        connection.execute(_SESSION)
+        return connection
     except psycopg.Error as error:
         said = _words(error)
         if isinstance(error, psycopg.ProgrammingError) or _REFUSED.search(said):

@@ -13,11 +13,12 @@ from enum import StrEnum
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Column, MetaData, String, Table, Text, select, text
+from sqlalchemy import Column, MetaData, String, Table, Text, make_url, select, text
 from sqlalchemy.exc import DBAPIError
 
 from preceptor.database import DatabaseError, open_database, own_database
 from preceptor.errors import PreceptorError
+from preceptor.postgres import _connect, _Owner
 from preceptor.settings import ServiceSettings
 from tests.postgres import Postgres
 
@@ -141,6 +142,17 @@ def test_any_text_comes_back_as_it_was_and_is_found_by_it(database_url: str, wri
 
 
 # What is said when it fails
+
+
+def test_a_server_lets_go_soon_of_what_a_client_held_that_is_gone(postgres: Postgres) -> None:
+    url = postgres.new_schema()
+    engine = open_database(url, THINGS)
+    with engine.connect() as db:
+        assert db.exec_driver_sql("SHOW tcp_keepalives_idle").scalar() == "10"
+        assert db.exec_driver_sql("SHOW lock_timeout").scalar() == "30s"
+    engine.dispose()
+    with _connect(make_url(url.replace("postgresql:", "postgresql+psycopg:"))) as owner:
+        assert owner.execute("SHOW tcp_keepalives_count").fetchone() == ("3",)
 
 
 @contextmanager
@@ -316,10 +328,6 @@ def test_an_owner_who_has_lost_it_to_another_ends_before_that_one_begins(
 
 def test_an_owner_whom_the_server_has_not_missed_yet_takes_it_from_itself(postgres: Postgres) -> None:
     """As where the network was cut: the old connection still holds the lock, and nobody is at its other end."""
-    from sqlalchemy import make_url
-
-    from preceptor.postgres import _Owner
-
     url = make_url(postgres.new_schema().replace("postgresql:", "postgresql+psycopg:"))
     forgotten, again = _Owner(url), _Owner(url)
     forgotten.take(0)
