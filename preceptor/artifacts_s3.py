@@ -337,6 +337,8 @@ def _in_our_words(error: Exception, url: str) -> Exception:
         said = f"{code}: {cause.response.get('Error', {}).get('Message', '')}"[:300]
         if code in _MISSING_CODES:
             return PreceptorError("ARTIFACT_NOT_FOUND", "nothing lies there", file=url)
+        if code == "InvalidRange":
+            return PreceptorError("ARTIFACT_CORRUPT", "the file was changed while it was read", file=url)
         if code in _AWAY_CODES or status >= 500:
             return PreceptorError("ARTIFACT_STORE_UNREACHABLE", f"the store cannot serve it now ({said})", file=url)
         return PreceptorError("ARTIFACT_STORE_REFUSED", f"the store refuses it ({said})", file=url)

@@ -135,7 +135,8 @@ def _inspect_bucket(source: str) -> SourceFacts:
         return _inspect_files(BucketFiles(S3Folder(source)))
     except PreceptorError as error:
         if error.reason in ("ARTIFACT_NOT_FOUND", "ARTIFACT_CORRUPT", "INVALID_REQUEST"):
-            raise PreceptorError("BAD_STUDENT_SOURCE", error.message, file=source) from None
+            file = error.metadata.get("file", source)
+            raise PreceptorError("BAD_STUDENT_SOURCE", error.message, file=file) from None
         raise
 
 
