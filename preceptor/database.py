@@ -107,6 +107,8 @@ def _read(url: str) -> URL:
             "PRECEPTOR_DATABASE_URL names PostgreSQL, and its driver is not installed: pip install "
             "'preceptor[postgres]'",
         ) from None
+    if isinstance(options := parsed.query.get("options", ""), tuple):  # the operator's, and the schema of the settings
+        parsed = parsed.update_query_dict({"options": " ".join(options)})
     return parsed.set(drivername="postgresql+psycopg")
 
 

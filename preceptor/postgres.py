@@ -320,11 +320,8 @@ def _name(url: URL) -> str:
 
 
 def _schema(url: URL) -> str:
-    options = " ".join(
-        value if isinstance(value, str) else " ".join(value) for value in (url.query.get("options", ""),)
-    )
-    found = re.search(r"search_path=([^\s,]+)", options)
-    return found[1] if found else "public"
+    found = re.findall(r"search_path=([^\s,]+)", str(url.query.get("options", "")))
+    return found[-1] if found else "public"
 
 
 def _number(url: URL) -> int:

@@ -113,6 +113,17 @@ def test_the_services_of_one_database_have_a_schema_each(postgres: Postgres) -> 
     ]
 
 
+def test_options_of_the_operator_s_own_hold_beside_the_schema(postgres: Postgres) -> None:
+    settings = ServiceSettings(database_url=postgres.url(options="options=-cstatement_timeout%3D54321"))
+    url = settings.database("student")
+    with own_database(url, 0):
+        engine = open_database(url, THINGS)
+        with engine.connect() as db:
+            assert db.exec_driver_sql("SHOW statement_timeout").scalar() == "54321ms"
+            assert db.exec_driver_sql("SELECT current_schema()").scalar() == "student"
+        engine.dispose()
+
+
 def test_without_its_driver_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(PreceptorError, match=r"pip install 'preceptor\[postgres\]'"):
