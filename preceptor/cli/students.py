@@ -58,7 +58,9 @@ def list_students(as_json: bool) -> None:
 
 @students.command()
 @click.argument("name")
-@click.option("--source", required=True, help="A folder that the workers can read, s3://bucket/prefix, or a model id of the hub.")
+@click.option(
+    "--source", required=True, help="A folder that the workers can read, s3://bucket/prefix, or a model id of the hub."
+)
 @click.option("--revision", default="", help="Revision on the hub [default: its default branch, pinned now].")
 @json_option
 def register(name: str, source: str, revision: str, as_json: bool) -> None:
