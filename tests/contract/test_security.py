@@ -291,7 +291,7 @@ def test_secrets_are_in_no_dump_of_the_settings_and_do_reach_children(tmp_path: 
     assert not {"token", "token_file", "tls"} & set(json.loads(settings.model_dump_json()))
     handed_on = settings.environment()
     assert (handed_on["PRECEPTOR_TOKEN"], handed_on["PRECEPTOR_TLS"]) == (TOKEN, str(tmp_path))
-    assert "PRECEPTOR_TOKEN_FILE" not in handed_on
+    assert handed_on["PRECEPTOR_TOKEN_FILE"] == ""  # whatever a child inherits
 
 
 @pytest.mark.parametrize(
