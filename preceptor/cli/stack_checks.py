@@ -10,6 +10,8 @@ import socket
 from collections import Counter
 from collections.abc import Collection, Iterator
 
+import psutil
+
 from preceptor import __version__
 from preceptor.channel import Health, call, connect, health_of, is_serving, stream
 from preceptor.cli.connection import find_stack
@@ -119,7 +121,7 @@ def _queues(addresses: HouseSettings) -> Iterator[Finding]:
 
 def _other_stack(addresses: HouseSettings) -> Iterator[Finding]:
     usual = str(HouseSettings.model_fields["orchestrator_address"].default)
-    if addresses.orchestrator_address != usual:
+    if addresses.orchestrator_address != usual and not _is_here(addresses.orchestrator_address, usual):
         try:
             other = is_serving(usual, deadline=PROBE_SECONDS)
         except PreceptorError:  # it is there, and its TLS does not fit
@@ -131,6 +133,18 @@ def _other_stack(addresses: HouseSettings) -> Iterator[Finding]:
                 f"an orchestrator answers at {usual}, too; commands use the one at {addresses.orchestrator_address}",
                 f"end one of them, or set PRECEPTOR_ORCHESTRATOR_ADDRESS={usual} to use that one",
             )
+
+
+def _is_here(address: str, usual: str) -> bool:
+    """Whether an address is the usual one under another name: this container's, with the usual port."""
+    host, _, port = address.rpartition(":")
+    if port != usual.rpartition(":")[2]:
+        return False
+    own = {one.address for interface in psutil.net_if_addrs().values() for one in interface}
+    try:
+        return any(str(found[4][0]) in own for found in socket.getaddrinfo(host.strip("[]"), None))
+    except OSError:
+        return False
 
 
 def _service(addresses: HouseSettings, name: str) -> tuple[Finding, Health | None]:

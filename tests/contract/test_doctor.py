@@ -154,6 +154,16 @@ def test_a_second_stack_is_told(
     assert services.environment["PRECEPTOR_ORCHESTRATOR_ADDRESS"] in other["found"]
 
 
+def test_a_stack_under_another_name_of_this_machine_is_no_second_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("preceptor.cli.stack_checks.is_serving", lambda _address, deadline: True)
+    monkeypatch.setenv("PRECEPTOR_ORCHESTRATOR_ADDRESS", "localhost:7104")  # as a container's own name
+    assert "another stack" not in findings(capsys)
+    monkeypatch.setenv("PRECEPTOR_ORCHESTRATOR_ADDRESS", "no.such.host.invalid:7104")
+    assert "another stack" in findings(capsys)
+
+
 @pytest.mark.parametrize(("free", "size", "state"), [(0.5, 10, "problem"), (3, 100, "note"), (6, 100, "ok")])
 def test_a_disk_that_is_nearly_full_is_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, free: float, size: float, state: str
