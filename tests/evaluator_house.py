@@ -17,7 +17,9 @@ from evaluator.graders.verdicts import VerdictStore
 from evaluator.lanes import Lanes
 from evaluator.marking import Marking
 from evaluator.overview import Overview
+from evaluator.sight import Sight
 from evaluator.store import EvaluationStore
+from preceptor.telemetry import OFF, Telemetry
 from preceptor.v1 import evaluator_pb2 as pb
 from tests.evaluation_requests import STUDENT, group
 from tests.fake_broker import FakeBroker
@@ -44,11 +46,13 @@ class House:
         max_waiting: int = 1000,
         database: type[Database] = Database,
         dedicated: tuple[str, ...] = (),
+        telemetry: Telemetry = OFF,
     ) -> None:
         self.url = where if isinstance(where, str) else f"sqlite:///{where}"
         self.broker, self.now = broker, 0.0
         self.limits, self.max_waiting, self.database_type = limits, max_waiting, database
         self.judge_settings, self.patience, self.dedicated = judge, patience, dedicated
+        self.telemetry = telemetry
         self.open()
 
     def open(self) -> None:
@@ -59,11 +63,22 @@ class House:
         asked = self.judge_settings
         self.judge = Judge(asked, VerdictStore(self.database)) if asked else None
         graders = Graders(self.judge)
-        self.marking = Marking(store, Overview(self.database), self.feed, graders, self.patience, pause=0.02)
+        sight = Sight(self.database, self.telemetry)
+        overview = Overview(self.database)
+        self.marking = Marking(store, overview, self.feed, graders, self.patience, pause=0.02, sight=sight)
         lanes = Lanes(self.dedicated)
         self.dispatcher = Dispatcher(
-            self.batches, self.history, self.broker, self.marking, self.limits, lambda: self.now, self.time, lanes
+            self.batches,
+            self.history,
+            self.broker,
+            self.marking,
+            self.limits,
+            lambda: self.now,
+            self.time,
+            lanes,
+            sight,
         )
+        sight.at_scrape(overview, lanes, self.broker.workers, lambda: self.marking.under_way)
         self.evaluations = Evaluations(
             self.database,
             store,
@@ -76,6 +91,7 @@ class House:
             max_waiting=self.max_waiting,
             graders=graders,
             lanes=lanes,
+            sight=sight,
         )
 
     def time(self) -> float:

@@ -21,6 +21,7 @@ class FakeBroker:
     def __init__(self) -> None:
         self.waiting: dict[str, trial.TrialBatch] = {}
         self.queues: dict[str, str] = {}  # of every task that was ever submitted
+        self.asked_for: dict[str, list[str]] = {}  # for which evaluations they were, as their messages say
         self.taken: dict[str, trial.TrialBatch] = {}
         self.leased: set[str] = set()
         self.steps: dict[str, int] = {}  # that the holder of a task tells of
@@ -42,6 +43,7 @@ class FakeBroker:
         task_id = celery_task_id(batch.id, attempt)
         self.waiting[task_id] = batch
         self.queues[task_id] = queue
+        self.asked_for[task_id] = list(evaluations)
         self.submitted.append(task_id)
         self.batches.append(batch)
 

@@ -123,6 +123,68 @@ def test_prometheus_reads_its_settings_the_alerts_and_every_query_of_the_dashboa
         assert said.returncode == 0, said.stdout + said.stderr
 
 
+@pytest.mark.parametrize(
+    ("alert", "series", "fires"),
+    [
+        (
+            "PreceptorNobodyWorks",
+            {'preceptor_unfinished_batches{queue="trials"}': 3, "preceptor_workers_alive": 0},
+            True,
+        ),
+        (
+            "PreceptorNobodyWorks",
+            {'preceptor_unfinished_batches{queue="trials"}': 3, "preceptor_workers_alive": 1},
+            False,
+        ),
+        (
+            "PreceptorNobodyWorks",
+            {'preceptor_unfinished_batches{queue="trials"}': 0, "preceptor_workers_alive": 0},
+            False,
+        ),
+        ("PreceptorServiceDown", {'up{job="teacher"}': 0}, True),
+        ("PreceptorServiceDown", {'up{job="teacher"}': 1, 'up{job="worker"}': 0}, False),
+        ("PreceptorWorkersDie", {'preceptor_attempts_total{end="lost"}': "0+1x60"}, True),
+        ("PreceptorWorkersDie", {'preceptor_attempts_total{end="given_back"}': "0+1x60"}, False),
+        (
+            "PreceptorEvaluationsFail",
+            {
+                'preceptor_evaluations_finished_total{state="failed"}': "0+3x60",
+                'preceptor_evaluations_finished_total{state="succeeded"}': "0+7x60",
+            },
+            True,
+        ),
+        (
+            "PreceptorEvaluationsFail",
+            {
+                'preceptor_evaluations_finished_total{state="failed"}': "0+1x60",
+                'preceptor_evaluations_finished_total{state="succeeded"}': "0+9x60",
+            },
+            False,
+        ),
+    ],
+)
+def test_alerts_fire_when_they_should(tmp_path: Path, alert: str, series: dict[str, object], fires: bool) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("needs promtool (Debian: apt-get install prometheus)")
+    values = [
+        {"series": name, "values": value if isinstance(value, str) else f"{value}x60"} for name, value in series.items()
+    ]
+    # Asked by Prometheus' own series of alerts, so that their words need not be repeated here.
+    expected = {
+        "expr": f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})',
+        "eval_time": "40m",
+        "exp_samples": [{"labels": "{}", "value": 1}] if fires else [],
+    }
+    test = {"interval": "1m", "input_series": values, "promql_expr_test": [expected]}
+    written = {"rule_files": [str(OBSERVABILITY / "alerts.yml")], "evaluation_interval": "1m", "tests": [test]}
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(written))
+    said = subprocess.run(
+        [promtool, "test", "rules", str(tmp_path / "test.yml")], capture_output=True, text=True, timeout=60
+    )
+    assert said.returncode == 0, said.stdout + said.stderr
+
+
 def test_a_process_tells_its_own_metrics_and_no_other(evaluator: m.PrometheusMetrics) -> None:
     worker = m.PrometheusMetrics(m.WORKER, "127.0.0.1", 0)
     evaluator.count(m.TRIALS, 2, outcome="done")
