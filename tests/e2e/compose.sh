@@ -282,7 +282,7 @@ message() { # SERVICE WORDS: its log has a line with the words, which is then in
     sleep 1
   done
   if grep -q Traceback "$log"; then fail "$1 shows a traceback"; fi
-  SAID=$(grep -m 1 "$2" "$log" | cut -c 1-180)
+  SAID=$(grep -m 1 "$2" "$log" | sed "s/^.\\[2K//" | cut -c 1-180) # some versions of compose clear the line first
 }
 step "wrong Redis password"
 secret 'cp redis_password kept && rm redis_password && echo wrong > redis_password && chmod 440 redis_password'
