@@ -158,6 +158,25 @@ def test_a_collector_that_is_away_is_one_line_and_no_error(caplog: pytest.LogCap
     assert [record.name for record in said] == ["preceptor.tracing"]
 
 
+def test_a_part_of_the_traces_is_the_same_part_in_every_process_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.2")
+    kept = []
+    for process in ("evaluator", "worker"):
+        spans = InMemorySpanExporter()
+        traces = OtlpTraces(process, "http://127.0.0.1:9", Counted(), spans)
+        for number in range(200):
+            place = evaluation_place(f"eval-{number}")
+            traces.record("evaluation", 1, 2, at=place)
+            traces.record("train", 1, 2, within=place)
+        traces.close()
+        kept.append(sorted((span.context.trace_id, span.name) for span in spans.get_finished_spans()))
+    assert kept[0] == kept[1]
+    whole = {trace_id for trace_id, name in kept[0] if name == "evaluation"}
+    assert 10 < len(whole) < 90
+    assert whole == {trace_id for trace_id, name in kept[0] if name == "train"}
+
+
 def test_a_mistake_in_a_span_is_counted_and_not_raised(traces: OtlpTraces) -> None:
     traces.record("x", 1, 2, at=Place("no number", "none"))
     counted: Any = traces._metrics
