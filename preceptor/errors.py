@@ -55,7 +55,7 @@ CATALOGUE: dict[str, Entry] = {
     "STUDENT_CHANGED": Entry(_STATE, "put the registered files back, or register the folder under a new name"),
     "STUDENT_TOO_LARGE": Entry(_STATE, "use workers with a larger GPU for it, or a smaller student"),
     "NOT_SERVABLE": Entry(
-        _STATE, "serve another student; workers train and ask this one by themselves (PRECEPTOR_ANSWER_SERVER_URL empty)"
+        _STATE, "serve another student; workers ask this one by themselves (PRECEPTOR_ANSWER_SERVER_URL empty)"
     ),
     "VLLM_NOT_FOUND": Entry(
         _STATE,
@@ -144,7 +144,7 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "DEVICE_UNUSABLE": Entry(_STATE, "set the named variable to cpu or to a device that torch sees"),
     "GPU_NONE_LEFT": Entry(
-        _EXHAUSTED, "start fewer workers on this machine, one a GPU (or raise PRECEPTOR_GPU_SHARE), or end the named ones"
+        _EXHAUSTED, "start fewer workers here, one a GPU (or raise PRECEPTOR_GPU_SHARE), or end the named ones"
     ),
     "DATABASE_UNREACHABLE": Entry(
         _DOWN, "check PRECEPTOR_DATABASE_URL, and that its server runs, or that the folder can be written"

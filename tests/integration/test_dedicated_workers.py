@@ -85,7 +85,7 @@ def test_two_workers_for_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             assert second.wait(START_SECONDS) == 2
         said = (tmp_path / "second.log").read_text()
         assert "1 GPU for workers here, and all are taken: GPU-aaaa0000-1111 (NVIDIA H100 80GB HBM3) by" in said
-        assert f":{first.pid}\n  next: start fewer workers on this machine" in said
+        assert f":{first.pid}\n  next: start fewer workers here" in said
         assert "(GPU_NONE_LEFT)" in said
         assert "Traceback" not in said
     with redis_server(tmp_path / "redis") as server, worker_process(server.url, log, **settings) as third:
