@@ -1,12 +1,10 @@
 """One client for any OpenAI-compatible inference server: vLLM with its extras, or a vendor's.
 
-Promises: not more than ``concurrency`` requests are under way, whoever asks; each has a deadline over all of it, from
-the connection to the last byte. What passes by itself (a server that is away, restarts or is too busy: connections that
-fail or break, timeouts, 408, 409, 425, 429, 5xx) is tried again, with longer and longer pauses, until it has not passed
-for ``patience_seconds``; anything else is one PreceptorError. A server that comes back without the adapters that were
-loaded into it gets them again. What is sampled is what was asked for: defaults of the server's are overruled.
+Promises: what passes by itself is waited for (``preceptor.patient_http``), anything else is one PreceptorError. A
+server that comes back without the adapters that were loaded into it gets them again. What is sampled is what was asked
+for: defaults of the server's are overruled.
 
-All methods may be called from several threads at once; the requests themselves run on a thread of the client's own.
+All methods may be called from several threads at once.
 """
 
 from __future__ import annotations
@@ -15,40 +13,22 @@ import asyncio
 import json
 import logging
 import math
-import queue
 import re
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import httpx2
-
 from preceptor.errors import PreceptorError
+from preceptor.patient_http import AWAY, SHOWN_CHARACTERS, PatientHttp, error_of, json_object
 
 log = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-
 # The first with everything that is used here: `return_token_ids`, and adapters that are checked when they are loaded.
 OLDEST_VLLM = (0, 11)
-FIRST_PAUSE_SECONDS = 0.25
-# A server that restarts is asked so often; it should not wait long for work.
-LONGEST_PAUSE_SECONDS = 5.0
-# Longer than vendors' per-minute limits need; a server that asks for more is as good as away.
-LONGEST_RETRY_AFTER_SECONDS = 90.0
-# 425 and 409 are said by gateways whose model is being loaded or moved.
-_PASSING = frozenset({408, 409, 425, 429})
-_AWAY = (502, 503, 504)  # where 500 is an answer
-# Log-probabilities of a prompt of 100,000 tokens are about 10 MB.
-_MOST_BYTES = 256 << 20
-_SHOWN_CHARACTERS = 300
-_POLL_SECONDS = 0.1
 # Nats per token that two servers of the same weights may differ by: bfloat16 is off by about 0.01.
 PROBE_TOLERANCE = 0.05
 # Below this an adapter changes too little to be told from the base in bfloat16.
@@ -120,12 +100,6 @@ class Probe:
     tolerance: float = PROBE_TOLERANCE
 
 
-class _Passing(Exception):
-    def __init__(self, message: str, retry_after: float = 0.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
 class _Lost(Exception):
     """The server was restarted while an adapter was being looked at."""
 
@@ -149,31 +123,21 @@ class InferenceServer:
         # a path of the user's own is the whole of it, like .../v1beta/openai
         self._api = self.url + ("/v1" if path in ("", "/v1") or path.endswith("/v1") else "")
         self.model = model
-        self._api_key = api_key
-        self._concurrency = concurrency
-        self._timeout = timeout_seconds
+        self._http = PatientHttp(
+            self.url,
+            api_key,
+            concurrency=concurrency,
+            timeout_seconds=timeout_seconds,
+            patience_seconds=patience_seconds,
+        )
         self._patience = patience_seconds
-        self._start_lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
         self._adapters: dict[str, tuple[str, Probe | None]] = {}  # the loaded ones; folders are as the server sees them
-        # all below belong to the loop
-        self._client: httpx2.AsyncClient
-        self._room: asyncio.Semaphore
-        self._loading: asyncio.Lock
-        self._resume_at = 0.0  # after trouble, by time.monotonic
-        self._pause = 0.0
+        self._loading = asyncio.Lock()  # of the client's thread
         self._refused_fields: set[str] = set()  # of chat completions, which vendors take or not
 
     def close(self) -> None:
         """Closes all connections; what is under way ends with CANCELLED."""
-        with self._start_lock:
-            loop, self._loop = self._loop, None
-        if loop is not None and self._thread is not None:
-            with suppress(Exception):
-                asyncio.run_coroutine_threadsafe(self._end(), loop).result(5)
-            loop.call_soon_threadsafe(loop.stop)
-            self._thread.join(5)
+        self._http.close()
 
     def check(self) -> ServerFacts:
         """What the server is, once it answers.
@@ -181,7 +145,7 @@ class InferenceServer:
         Raises PreceptorError: SERVER_UNREACHABLE, SERVER_REFUSED, SERVER_UNREADABLE, SERVER_TOO_OLD and, where the
         server is vLLM and does not serve ``model``, MODEL_NOT_SERVED.
         """
-        return self._wait(self._check())
+        return self._http.wait(self._check())
 
     def complete(
         self,
@@ -219,7 +183,7 @@ class InferenceServer:
             if seeds is not None:
                 body["seed"] = seeds[row]
             bodies.append(body)
-        return self._wait_for_all([self._completion(body) for body in bodies], stopped, on_done)
+        return self._http.wait_for_all([self._completion(body) for body in bodies], stopped, on_done)
 
     def score(
         self,
@@ -238,7 +202,7 @@ class InferenceServer:
             self._score(name, list(prompt), list(continuation))
             for name, (prompt, continuation) in zip(models, rows, strict=True)
         ]
-        return self._wait_for_all(asked, stopped, on_done)
+        return self._http.wait_for_all(asked, stopped, on_done)
 
     def chat(
         self,
@@ -266,7 +230,7 @@ class InferenceServer:
             body = {"model": self.model, "messages": said, "temperature": temperature, "top_p": top_p}
             body |= {"max_tokens": limits[row]} | ({} if seeds is None else {"seed": seeds[row]})
             asked.append(self._said(body))
-        return self._wait_for_all(asked, stopped, on_done)
+        return self._http.wait_for_all(asked, stopped, on_done)
 
     def load_adapter(self, name: str, folder: Path | str, probe: Probe | None = None) -> None:
         """Loads the LoRA adapter in ``folder`` (as the server sees it; PEFT's format), looks that it is listed and,
@@ -280,36 +244,36 @@ class InferenceServer:
         Raises PreceptorError: SERVER_CANNOT_ADAPT (started without it), ADAPTER_MISMATCH (it is not taken, or not what
         the probe says), ADAPTER_NOT_SEEN (the server does not see the folder), and what ``check`` raises.
         """
-        self._wait(self._load(name, str(folder), probe))
+        self._http.wait(self._load(name, str(folder), probe))
         self._adapters[name] = (str(folder), probe)
 
     def unload_adapter(self, name: str) -> None:
         """Has the server forget an adapter; what it does not know is no error. Raises what ``load_adapter`` does."""
         self._adapters.pop(name, None)
-        self._wait(self._unload(name))
+        self._http.wait(self._unload(name))
 
     def adapters(self) -> list[str]:
         """Names of the adapters that the server knows now, the first loaded first."""
-        return [model.id for model in self._wait(self._models_served()) if model.parent]
+        return [model.id for model in self._http.wait(self._models_served()) if model.parent]
 
     def tokens(self, text: str) -> list[int]:
         """The ids of a text by the server's own tokenizer, special tokens included; vLLM only."""
-        return self._wait(self._tokens(text))
+        return self._http.wait(self._tokens(text))
 
     def sleep(self) -> None:
         """Frees the server's GPU memory until ``wake``: weights go to the host's, caches are dropped. Requests wait.
 
         Raises PreceptorError: SERVER_CANNOT_SLEEP (started without it), and what ``check`` raises.
         """
-        self._wait(self._switch("POST", "/sleep?level=1"))
+        self._http.wait(self._switch("POST", "/sleep?level=1"))
 
     def wake(self) -> None:
         """Ends ``sleep``; a server that is awake stays so. Raises what ``sleep`` does."""
-        self._wait(self._switch("POST", "/wake_up"))
+        self._http.wait(self._switch("POST", "/wake_up"))
 
     def sleeping(self) -> bool:
         """Whether it sleeps. Raises what ``sleep`` does."""
-        return bool(self._wait(self._switch("GET", "/is_sleeping")).get("is_sleeping"))
+        return bool(self._http.wait(self._switch("GET", "/is_sleeping")).get("is_sleeping"))
 
     # -- the caller's side
 
@@ -317,86 +281,17 @@ class InferenceServer:
         names = [model] * rows if isinstance(model, str) else list(model)
         return [name or self.model for name in names]
 
-    def _started(self) -> asyncio.AbstractEventLoop:
-        with self._start_lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(
-                    target=self._serve, args=(self._loop,), name="inference-client", daemon=True
-                )
-                self._thread.start()
-                asyncio.run_coroutine_threadsafe(self._begin(), self._loop).result()
-            return self._loop
-
-    @staticmethod
-    def _serve(loop: asyncio.AbstractEventLoop) -> None:
-        asyncio.set_event_loop(loop)
-        try:
-            loop.run_forever()
-        finally:
-            loop.close()
-
-    async def _begin(self) -> None:
-        # Redirects are not followed: the key would go along. Deadlines are ours, over the whole request.
-        self._client = httpx2.AsyncClient(
-            headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
-            timeout=None,
-            follow_redirects=False,
-            limits=httpx2.Limits(max_connections=self._concurrency + 1),
-        )
-        self._room = asyncio.Semaphore(self._concurrency)
-        self._loading = asyncio.Lock()
-
-    async def _end(self) -> None:
-        mine = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in mine:
-            task.cancel()
-        await asyncio.gather(*mine, return_exceptions=True)
-        await self._client.aclose()
-
-    def _wait(self, asked: Coroutine[Any, Any, Result]) -> Result:
-        return self._wait_for_all([asked], lambda: False, lambda: None)[0]
-
-    def _wait_for_all(
-        self,
-        asked: Sequence[Coroutine[Any, Any, Result]],
-        stopped: Callable[[], bool],
-        on_done: Callable[[], None],
-    ) -> list[Result]:
-        """Runs all of them on the client's thread; the first error ends the others."""
-        loop = self._started()
-        done: queue.SimpleQueue[Future[Result]] = queue.SimpleQueue()
-        futures = [asyncio.run_coroutine_threadsafe(one, loop) for one in asked]
-        try:
-            for future in futures:
-                future.add_done_callback(done.put)
-            for _ in futures:
-                while True:
-                    if stopped():
-                        raise PreceptorError("CANCELLED", f"nobody waits for {self.url} any more")
-                    with suppress(queue.Empty):
-                        first = done.get(timeout=_POLL_SECONDS)
-                        break
-                if first.cancelled():
-                    raise PreceptorError("CANCELLED", f"the connection to {self.url} was closed")
-                first.result()
-                on_done()
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
-
     # -- requests
 
     async def _check(self) -> ServerFacts:
-        status, content = await self._ask("GET", f"{self._api}/models")
+        status, content = await self._http.ask("GET", f"{self._api}/models")
         if status == 404:  # some vendors keep no list
             return ServerFacts("other", "", ())
         models, owner = self._read_models(status, content)
         if owner != "vllm":
             return ServerFacts("other", "", models)
-        _, content = await self._ask("GET", f"{self.url}/version")
-        version = str(_json(content).get("version", ""))
+        _, content = await self._http.ask("GET", f"{self.url}/version")
+        version = str(json_object(content).get("version", ""))
         found = re.match(r"(\d+)\.(\d+)", version)
         if found and (int(found[1]), int(found[2])) < OLDEST_VLLM:
             oldest = ".".join(map(str, OLDEST_VLLM))
@@ -407,7 +302,7 @@ class InferenceServer:
         return facts
 
     async def _models_served(self) -> tuple[ServedModel, ...]:
-        return self._read_models(*await self._ask("GET", f"{self._api}/models"))[0]
+        return self._read_models(*await self._http.ask("GET", f"{self._api}/models"))[0]
 
     def _read_models(self, status: int, content: bytes) -> tuple[tuple[ServedModel, ...], str]:
         """The models, and who owns the first."""
@@ -468,7 +363,7 @@ class InferenceServer:
     async def _said(self, body: dict[str, Any]) -> Said:
         while True:
             sent = self._vendors_words(body)
-            status, content = await self._ask("POST", f"{self._api}/chat/completions", sent)
+            status, content = await self._http.ask("POST", f"{self._api}/chat/completions", sent)
             if status == 200:
                 break
             if status == 400 and self._learns_from(sent, content):
@@ -493,7 +388,7 @@ class InferenceServer:
 
     def _learns_from(self, sent: dict[str, Any], content: bytes) -> bool:
         """Whether a request that was refused is worth sending again, for it is another one now."""
-        error = _error(content)
+        error = error_of(content)
         said = f"{error.get('message', '')} {error.get('param', '')}"
         for field in ("max_tokens", "seed"):
             if field in sent and re.search(rf"\b{field}\b", said) and not _too_long(error):
@@ -519,8 +414,8 @@ class InferenceServer:
         body = {"lora_name": name, "lora_path": folder}
         url = f"{self._api}/load_lora_adapter"
         # with 500 it says that it cannot use the adapter
-        status, content = await self._ask("POST", url, body, passing_5xx=_AWAY)
-        said = str(_error(content).get("message", ""))
+        status, content = await self._http.ask("POST", url, body, passing_5xx=AWAY)
+        said = str(error_of(content).get("message", ""))
         if (status == 404 and said in ("", "Not Found")) or "LoRA is not enabled" in said:
             raise self._cannot_adapt()
         if status == 404:
@@ -532,11 +427,11 @@ class InferenceServer:
         if status not in (400, 422, 500):
             raise self._refused(status, content)
         raise PreceptorError(
-            "ADAPTER_MISMATCH", f"{self.url} does not take the adapter {folder}: {self._shown(said)}", file=folder
+            "ADAPTER_MISMATCH", f"{self.url} does not take the adapter {folder}: {self._http.shown(said)}", file=folder
         )
 
     async def _verify(self, name: str, folder: str, probe: Probe) -> None:
-        status, content = await self._ask(
+        status, content = await self._http.ask(
             "POST", f"{self._api}/completions", _scoring(name, probe.prompt, probe.continuation)
         )
         if status == 404:
@@ -559,26 +454,26 @@ class InferenceServer:
             )
 
     async def _unload(self, name: str) -> None:
-        status, content = await self._ask("POST", f"{self._api}/unload_lora_adapter", {"lora_name": name})
-        if status == 404 and not _error(content):
+        status, content = await self._http.ask("POST", f"{self._api}/unload_lora_adapter", {"lora_name": name})
+        if status == 404 and not error_of(content):
             raise self._cannot_adapt()
         if status not in (200, 404):
             raise self._refused(status, content)
 
     async def _switch(self, method: str, path: str) -> dict[str, Any]:
-        status, content = await self._ask(method, self.url + path, passing_5xx=_AWAY)
+        status, content = await self._http.ask(method, self.url + path, passing_5xx=AWAY)
         if status in (404, 500):
-            said = self._shown(str(_error(content).get("message", "")))
+            said = self._http.shown(str(error_of(content).get("message", "")))
             raise PreceptorError(
                 "SERVER_CANNOT_SLEEP",
                 f"{self.url}{path.partition('?')[0]} answered HTTP {status}{': ' if said else ''}{said}",
             )
         if status != 200:
             raise self._refused(status, content)
-        return _json(content)
+        return json_object(content)
 
     async def _tokens(self, text: str) -> list[int]:
-        status, content = await self._ask("POST", f"{self.url}/tokenize", {"model": self.model, "prompt": text})
+        status, content = await self._http.ask("POST", f"{self.url}/tokenize", {"model": self.model, "prompt": text})
         if status != 200:
             raise self._refused(status, content)
         try:
@@ -591,7 +486,7 @@ class InferenceServer:
         again."""
         end = 0.0
         while True:
-            status, content = await self._ask("POST", self._api + path, body)
+            status, content = await self._http.ask("POST", self._api + path, body)
             if status == 200:
                 return content
             name = body["model"]
@@ -604,74 +499,11 @@ class InferenceServer:
             log.warning("%s has lost adapter %s; it is loaded again", self.url, name)
             await self._load(name, *adapter)
 
-    async def _ask(
-        self,
-        method: str,
-        url: str,
-        body: dict[str, Any] | None = None,
-        passing_5xx: Iterable[int] = range(500, 600),
-    ) -> tuple[int, bytes]:
-        """Status and content, once the server has said something that stays. Raises SERVER_UNREACHABLE, SERVER_REFUSED
-        (the key)."""
-        in_trouble_since = 0.0
-        async with self._room:
-            while True:
-                while (wait := self._resume_at - time.monotonic()) > 0:
-                    await asyncio.sleep(wait)
-                asked = time.monotonic()
-                try:
-                    async with asyncio.timeout(self._timeout):
-                        status, content, retry_after = await self._send(method, url, body)
-                    if status not in _PASSING and status not in passing_5xx:
-                        break
-                    said = self._shown(str(_error(content).get("message", "")))
-                    raise _Passing(f"HTTP {status}{': ' if said else ''}{said}", retry_after)
-                except TimeoutError:
-                    trouble = _Passing(f"no answer within {self._timeout:g} s")
-                except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-                    raise PreceptorError("SERVER_UNREACHABLE", f"{self.url} is no address: {error}") from None
-                except httpx2.RequestError as error:
-                    trouble = _Passing(f"{type(error).__name__}: {error}")
-                except _Passing as error:
-                    trouble = error
-                in_trouble_since = in_trouble_since or asked
-                if time.monotonic() - in_trouble_since >= self._patience:
-                    raise PreceptorError(
-                        "SERVER_UNREACHABLE",
-                        f"{self.url} has not answered for {time.monotonic() - in_trouble_since:.0f} s; the last time: "
-                        f"{trouble}",
-                    )
-                self._in_trouble(trouble)
-        if self._pause:
-            self._pause = 0.0
-            log.info("%s answers again", self.url)
-        if status in (401, 403):  # some servers repeat the key
-            given = "the key is not taken" if self._api_key else "it wants a key"
-            raise PreceptorError("SERVER_REFUSED", f"{self.url} answered HTTP {status}: {given}")
-        return status, content
-
-    async def _send(self, method: str, url: str, body: dict[str, Any] | None) -> tuple[int, bytes, float]:
-        async with self._client.stream(method, url, json=body) as response:
-            taken = bytearray()
-            async for chunk in response.aiter_bytes():
-                taken += chunk
-                if len(taken) > _MOST_BYTES:
-                    raise PreceptorError("SERVER_UNREADABLE", f"{url} answered with more than {_MOST_BYTES} bytes")
-        return response.status_code, bytes(taken), _retry_after(response.headers.get("Retry-After", ""))
-
-    def _in_trouble(self, trouble: _Passing) -> None:
-        now = time.monotonic()
-        if now >= self._resume_at:  # the others under way fail of the same trouble, which counts once
-            if not self._pause:
-                log.warning("%s: %s; waiting for it", self.url, trouble)
-            self._pause = min(max(2 * self._pause, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
-        self._resume_at = max(self._resume_at, now + max(self._pause, trouble.retry_after))
-
     # -- what is said of it
 
     def _refused(self, status: int, content: bytes, model: str = "") -> PreceptorError:
-        error = _error(content)
-        said = self._shown(str(error.get("message") or content[: 4 * _SHOWN_CHARACTERS].decode("utf-8", "replace")))
+        error = error_of(content)
+        said = self._http.shown(str(error.get("message") or content[: 4 * SHOWN_CHARACTERS].decode("utf-8", "replace")))
         if status == 404 and (error.get("param") == "model" or "model" in str(error.get("code") or said)):
             return self._not_served(model or self.model, "", said)
         if _too_long(error):
@@ -686,14 +518,8 @@ class InferenceServer:
         return PreceptorError("SERVER_CANNOT_ADAPT", f"{self.url} was started without adapters at run time")
 
     def _unreadable(self, path: str, content: bytes) -> PreceptorError:
-        begins = self._shown(content[: 4 * _SHOWN_CHARACTERS].decode("utf-8", "replace"))
+        begins = self._http.shown(content[: 4 * SHOWN_CHARACTERS].decode("utf-8", "replace"))
         return PreceptorError("SERVER_UNREADABLE", f"{self.url}{path} answered what no such server does: {begins!r}")
-
-    def _shown(self, text: str) -> str:
-        text = " ".join(text.split())
-        if self._api_key:
-            text = text.replace(self._api_key, "***")
-        return text[:_SHOWN_CHARACTERS]
 
 
 def _scoring(model: str, prompt: Sequence[int], continuation: Sequence[int]) -> dict[str, Any]:
@@ -702,30 +528,6 @@ def _scoring(model: str, prompt: Sequence[int], continuation: Sequence[int]) -> 
     return {"model": model, "prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
 
 
-def _json(content: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _error(content: bytes) -> dict[str, Any]:
-    """The error of an answer, empty where it has none of the usual shape."""
-    value = _json(content)
-    error = value.get("error", value if "message" in value else {})
-    return error if isinstance(error, dict) else {"message": str(error)}
-
-
 def _too_long(error: dict[str, Any]) -> bool:
     message = str(error.get("message", ""))
     return error.get("code") == "context_length_exceeded" or "maximum context length" in message
-
-
-def _retry_after(value: str) -> float:
-    """Seconds; a date is not read, the usual pause does."""
-    try:
-        seconds = float(value)
-    except ValueError:
-        return 0.0
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_SECONDS) if math.isfinite(seconds) else 0.0

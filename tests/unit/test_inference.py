@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from preceptor import inference
+from preceptor import patient_http
 from preceptor.errors import PreceptorError
 from preceptor.inference import InferenceServer, Probe
 from tests.inference_server import BASE, KEY, PlayedServer, Reply, played_server
@@ -207,7 +207,7 @@ def test_what_is_no_such_server_is_said_at_once(played: PlayedServer, client: In
 def test_an_answer_without_end_is_not_read_to_its_end(
     played: PlayedServer, client: InferenceServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(patient_http, "_MOST_BYTES", 1000)
     played.trouble = lambda *_: Reply(body=b"x" * 5000)
     assert refusal(client.check).reason == "SERVER_UNREADABLE"
 
