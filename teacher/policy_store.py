@@ -66,7 +66,7 @@ _ACTIVE = sa.Table(
 _REQUESTS = sa.Table(
     "requests",
     METADATA,
-    sa.Column("request_id", sa.String(200), primary_key=True),
+    sa.Column("request_id", sa.String(256), primary_key=True),
     sa.Column("body_sha256", sa.String(64), nullable=False),
     sa.Column("policy_id", sa.String(80), nullable=False),  # or how many updates were cancelled, in digits
 )

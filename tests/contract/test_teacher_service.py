@@ -426,6 +426,13 @@ def test_an_update_goes_on_while_somebody_waits_for_it(running: Running) -> None
     assert reason(refused) == "INVALID_REQUEST"
 
 
+def test_names_may_be_as_long_as_the_contract_says(running: Running) -> None:
+    assert cancel(running, "o" * 256, "r" * 256) == cancel(running, "o" * 256, "r" * 256) == 0
+    with pytest.raises(PreceptorError) as refused:
+        cancel(running, "o", "r" * 257)
+    assert reason(refused) == "INVALID_REQUEST"
+
+
 def test_a_cancelled_update_stays_so_over_a_restart(tmp_path: Path) -> None:
     running = Running(tmp_path)
     with running.device:
