@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from preceptor.errors import PreceptorError
-from preceptor.patient_http import AWAY, SHOWN_CHARACTERS, PatientHttp, error_of, json_object
+from preceptor.patient_http import AWAY, FIRST_PAUSE_SECONDS, SHOWN_CHARACTERS, PatientHttp, error_of, json_object
 
 log = logging.getLogger(__name__)
 
@@ -399,6 +399,7 @@ class InferenceServer:
 
     async def _load(self, name: str, folder: str, probe: Probe | None) -> None:
         async with self._loading:
+            end = time.monotonic() + self._patience
             while True:
                 with suppress(_Lost):
                     if not await self._is_listed(name):
@@ -406,6 +407,13 @@ class InferenceServer:
                     if probe is not None:
                         await self._verify(name, folder, probe)
                     return
+                if time.monotonic() > end:
+                    raise PreceptorError(
+                        "SERVER_UNREADABLE",
+                        f"{self.url} takes the adapter {name} and does not have it then: are there several servers "
+                        "behind this address?",
+                    )
+                await asyncio.sleep(FIRST_PAUSE_SECONDS)
 
     async def _is_listed(self, name: str) -> bool:
         return any(model.id == name for model in await self._models_served())

@@ -3,7 +3,7 @@
 Promises: not more than ``concurrency`` requests are under way, whoever asks; each has a deadline over all of it, from
 the connection to the last byte. What passes by itself (a server that is away, restarts or is too busy: connections that
 fail or break, timeouts, 408, 409, 425, 429, 5xx) is tried again, with longer and longer pauses, until it has not passed
-for ``patience_seconds``.
+for ``patience_seconds``; so is a completion that the server has given up before its end.
 
 Requests run on a thread of the client's own; the methods without ``async`` may be called from any other.
 """
@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -40,6 +41,9 @@ _PASSING = frozenset({408, 409, 425, 429})
 AWAY = (502, 503, 504)  # where 500 is an answer
 # Log-probabilities of a prompt of 100,000 tokens are about 10 MB.
 _MOST_BYTES = 256 << 20
+# What vLLM says, with status 200, of a completion that it was at when it was told to end or to sleep. (In a text of the
+# model's these quotes have backslashes.)
+_GIVEN_UP = re.compile(rb'"finish_reason":\s*"(abort|error)"')
 SHOWN_CHARACTERS = 300
 _POLL_SECONDS = 0.1
 
@@ -135,6 +139,8 @@ class PatientHttp:
                 try:
                     async with asyncio.timeout(self._timeout):
                         status, content, retry_after = await self._send(method, url, body)
+                    if status == 200 and _GIVEN_UP.search(content):
+                        raise _Passing("it gave the completion up")
                     if status not in _PASSING and status not in passing_5xx:
                         break
                     said = self.shown(str(error_of(content).get("message", "")))

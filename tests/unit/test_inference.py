@@ -82,12 +82,19 @@ def test_what_the_servers_files_say_of_sampling_is_overruled(played: PlayedServe
         Reply(503, b"no healthy upstream"),
         Reply(500, {"error": {"message": "EngineCore encountered an issue"}}),
         Reply(200, b'{"choices": [', cut=True),
+        # what vLLM gives up when it is told to end, or to sleep
+        Reply(body={"choices": [{"text": "", "finish_reason": "abort", "stop_reason": None, "token_ids": [9]}]}),
     ],
 )
 def test_what_passes_is_tried_again(played: PlayedServer, client: InferenceServer, trouble: Reply) -> None:
     played.trouble = lambda number, path, body: trouble if number < 3 else None
     completed = client.complete([[5]] * 4, max_tokens=4, seeds=[1, 2, 3, 4])
     assert [one.token_ids[0] for one in completed] == [1, 2, 3, 4]
+    before = played.number("/v1/completions")
+    played.trouble = lambda number, path, body: trouble if number < before + 2 else None
+    assert client.score([([1], [2])]) == [-2.0]
+    played.trouble = lambda number, path, body: trouble if number < 2 else None
+    assert client.chat([[("user", "Hello")]], max_tokens=4)[0].finished
 
 
 def test_a_server_that_goes_away_and_comes_back_in_the_middle_is_waited_for(
@@ -220,6 +227,16 @@ def test_a_name_stands_for_one_content_and_is_never_loaded_again(played: PlayedS
     client.unload_adapter("policy-1")
     client.unload_adapter("policy-1")
     assert client.adapters() == []
+
+
+def test_an_adapter_that_is_taken_and_never_there_is_not_loaded_for_ever(played: PlayedServer) -> None:
+    client = InferenceServer(played.url, BASE, KEY, patience_seconds=1)
+    forgetful = Reply(body={"data": [{"id": BASE, "owned_by": "vllm"}]})  # as two servers behind one address are
+    played.trouble = lambda number, path, body: forgetful if path == "/v1/models" else None
+    error = refusal(lambda: client.load_adapter("policy-1", "/adapters/1"))
+    assert (error.reason, "policy-1" in str(error)) == ("SERVER_UNREADABLE", True)
+    assert played.number("/v1/load_lora_adapter") < 10
+    client.close()
 
 
 def test_an_adapter_that_is_not_what_its_probe_says_is_refused_and_given_up(
