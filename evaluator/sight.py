@@ -23,7 +23,7 @@ from evaluator.lanes import Lanes
 from evaluator.overview import Overview
 from preceptor import metrics as m
 from preceptor.telemetry import OFF, Telemetry
-from preceptor.tracing import current, evaluation_place
+from preceptor.tracing import Attributes, current, evaluation_place
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import trial_pb2 as trial
 
@@ -152,21 +152,27 @@ class Sight:
 
     def cancelled(self, ended: Sequence[str], get: Callable[[Sequence[str]], Iterable[pb.Evaluation]]) -> None:
         """These were cancelled, and nobody waits for them any more."""
-        shown = ended[:MOST_NAMED] if self._traces.on else ()
-        self._metrics.count(m.EVALUATIONS_FINISHED, len(ended) - len(shown), state="cancelled")
-        if shown:
-            self.finished(get(shown))
+        self._metrics.count(m.EVALUATIONS_FINISHED, len(ended), state="cancelled")
+        if not self._traces.on:
+            return
+        try:
+            shown = list(get(ended[:MOST_NAMED]))
+        except Exception as error:  # they are cancelled, whether it can be told or not
+            log.debug("nobody is told that evaluations were cancelled: %s", error)
+            return
+        for one in shown:
+            if one.state == pb.EVALUATION_STATE_CANCELLED:  # unless somebody has asked for the same again
+                self._end_trace(one, "CANCELLED", {})
 
     def finished(self, evaluations: Iterable[pb.Evaluation]) -> None:
         """These became final."""
         for one in evaluations:
             began, ended = _seconds(one.create_time), _seconds(one.finish_time)
             self._metrics.count(m.EVALUATIONS_FINISHED, state=_END_STATES[one.state])
-            told: dict[str, str | float | bool] = {"evaluation": one.id, "student": one.student.name}
+            told: dict[str, str | float | bool] = {}
             if one.state == pb.EVALUATION_STATE_FAILED:
                 self._metrics.count(m.EVALUATION_FAILURES, reason=one.failure.reason)
-            if one.state != pb.EVALUATION_STATE_CANCELLED:
-                self._metrics.observe(m.EVALUATION_SECONDS, ended - began)
+            self._metrics.observe(m.EVALUATION_SECONDS, ended - began)
             if one.HasField("reward"):
                 look = not {"gain", "agreement_gain"} & set(one.reward.terms)  # no answers were asked for
                 told |= {"reward": one.reward.value, "reward_stderr": one.reward.stderr, "look": look}
@@ -175,8 +181,12 @@ class Sight:
                     self._metrics.observe(m.REWARD_ERROR, one.reward.stderr)
                     if one.reward.HasField("seed_stderr"):
                         self._metrics.observe(m.SEED_ERROR, one.reward.seed_stderr)
-            error = one.failure.reason or ("CANCELLED" if one.state == pb.EVALUATION_STATE_CANCELLED else "")
-            self._traces.record("evaluation", began, ended, at=evaluation_place(one.id), error=error, attributes=told)
+            self._end_trace(one, one.failure.reason, told)
+
+    def _end_trace(self, one: pb.Evaluation, error: str, told: Attributes) -> None:
+        attributes = {"evaluation": one.id, "student": one.student.name, **told}
+        began, ended = _seconds(one.create_time), _seconds(one.finish_time)
+        self._traces.record("evaluation", began, ended, at=evaluation_place(one.id), error=error, attributes=attributes)
 
 
 def _evaluations_of(database: Database, batch_ids: Sequence[str]) -> dict[str, list[tuple[str, float]]]:

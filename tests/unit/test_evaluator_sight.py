@@ -13,6 +13,7 @@ from sqlalchemy import text
 from preceptor.metrics import EVALUATOR, PrometheusMetrics
 from preceptor.telemetry import Telemetry
 from preceptor.tracing import OtlpTraces, evaluation_place
+from preceptor.v1 import evaluator_pb2 as pb
 from tests.evaluator_house import SUCCEEDED, House
 from tests.fake_broker import FakeBroker
 
@@ -120,3 +121,29 @@ def test_work_goes_on_where_it_cannot_be_told_for_whom(tmp_path: Path, monkeypat
     house.step()
     assert house.states(made) == [SUCCEEDED]
     house.leave()
+
+
+def test_cancelling_succeeds_where_its_end_cannot_be_told(house: SeenHouse) -> None:
+    made = house.create("Ada lives in Lisbon.")
+    get = house.evaluations._store.get
+    # somebody asks for the same again before the end is told
+    house.evaluations._store.get = lambda ids: [pb.Evaluation(id=one, state=pb.EVALUATION_STATE_QUEUED) for one in ids]  # type: ignore[method-assign]
+    assert house.cancel() == 1
+    house.evaluations._store.get = get  # type: ignore[method-assign]
+    assert house.states(made) == [pb.EVALUATION_STATE_CANCELLED]
+    assert house.told()['preceptor_evaluations_finished_total{state="cancelled"}'] == 1
+
+    def away(_: object) -> list[pb.Evaluation]:
+        raise OSError("the disk is gone")
+
+    house.create("Tom is a smith.", request_id="r2")
+    house.evaluations._store.get = away  # type: ignore[method-assign, assignment]
+    assert house.cancel(request_id="c2") == 1
+    assert house.told()['preceptor_evaluations_finished_total{state="cancelled"}'] == 2
+    house.evaluations._store.get = get  # type: ignore[method-assign]
+    (third,) = house.create("Eva is a baker.", request_id="r3")
+    assert house.cancel(request_id="c3") == 1
+    house.traces.close()
+    whole = evaluation_place(third.id).span_id
+    ends = [span for span in house.spans.get_finished_spans() if f"{span.context.span_id:016x}" == whole]
+    assert [span.status.description for span in ends] == ["CANCELLED"]
