@@ -228,10 +228,11 @@ class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
                 return handler  # it holds no thread
 
             def stream(raw: bytes, context: grpc.ServicerContext) -> Iterator[Any]:
-                with self._seen(method, context, streams=True):
+                with self._counted(method, context, streams=True):
                     try:
-                        self._let_in(context)
-                        yield from handler.unary_stream(_read(read, raw), context)
+                        with self._traced(method, context):
+                            self._let_in(context)
+                            yield from handler.unary_stream(_read(read, raw), context)
                     except Exception as error:  # everything a servicer can raise ends here, as a status
                         self._abort(error, method, context)
 
@@ -239,10 +240,11 @@ class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
             return grpc.unary_stream_rpc_method_handler(stream, None, handler.response_serializer)
 
         def unary(raw: bytes, context: grpc.ServicerContext) -> Any:
-            with self._seen(method, context):
+            with self._counted(method, context):
                 try:
-                    self._let_in(context)
-                    return handler.unary_unary(_read(read, raw), context)
+                    with self._traced(method, context):
+                        self._let_in(context)
+                        return handler.unary_unary(_read(read, raw), context)
                 except Exception as error:  # as above
                     self._abort(error, method, context)
 
@@ -260,22 +262,17 @@ class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
         return grpc.unary_unary_rpc_method_handler(chosen, None, handler.response_serializer)
 
     @contextmanager
-    def _seen(self, method: str, context: grpc.ServicerContext, streams: bool = False) -> Iterator[None]:
-        """A call under way, as metrics and traces see it; it is part of its caller's span, where that is told."""
+    def _counted(self, method: str, context: grpc.ServicerContext, streams: bool = False) -> Iterator[None]:
+        """A call under way, as metrics see it: with the status that it ends with."""
         if self._telemetry is OFF:
             yield
             return
         metrics, name = self._telemetry.metrics, _short(method)
-        metadata: dict[str, Any] = dict(context.invocation_metadata() or ())
         if streams:
             metrics.add(STREAMS, 1, method=name)
         began = time.perf_counter()
         try:
-            with (
-                about(parse_traceparent(metadata.get(TRACEPARENT))),
-                self._telemetry.traces.span(name),
-            ):
-                yield
+            yield
         finally:
             if streams:
                 metrics.add(STREAMS, -1, method=name)
@@ -285,6 +282,17 @@ class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
             if code is None:
                 code = grpc.StatusCode.OK if context.is_active() else grpc.StatusCode.CANCELLED
             metrics.count(CALLS, method=name, code=code.name)
+
+    @contextmanager
+    def _traced(self, method: str, context: grpc.ServicerContext) -> Iterator[None]:
+        """A call under way, as traces see it: with the error that the servicer raises, and as part of its caller's
+        span, where that is told."""
+        if self._telemetry is OFF:
+            yield
+            return
+        metadata: dict[str, Any] = dict(context.invocation_metadata() or ())
+        with about(parse_traceparent(metadata.get(TRACEPARENT))), self._telemetry.traces.span(_short(method)):
+            yield
 
     def _let_in(self, context: grpc.ServicerContext) -> None:
         """Raises PreceptorError(RATE_LIMITED). Not at the door, where it is not known who calls."""

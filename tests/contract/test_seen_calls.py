@@ -104,3 +104,13 @@ def test_what_a_stranger_says_is_his_trace_does_no_harm(house: House) -> None:
         call_(student_pb2.GetStudentRequest(name="x"), timeout=5, metadata=(("traceparent", said),))
     house.traces.close()
     assert not house.spans.get_finished_spans()
+
+
+def test_the_span_of_a_call_that_failed_says_why(house: House) -> None:
+    with about(ROUND):
+        for name in ("missing", "bug"):
+            with pytest.raises(PreceptorError):
+                call(house.stub.GetStudent, student_pb2.GetStudentRequest(name=name))
+    house.server.stop()
+    house.traces.close()
+    assert [span.status.description for span in house.spans.get_finished_spans()] == ["STUDENT_NOT_FOUND", "KeyError"]
