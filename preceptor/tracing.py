@@ -329,9 +329,11 @@ class _Outbox:
         self._exporter.shutdown()
 
     def _send_for_ever(self) -> None:
-        while not self._closing.is_set():
+        closing = False
+        while not closing:
             self._wake.wait(SEND_SECONDS)
             self._wake.clear()
+            closing = self._closing.is_set()  # before the look: what was put before the end is sent
             while spans := self._some():
                 self._send(spans)
 

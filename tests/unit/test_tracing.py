@@ -200,3 +200,24 @@ def test_log_lines_name_what_they_are_about_by_the_ids_of_its_trace() -> None:
     assert (line["run"], line["batch"]) == ("r", "b.1")
     assert (line["trace_id"], line["span_id"]) == (run_place("r").trace_id, run_place("r").span_id)
     assert "run" not in line_of()
+
+
+def test_a_span_that_ends_just_before_the_process_is_sent(
+    traces: OtlpTraces, kept: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox = traces._outbox
+    look, late = outbox._some, threading.Event()
+
+    def some() -> list[Any]:
+        found = look()
+        if not found and not late.is_set():  # the thread has seen that there is nothing; now there is, and then the end
+            late.set()
+            traces.record("last", 1, 2, within=evaluation_place("e"))
+            outbox._closing.set()
+        return found
+
+    monkeypatch.setattr(outbox, "_some", some)
+    outbox._wake.set()
+    assert late.wait(10)
+    traces.close()
+    assert [span.name for span in kept.get_finished_spans()] == ["last"]
