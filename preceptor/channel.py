@@ -198,7 +198,7 @@ def stream(
             return
         except grpc.RpcError as error:
             translated = _translated(error, method)
-            told = _told_to_wait(translated)
+            told = _told_to_wait(translated) or RETRY_SECONDS
             # Said before anything else is, and nothing was done.
             if translated.reason != "RATE_LIMITED" or time.monotonic() + told > end:
                 raise translated from None

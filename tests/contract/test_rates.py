@@ -15,7 +15,7 @@ from preceptor.errors import PreceptorError
 from preceptor.rates import MOST_CLIENTS, RateLimit, client_name
 from preceptor.security import Security
 from preceptor.v1 import student_pb2
-from tests.contract.test_security import TOKEN, Service, served
+from tests.contract.test_security import TOKEN, Service, Servicer, served
 
 __all__ = ["served"]  # a fixture
 
@@ -129,3 +129,23 @@ def test_without_a_limit_nobody_waits(served: Callable[..., Service]) -> None:
     for _ in range(300):
         stub.GetStudent(REQUEST, timeout=5)
     assert service.servicer.calls == 300
+
+
+def test_a_watch_that_is_not_told_how_long_to_wait_waits_all_the_same(
+    served: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PreceptorError("RATE_LIMITED", "later")
+
+    monkeypatch.setattr(Servicer, "WatchDeployment", refuse)
+    stub, tries = served().client(Security()), 0
+
+    def opened(_: object) -> None:
+        nonlocal tries
+        tries += 1
+
+    watch = student_pb2.WatchDeploymentRequest(name="x")
+    with pytest.raises(PreceptorError) as raised:
+        list(stream(stub.WatchDeployment, watch, deadline=1.5, opened=opened))
+    assert raised.value.reason == "RATE_LIMITED"
+    assert 2 <= tries <= 8
