@@ -172,6 +172,9 @@ def _take_one(gpus: Sequence[Gpu], locks: Path, share: int) -> tuple[Gpu, IO[byt
             except BlockingIOError:
                 lock.close()
                 continue
+            except OSError as error:
+                lock.close()
+                raise _unusable(locks, error) from None
             with suppress(OSError):
                 holder = f"{socket.gethostname()}:{os.getpid()}"[:HOLDER_BYTES]
                 os.pwrite(lock.fileno(), f"{holder:<{HOLDER_BYTES}}\n".encode(), 0)
@@ -190,8 +193,12 @@ def _open(path: Path) -> IO[bytes]:
             os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o660), "r+b", buffering=0
         )
     except OSError as error:
-        message = f"PRECEPTOR_GPU_LOCKS={path.parent} cannot be used: {error.strerror}"
-        raise PreceptorError("DEVICE_UNUSABLE", message, file=str(path), field="PRECEPTOR_GPU_LOCKS") from None
+        raise _unusable(path.parent, error) from None
+
+
+def _unusable(locks: Path, error: OSError) -> PreceptorError:
+    message = f"PRECEPTOR_GPU_LOCKS={locks} cannot be used: {error.strerror}"
+    return PreceptorError("DEVICE_UNUSABLE", message, file=str(locks), field="PRECEPTOR_GPU_LOCKS")
 
 
 def _none_left(gpus: Sequence[Gpu], locks: Path, share: int) -> PreceptorError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -227,3 +228,17 @@ def test_only_what_the_environment_leaves_is_taken(cuda: str | None, nvidia: str
 
 def test_no_driver_is_no_gpu(tmp_path: Path) -> None:
     assert list_gpus({"PATH": str(tmp_path)}) == []
+
+
+def test_a_folder_that_knows_no_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate(tmp_path / "bin", monkeypatch, TWO)
+
+    def no_locks(_file: object, _how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))  # NFS without its lock service
+
+    monkeypatch.setattr("student.gpu_lease.fcntl.flock", no_locks)
+    locks = tmp_path / "locks"
+    with pytest.raises(PreceptorError) as raised, leased_gpu("auto", locks, 1, 0):
+        pass
+    assert raised.value.reason == "DEVICE_UNUSABLE"
+    assert f"PRECEPTOR_GPU_LOCKS={locks} cannot be used: No locks available" in raised.value.message
