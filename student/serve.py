@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -96,13 +97,7 @@ def _adapters(asked: Sequence[str], commit: str) -> tuple[tuple[tuple[str, Path]
 
 
 def _serve(vllm: Vllm, serving: Serving, settings: ServeSettings) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((serving.host, serving.port))
-        except OSError as error:
-            by = holder_of(serving.port)
-            raise PreceptorError("PORT_IN_USE", f"port {serving.port} is taken{by}: {error.strerror}") from None
+    _check_free(serving.host, serving.port)
     log = settings.home / "logs" / f"vllm-{serving.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     log = log.resolve()
@@ -120,11 +115,26 @@ def _serve(vllm: Vllm, serving: Serving, settings: ServeSettings) -> None:
             _wait_until_ready(server, serving, settings.vllm_start_seconds, log)
             _try_out(server, serving, settings, log)
             _say(f"ready; its log: {log}; Ctrl-C ends it")
-            print(_how_to_ask(serving), flush=True)
+            print(how_to_ask(serving, keyed=bool(settings.answer_server_api_key.get_secret_value())), flush=True)
             server.wait()
             raise _died(server, log)
         finally:
             _end(server)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises PreceptorError(PORT_IN_USE); vLLM would say so after minutes."""
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, *_, address = found[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        said = f"cannot listen on {host}:{port}"
+        if error.errno == errno.EADDRINUSE:
+            said = f"port {port} is taken{holder_of(port)}"
+        raise PreceptorError("PORT_IN_USE", f"{said}: {error.strerror}", port=port) from None
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], serving: Serving, seconds: float, log: Path) -> None:
@@ -174,7 +184,8 @@ def _last_line(log: Path) -> str:
     return "".join(char for char in told[-1] if char.isprintable())[:100] if told else "nothing said yet"
 
 
-def _how_to_ask(serving: Serving) -> str:
+def how_to_ask(serving: Serving, *, keyed: bool) -> str:
+    """What to type to ask the server; ``keyed``: it wants its key."""
     names = _names(serving)
     body = json.dumps(
         {
@@ -186,7 +197,8 @@ def _how_to_ask(serving: Serving) -> str:
         }
     )
     lines = [f"serves {', '.join(names)} at {_url(serving)}/v1. Ask it:"]
-    lines.append(f"  curl {_url(serving)}/v1/completions -H 'Content-Type: application/json' -d '{body}'")
+    key = ' -H "Authorization: Bearer $PRECEPTOR_ANSWER_SERVER_API_KEY"' if keyed else ""
+    lines.append(f"  curl {_url(serving)}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'")
     if serving.for_workers:
         lines.append(f"Workers ask it with PRECEPTOR_ANSWER_SERVER_URL={_url(serving)}")
     return "\n".join(lines)

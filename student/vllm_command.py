@@ -93,7 +93,7 @@ def find_vllm(python: Path | None) -> Vllm:
         script = shutil.which("vllm")
         if script is None:
             raise PreceptorError("VLLM_NOT_FOUND", "PRECEPTOR_VLLM_PYTHON is not set, and no `vllm` is on PATH")
-        python = Path(script).parent / "python"
+        python = Path(script).resolve().parent / "python"  # pipx and uv put a link on PATH
     try:
         done = subprocess.run(
             [python, "-c", _LOOK], capture_output=True, text=True, timeout=_LOOK_SECONDS, env=_environment({})

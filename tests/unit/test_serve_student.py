@@ -21,6 +21,7 @@ from preceptor.hashes import folder_sha256
 from student.base import load_base
 from student.lora_bank import LoraBank
 from student.peft_format import export_adapter
+from student.serve import how_to_ask
 from student.vllm_command import Serving, Vllm, command, environment, find_vllm, last_words, own_environment, quoted
 from tests.unit.tiny_students import save_student
 
@@ -194,3 +195,37 @@ def test_no_vllm_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     script.chmod(0o755)
     interpreter(tmp_path)
     assert find_vllm(None) == Vllm(tmp_path / "python", "0.32.0", True, (8, 32))
+
+
+def test_vllm_is_found_behind_a_link_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pipx and uv install it."""
+    (tmp_path / "tool").mkdir()
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "tool" / "vllm"
+    script.write_text("")
+    script.chmod(0o755)
+    (tmp_path / "bin" / "vllm").symlink_to(script)
+    interpreter(tmp_path / "tool")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert find_vllm(None).python == tmp_path / "tool" / "python"
+
+
+def test_a_free_port_is_free_on_any_interface_and_another_machines_address_is_not_taken(
+    student: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    dying = interpreter(tmp_path, server="echo ValueError: it is me; exit 3")
+    if socket.has_ipv6:
+        assert "vLLM ended with 3" in serve(student, dying, "--host", "::1", "--port", port)[2]
+    for host in ("192.0.2.1", "nowhere.invalid"):
+        said = serve(student, dying, "--host", host, "--port", port)[2]
+        assert f"cannot listen on {host}:{port}" in said
+        assert "is taken" not in said
+
+
+def test_whoever_needs_the_key_is_told_where_it_goes() -> None:
+    serving = Serving(name="tiny@0", model=Path("/m"))
+    assert "Authorization: Bearer $PRECEPTOR_ANSWER_SERVER_API_KEY" in how_to_ask(serving, keyed=True)
+    assert "Authorization" not in how_to_ask(serving, keyed=False)
