@@ -18,7 +18,7 @@ COPY orchestrator orchestrator
 COPY worlds worlds
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
 
-# What all images share: a user without rights, folders that volumes are mounted at, and the packages of light services.
+# What all images share: a user without rights, folders that volumes are mounted at, and the packages of every service.
 FROM ${PYTHON_IMAGE} AS light
 ARG TORCH_INDEX_URL=
 RUN echo 'preceptor:x:10001:10001::/var/lib/preceptor:/usr/sbin/nologin' >> /etc/passwd \
@@ -28,7 +28,7 @@ RUN echo 'preceptor:x:10001:10001::/var/lib/preceptor:/usr/sbin/nologin' >> /etc
 RUN --mount=type=bind,source=deploy/image,target=/src/image \
     --mount=type=bind,source=pyproject.toml,target=/src/pyproject.toml \
     --mount=type=bind,source=constraints.txt,target=/src/constraints.txt \
-    /src/image/install.sh server student evaluator
+    /src/image/install.sh postgres observability
 # TOKENIZERS_PARALLELISM is no token.
 # hadolint ignore=DL3064
 ENV PYTHONUNBUFFERED=1 \
@@ -49,7 +49,14 @@ LABEL org.opencontainers.image.title="Preceptor" \
       org.opencontainers.image.licenses="Apache-2.0"
 
 FROM light AS light-app
-RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel pip install --no-cache-dir --no-deps /wheel/*.whl
+RUN --mount=type=bind,source=deploy/image,target=/src/image \
+    --mount=type=bind,source=pyproject.toml,target=/src/pyproject.toml \
+    --mount=type=bind,source=constraints.txt,target=/src/constraints.txt \
+    /src/image/install.sh server student evaluator
+RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
+    --mount=type=bind,source=deploy/image,target=/src/image \
+    pip install --no-cache-dir --no-deps /wheel/*.whl \
+ && PYTHONDONTWRITEBYTECODE='' python /src/image/first_start.py student evaluator
 USER 10001:10001
 
 FROM light-app AS student
@@ -62,14 +69,18 @@ EXPOSE 7103
 HEALTHCHECK --interval=30s --timeout=30s --start-period=120s CMD ["preceptor", "probe", "evaluator"]
 ENTRYPOINT ["python", "-m", "evaluator"]
 
+# It has no queue and no bucket, but draws.
 FROM light AS orchestrator
 RUN --mount=type=bind,source=deploy/image,target=/src/image \
     --mount=type=bind,source=pyproject.toml,target=/src/pyproject.toml \
     --mount=type=bind,source=constraints.txt,target=/src/constraints.txt \
-    /src/image/install.sh server orchestrator
+    /src/image/install.sh postgres observability orchestrator
 # The models that ship are the student's and the teacher's.
-RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel pip install --no-cache-dir --no-deps /wheel/*.whl \
- && rm -rf /usr/local/lib/python3*/site-packages/worlds/almanac/models
+RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
+    --mount=type=bind,source=deploy/image,target=/src/image \
+    pip install --no-cache-dir --no-deps /wheel/*.whl \
+ && rm -rf /usr/local/lib/python3*/site-packages/worlds/almanac/models \
+ && PYTHONDONTWRITEBYTECODE='' python /src/image/first_start.py orchestrator
 USER 10001:10001
 EXPOSE 7104
 HEALTHCHECK --interval=30s --timeout=30s --start-period=120s CMD ["preceptor", "probe", "orchestrator"]

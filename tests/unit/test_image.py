@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import runpy
 import stat
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -54,3 +56,19 @@ def test_a_folder_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "cannot be written" in done.stderr
+
+
+def test_a_library_without_its_symbols_is_smaller_and_loads(tmp_path: Path) -> None:
+    loaded = runpy.run_path(str(REPOSITORY / "deploy" / "image" / "strip.py"))["loaded"]
+    library = Path(importlib.util.find_spec("grpc._cython.cygrpc").origin)  # type: ignore[union-attr, arg-type]
+    assert library.suffix == ".so"
+    whole = library.read_bytes()
+    # As a wheel with symbols has them: behind what is loaded.
+    fat = loaded(whole) + b"symbols" * 1000
+    slim = loaded(fat)
+    assert len(slim) == len(fat) - 7000
+    assert loaded(slim) == slim
+    (tmp_path / library.name).write_bytes(slim)
+    load = f"import ctypes; ctypes.CDLL({str(tmp_path / library.name)!r}).PyInit_cygrpc"
+    subprocess.run([sys.executable, "-c", load], check=True, timeout=60)
+    assert loaded(b"no library") == b"no library"
