@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -273,6 +274,17 @@ def test_a_folder_of_artifacts_is_looked_at(
     assert findings(capsys)["artifacts"]["state"] == "ok"
     monkeypatch.setenv("PRECEPTOR_ARTIFACTS_URL", "/no/such/folder")
     assert findings(capsys)["artifacts"]["state"] == "problem"
+
+
+def test_a_bucket_is_no_problem_where_nothing_is_installed_to_ask_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("preceptor.cli.stack_checks.find_stack", lambda _settings: None)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.setenv("PRECEPTOR_ARTIFACTS_URL", "s3://bucket/prefix")
+    found = findings(capsys)["artifacts"]
+    assert found["state"] == "note"
+    assert "docker compose exec SERVICE" in found["next_step"]
 
 
 def test_who_holds_which_gpu_is_told(
