@@ -242,9 +242,10 @@ class _ServedAuthor:
     def writing(
         self, policy: Policy, adapter: Callable[[], Path | None], stopped: Callable[[], bool]
     ) -> Iterator[Draw]:
-        # verified anew for each batch, so that it is there when a server that was restarted wants it
-        folder = adapter()
         with self._turns.turn(policy.adapter_sha256, stopped):
+            # for each batch, so that it is there when a server that was restarted wants it; now, for a copy of what
+            # lies in a bucket may have left while another had its turn
+            folder = adapter()
             if self._sleeper is not None:
                 self._sleeper.wake()
             model = self._server.model if folder is None else self._adapters.ready(policy.adapter_sha256, folder)

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from preceptor.completions import Limits
 from preceptor.errors import PreceptorError
 from preceptor.inference import InferenceServer
 from teacher.backend import SamplingSettings
+from teacher.language import Language
+from teacher.policy_store import Policy, PolicyState
 from teacher.recipe import Rewarded, Update, UpdateSettings
-from teacher.served import Turns, _Adapters, _alone, _Sleeper
+from teacher.served import Turns, _Adapters, _alone, _ServedAuthor, _Sleeper
 from teacher.service import Teacher, make_backend
 from teacher.settings import TeacherSettings
 from teacher.training import PROBE_FILE
@@ -245,6 +248,32 @@ def test_policies_that_a_server_lost_in_its_sleep_are_loaded_again(
     adapters.doubt()
     assert adapters.ready("a" * 64, tmp_path) == name
     assert played.number("/v1/load_lora_adapter") == 2
+
+
+def test_a_policys_files_are_looked_for_when_its_turn_has_come(
+    played: PlayedServer, client: InferenceServer, tmp_path: Path
+) -> None:
+    """Copies of what lies in a bucket are kept for minutes; the update that is waited for may take hours."""
+    turns, looked = Turns(), threading.Event()
+    language = Language(None, "base", "0" * 64, 1, frozenset({1}), 64)  # type: ignore[arg-type]
+    author = _ServedAuthor(client, language, 64, _Adapters(client, 1, str), turns, None)
+    policy = Policy("p", "", "base", "0" * 64, PolicyState.READY, datetime.now(UTC), "file:///p", "a" * 64)
+
+    def folder() -> Path:
+        looked.set()
+        return tmp_path
+
+    def write() -> None:
+        with author.writing(policy, folder, lambda: False):
+            pass
+
+    thread = threading.Thread(target=write)
+    with turns.turn("an update", alone=True):
+        thread.start()
+        assert not looked.wait(0.3)
+    thread.join(10)
+    assert looked.is_set()
+    assert list(played.adapters.values()) == [str(tmp_path)]
 
 
 def test_a_server_sleeps_while_the_device_is_held_and_is_woken_whatever_happens(
