@@ -35,7 +35,6 @@ _ONE_AT_A_TIME = threading.Lock()
 
 def upgrade(engine: Engine, package: str) -> None:
     """Takes the steps that the database lacks. Raises PreceptorError(DATABASE_TOO_NEW), DatabaseError."""
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every database that is as it should be
     folder = importlib.import_module(package).__path__[0]
     scripts = ScriptDirectory(folder, version_locations=[folder])
     with engine.connect() as connection:

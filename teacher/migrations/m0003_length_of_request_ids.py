@@ -1,4 +1,4 @@
-"""Requests are kept under ids of the length that the contract allows: PostgreSQL takes no longer ones than it is told."""
+"""Ids of requests may be as long as the contract says; PostgreSQL refuses longer ones than its column."""
 
 from __future__ import annotations
 
