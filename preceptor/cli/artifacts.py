@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,20 +23,27 @@ def artifacts() -> None:
 @artifacts.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("url")
+@click.option("--replace", is_flag=True, help="Also where other files lie; they are removed.")
 @json_option
-def put(folder: Path, url: str, as_json: bool) -> None:
+def put(folder: Path, url: str, replace: bool, as_json: bool) -> None:
     """Copies FOLDER to URL (s3://bucket/prefix or file:///path), whole or not at all.
 
-    Hidden files are left out. What lay there before and differs is replaced.
+    Hidden files are left out. Files of the same names are replaced.
     """
     from preceptor.artifacts import FolderStore, local_folder
+    from preceptor.hashes import counts
 
     if url.startswith("s3://"):
         from preceptor.artifacts_s3 import S3Folder
 
-        artifact = S3Folder(url).upload(folder)
+        bucket = S3Folder(url)
+        if not replace:
+            _refuse_others(folder, url, filter(counts, bucket.files()))
+        artifact = bucket.upload(folder)
     else:
         place = local_folder(url).resolve()
+        if not replace:
+            _refuse_others(folder, url, _names(place))
 
         def copy(draft: Path) -> None:
             shutil.copytree(folder, draft, ignore=shutil.ignore_patterns(".*", "__pycache__"), dirs_exist_ok=True)
@@ -66,6 +74,25 @@ def verify(url: str, sha256: str, as_json: bool) -> None:
     if sha256 and found != sha256:
         raise PreceptorError("ARTIFACT_CORRUPT", f"has hash {found}, expected {sha256}", file=url)
     _print(types_pb2.Artifact(uri=url, sha256=found), as_json)
+
+
+def _names(folder: Path) -> Iterator[str]:
+    return (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _refuse_others(folder: Path, url: str, there: Iterable[str]) -> None:
+    """A folder takes the whole place: whoever names one too few would lose all that lies beside. Raises
+    INVALID_REQUEST."""
+    from preceptor.errors import PreceptorError
+
+    mine = set(_names(folder))
+    if (other := next((name for name in there if name not in mine), None)) is not None:
+        raise PreceptorError(
+            "INVALID_REQUEST",
+            f"other files lie there, like {other}: give {folder.name} a place of its own, or say --replace to have "
+            "them removed",
+            file=url,
+        )
 
 
 def _print(artifact: types_pb2.Artifact, as_json: bool) -> None:

@@ -14,10 +14,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from preceptor.artifact_cache import ArtifactCache
 from preceptor.artifacts import ArtifactStore, FolderStore, artifact_store, folder_sha256
 from preceptor.artifacts_s3 import MANIFEST, S3Folder, S3Store, read_manifest
+from preceptor.cli.artifacts import artifacts as artifacts_command
 from preceptor.errors import PreceptorError
 from preceptor.settings import HouseSettings
 from preceptor.storage import storage_error, when_there_is_room
@@ -455,6 +457,25 @@ print("removing", flush=True)
 for stored in store.list():
     store.remove(stored.name)
 """
+
+
+@pytest.mark.parametrize("kind", ["disk", "bucket"])
+def test_a_folder_that_is_put_does_not_take_the_place_of_others(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    _write(model)
+    models = f"file://{tmp_path}/models" if kind == "disk" else request.getfixturevalue("bucket").url
+    put = partial(CliRunner().invoke, artifacts_command)
+    for _ in range(2):  # the same again is no harm
+        assert put(["put", str(model), f"{models}/one"]).exit_code == 0
+    refused = put(["put", str(model), models])
+    assert isinstance(refused.exception, PreceptorError)
+    assert (refused.exception.reason, "one/a.txt" in str(refused.exception)) == ("INVALID_REQUEST", True)
+    assert put(["verify", f"{models}/one"]).exit_code == 0
+    assert put(["put", str(model), models, "--replace"]).exit_code == 0
+    assert put(["verify", f"{models}/one"]).exit_code == 1
 
 
 def test_removing_that_is_killed_in_the_middle_leaves_whole_artifacts_and_leftovers(tmp_path: Path) -> None:
