@@ -206,7 +206,9 @@ WORKER_BATCHES = Metric(
     (WORKER,),
     {"outcome": ("done", "given_up")},
 )
-WORKER_TRIALS = Metric("preceptor_worker_trials_total", "counter", "trials that this worker has trained", (WORKER,))
+WORKER_TRIALS = Metric(
+    "preceptor_worker_trials_total", "counter", "trials that this worker has done; failed ones are none", (WORKER,)
+)
 WORKER_BUSY = Metric("preceptor_worker_busy", "gauge", "1 while the worker is at a batch", (WORKER,))
 TRAINED_TOKENS = Metric("preceptor_trained_tokens_total", "counter", "tokens that students were trained on", (WORKER,))
 LOADED_BASES = Metric("preceptor_loaded_students", "gauge", "students in the memory of this worker", (WORKER,))

@@ -79,7 +79,7 @@ class WorkerSight:
         phases = {"load": result.load_seconds, "train": result.train_seconds, "answer": result.answer_seconds}
         failure = result.failure.reason if result.HasField("failure") else ""
         self._metrics.count(m.WORKER_BATCHES, outcome=failure or "done")
-        self._metrics.count(m.WORKER_TRIALS, len(result.results))
+        self._metrics.count(m.WORKER_TRIALS, sum(not one.HasField("failure") for one in result.results))
         self._metrics.count(m.TRAINED_TOKENS, sum(one.trained_tokens for one in result.results))
         if not failure:
             for phase, seconds in phases.items():
