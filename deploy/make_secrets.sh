@@ -23,6 +23,8 @@ if [ -n "${TLS:-}" ] && [ ! -s "$folder/tls/key.pem" ]; then
   # next start makes an authority and a certificate anew.
   draft=$(mktemp -d)
   preceptor certificates "$draft" > /dev/null
+  # For group 0 too, as the passwords are: Redis and PostgreSQL show this certificate.
+  chmod -R g+rX "$draft/house"
   cp -R "$draft/house" "$folder/tls"
   rm -rf "$draft"
   echo "secrets: made $folder/tls"

@@ -33,7 +33,7 @@ COMPOSE = {
     "OMP_NUM_THREADS": "threads of a process's arithmetic; cores divided by the workers",
     "CONFIG": "what the service almanac runs: a file of the image, or one below /runs",
     "SECRETS": "a folder (./...) with token, redis_password and postgres_password, or the volume they are made in",
-    "TLS": "1: mutual TLS between the services, with certificates that are made beside the secrets",
+    "TLS": "1: TLS between the services, Redis and PostgreSQL, with certificates that are made beside the secrets",
     "STUDENTS": "a folder (./...) or volume of students, /students in the containers",
     "RUNS": "a folder (./..., user 10001 must be able to write it) or volume of results",
     "RESTART": "unless-stopped: processes come back after the machine was started again, and are tried for ever",
