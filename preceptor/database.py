@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from sqlalchemy import URL, BigInteger, Engine, Integer, create_engine, event
 from sqlalchemy.engine import ExceptionContext, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from preceptor.errors import PreceptorError
 from preceptor.migrations import upgrade
@@ -81,7 +81,7 @@ def own_database(url: str, wait_seconds: float) -> Iterator[None]:
 
         with own_schema(parsed, wait_seconds):
             yield
-    elif parsed.get_backend_name() == "sqlite" and parsed.database and parsed.database != ":memory:":
+    elif parsed.database and parsed.database != ":memory:":
         path = Path(parsed.database)
         with _lock(path.with_name(path.name + ".lock"), path, wait_seconds):
             yield
@@ -90,15 +90,18 @@ def own_database(url: str, wait_seconds: float) -> Iterator[None]:
 
 
 def _read(url: str) -> URL:
-    unknown = "PRECEPTOR_DATABASE_URL is not a database URL that SQLAlchemy knows"
+    unknown = PreceptorError(
+        "DATABASE_UNREACHABLE",
+        "PRECEPTOR_DATABASE_URL is neither postgresql://user@host/database nor sqlite:////path/of/a.db",
+    )
     try:
         parsed = make_url(url)
-        backend = parsed.get_backend_name()
-        parsed.get_dialect()
-    except (ArgumentError, NoSuchModuleError, ValueError):
-        raise PreceptorError("DATABASE_UNREACHABLE", unknown) from None
-    if backend != "postgresql":
+    except (ArgumentError, ValueError):
+        raise unknown from None
+    if parsed.drivername in ("sqlite", "sqlite+pysqlite"):
         return parsed
+    if parsed.get_backend_name() != "postgresql":
+        raise unknown
     try:
         import psycopg  # noqa: F401
     except ImportError:
@@ -118,10 +121,9 @@ def _engine(url: URL) -> Engine:
         from preceptor.postgres import open_schema
 
         return open_schema(url)
-    engine = create_engine(url, pool_pre_ping=True)
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _configure_sqlite)
-        event.listen(engine, "handle_error", _translate)
+    engine = create_engine(url, pool_pre_ping=True, hide_parameters=True)
+    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "handle_error", _translate)
     return engine
 
 

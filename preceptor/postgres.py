@@ -83,7 +83,8 @@ def open_schema(url: URL) -> Engine:
     Raises DatabaseError, and PreceptorError(DATABASE_REFUSED).
     """
     _make_schema(url)
-    engine = create_engine(url, pool_pre_ping=True, connect_args=_arguments(url))
+    # What is written are prompts and answers, which are not to be in a log.
+    engine = create_engine(url, pool_pre_ping=True, hide_parameters=True, connect_args=_arguments(url))
 
     def set_up(connection: psycopg.Connection[Any], _record: Any) -> None:
         try:

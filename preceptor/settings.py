@@ -117,7 +117,7 @@ class HouseSettings(SecuritySettings):
     def _is_redis(cls, url: str) -> str:
         if not url.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("is not a Redis URL (redis://, rediss:// or unix://)")
-        return url
+        return _readable(url)
 
     @field_validator("artifacts_url")
     @classmethod
@@ -162,6 +162,11 @@ class ServiceSettings(HouseSettings):
         description="calls a second of one client; for the service whose port others reach, 0: no limit",
     )
     max_streams: int = Field(256, ge=1, description="open streams (watches); each holds a thread")
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_a_url(cls, url: str) -> str:
+        return _readable(url)
 
     @field_validator("database_password_file", mode="before")
     @classmethod
@@ -218,6 +223,15 @@ def read_secret(variable: str, file: Path) -> str:
     if not secret:
         raise ValueError(f"{variable}={file} is empty")
     return secret
+
+
+def _readable(url: str) -> str:
+    """A URL that can be taken apart. Raises ValueError."""
+    try:
+        urlsplit(url)
+    except ValueError:
+        raise ValueError("is no URL: what is special in a password is written as %5B and so on") from None
+    return url
 
 
 def _with_password(prefix: str, url: str, file: Path) -> str:

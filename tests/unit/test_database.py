@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from sqlalchemy import Column, Integer, LargeBinary, MetaData, Table, func, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from preceptor.database import DatabaseError, open_database, own_database
@@ -46,6 +47,16 @@ def test_a_full_disk_is_said_with_its_name_and_nothing_of_the_transaction_stays(
         with engine.begin() as db:
             db.execute(THINGS.insert().values(n=1, data=b"x"))
         engine.dispose()
+
+
+def test_what_is_written_is_in_no_error(database_url: str) -> None:
+    """It may be a prompt, and errors are logged."""
+    engine = open_database(database_url, "tests.things")
+    with pytest.raises(IntegrityError) as raised, engine.begin() as db:
+        db.execute(THINGS.insert().values(n=1, data=b"an answer"))
+        db.execute(THINGS.insert().values(n=1, data=b"an answer"))
+    assert "an answer" not in str(raised.value)
+    engine.dispose()
 
 
 def test_a_database_that_may_not_be_written_is_unreachable(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ def test_a_process_runs_with_the_settings_of_its_environment(monkeypatch: pytest
     [
         ("PRECEPTOR_PORT", "70000", "less than or equal to 65535"),
         ("PRECEPTOR_BROKER_URL", "http://x", "is not a Redis URL"),
+        ("PRECEPTOR_BROKER_URL", "redis://:hunter[2@h/0", "%5B"),
+        ("PRECEPTOR_DATABASE_URL", "postgresql://u:hunter[2@h/db", "%5B"),
         ("PRECEPTOR_LOG_LEVEL", "LOUD", "'INFO'"),
     ],
 )
@@ -37,6 +39,7 @@ def test_a_wrong_setting_is_one_line_with_the_variable_and_exit_code_2(
     line = capsys.readouterr().err
     assert line.startswith(f"teacher: {variable}: ")
     assert said in line
+    assert "hunter" not in line
     assert line.count("\n") == 1
 
 
@@ -56,9 +59,20 @@ def test_a_database_is_made_with_its_tables_and_waits_for_other_writers(tmp_path
     engine.dispose()
 
 
-@pytest.mark.parametrize("url", ["nonsense", "nosuch://x", "sqlite:////nowhere/at/all.db"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "nonsense",
+        "nosuch://x",
+        "mysql://u:hunter2@h/db",
+        "postgres://u@h/db",
+        "sqlite+aiosqlite:////tmp/x.db",
+        "sqlite:////nowhere/at/all.db",
+    ],
+)
 def test_a_database_that_cannot_be_opened_is_named(url: str) -> None:
     with pytest.raises(PreceptorError) as raised:
         open_database(url, "tests.things")
     assert raised.value.reason == "DATABASE_UNREACHABLE"
     assert "PRECEPTOR_DATABASE_URL" in raised.value.message
+    assert "hunter" not in raised.value.message
