@@ -104,7 +104,8 @@ def test_it_is_light() -> None:
     """Asked every few seconds by every container: nothing of what takes seconds to import may come with it."""
     code = (
         "import sys; from preceptor.cli import main; main(['probe', 'worker']); main(['probe', 'evaluator']);"
-        "heavy = {'torch', 'transformers', 'celery', 'sqlalchemy', 'numpy', 'rich', 'matplotlib', 's3fs'};"
+        "heavy = {'torch', 'transformers', 'celery', 'sqlalchemy', 'numpy', 'rich', 'matplotlib', 's3fs',"
+        "         'opentelemetry'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
     environment = {"PATH": "/usr/bin:/bin", "PRECEPTOR_BROKER_URL": "redis://127.0.0.1:1/0", "PRECEPTOR_PORT": "1"}
