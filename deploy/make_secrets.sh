@@ -18,14 +18,17 @@ for name in token redis_password postgres_password grafana_password; do
     echo "secrets: made $file"
   fi
 done
-if [ -n "${TLS:-}" ] && [ ! -s "$folder/tls/key.pem" ]; then
+rmdir "$folder/tls" 2>/dev/null || true  # an empty one
+if [ -n "${TLS:-}" ] && [ ! -e "$folder/tls" ]; then
   # One certificate for all containers, for a year. The authority's key is kept by nobody: remove the folder tls, and the
   # next start makes an authority and a certificate anew.
   draft=$(mktemp -d)
+  rm -rf "$folder/tls.draft"
   preceptor certificates "$draft" > /dev/null
   # For group 0 too, as the passwords are: Redis and PostgreSQL show this certificate.
   chmod -R g+rX "$draft/house"
-  cp -R "$draft/house" "$folder/tls"
+  cp -R "$draft/house" "$folder/tls.draft"
+  mv "$folder/tls.draft" "$folder/tls"  # whole, or not at all
   rm -rf "$draft"
   echo "secrets: made $folder/tls"
 fi

@@ -48,6 +48,29 @@ def test_secrets_are_made_where_they_are_missing_and_never_again(tmp_path: Path)
     assert (folder / "redis_password").read_text() == made["redis_password"]
 
 
+def test_certificates_are_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder, tools = tmp_path / "secrets", tmp_path / "tools"
+    folder.mkdir()
+    tools.mkdir()
+    command = tools / "preceptor"
+    command.write_text('#!/bin/sh\nmkdir "$2/house"\nfor one in ca cert key; do echo new > "$2/house/$one.pem"; done\n')
+    command.chmod(0o755)
+    own = {"PATH": f"{tools}:{os.environ['PATH']}", "TLS": "1"}
+
+    def make() -> dict[str, str]:
+        subprocess.run([MAKE_SECRETS, folder], env=own, capture_output=True, text=True, check=True)
+        return {path.name: path.read_text() for path in (folder / "tls").iterdir()}
+
+    (folder / "tls").mkdir()  # as somebody who means to put his own there
+    (folder / "tls.draft").mkdir()  # as one that was killed leaves it
+    (folder / "tls.draft" / "cert.pem").write_text("half")
+    assert make() == {"ca.pem": "new\n", "cert.pem": "new\n", "key.pem": "new\n"}
+    assert not (folder / "tls.draft").exists()
+    (folder / "tls" / "key.pem").unlink()  # somebody's own, and not complete: the processes say what is missing
+    (folder / "tls" / "ca.pem").write_text("his own")
+    assert make() == {"ca.pem": "his own", "cert.pem": "new\n"}
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_folder_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
     folder = tmp_path / "secrets"
