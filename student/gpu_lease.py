@@ -49,14 +49,6 @@ class Gpu:
     number: int
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """A place on a GPU that a worker holds, and what that worker says of itself."""
-
-    uuid: str
-    holder: str
-
-
 def list_gpus(environment: Mapping[str, str]) -> list[Gpu]:
     """The GPUs that this process may use; none where there is no driver.
 
@@ -139,18 +131,6 @@ def leased_gpu(device: str, locks: Path | None, share: int, wait_seconds: float)
     with lock:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu.uuid
         yield gpu
-
-
-def leases(locks: Path) -> list[Taken]:
-    """Who holds what, by the files of the folder. Raises OSError where it cannot be read."""
-    found = []
-    for path in sorted(locks.glob("*.lock")):
-        with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                found.append(Taken(path.name.partition(".")[0], _holder(path)))
-    return found
 
 
 def _meant(device: str, gpus: list[Gpu]) -> list[Gpu]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from preceptor.cli.server_checks import gpu_findings
 from preceptor.errors import PreceptorError
-from student.gpu_lease import Gpu, leased_gpu, leases, list_gpus, read_list, visible
+from student.gpu_lease import Gpu, leased_gpu, list_gpus, read_list, visible
 
 ROOT = Path(__file__).parents[2]
 TWO = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa0000-1111)
@@ -53,6 +55,13 @@ def simulate(folder: Path, monkeypatch: pytest.MonkeyPatch, listed: str, code: i
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
+
+
+def taken(locks: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who holds what, as `preceptor doctor` says it."""
+    monkeypatch.setenv("PRECEPTOR_GPU_LOCKS", str(locks))
+    (finding,) = gpu_findings([])
+    return finding.found.removeprefix(f"{locks}: ")
 
 
 class Holders:
@@ -96,10 +105,10 @@ def test_each_worker_gets_a_gpu_of_its_own_and_the_next_is_told_who_has_them(
     assert said.startswith("GPU_NONE_LEFT 2 GPUs for workers here, and all are taken: GPU-aaaa0000-1111 (NVIDIA H100")
     for pid in (first.pid, second.pid):
         assert f":{pid}" in said
-    assert [(one.uuid, one.holder.rpartition(":")[2]) for one in leases(holders.locks)] == [
-        ("GPU-aaaa0000-1111", str(first.pid)),
-        ("GPU-bbbb0000-2222", str(second.pid)),
-    ]
+    here = socket.gethostname()
+    assert taken(holders.locks, monkeypatch) == (
+        f"GPU-aaaa0000-1111 by {here}:{first.pid}; GPU-bbbb0000-2222 by {here}:{second.pid}"
+    )
 
 
 def test_a_lease_is_gone_with_its_process_and_a_gpu_that_is_given_back_is_waited_for(
@@ -109,7 +118,7 @@ def test_a_lease_is_gone_with_its_process_and_a_gpu_that_is_given_back_is_waited
     first, _ = holders.start()
     first.kill()  # SIGKILL: nobody tidies up
     first.wait(10)
-    assert leases(holders.locks) == []
+    assert taken(holders.locks, monkeypatch) == "none is taken"
     second, said = holders.start()
     assert said.startswith("GPU-aaaa")
     os.kill(second.pid, signal.SIGSTOP)  # one that is only stopped keeps it
@@ -188,8 +197,8 @@ def test_within_a_process_the_lease_ends_with_its_context(tmp_path: Path, monkey
         gpu = stack.enter_context(leased_gpu("auto", tmp_path / "locks", 1, 0))
         assert gpu == Gpu("GPU-bbbb0000-2222", "NVIDIA H100 80GB HBM3", 1)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-bbbb0000-2222"
-        assert len(leases(tmp_path / "locks")) == 1
-    assert leases(tmp_path / "locks") == []
+        assert taken(tmp_path / "locks", monkeypatch).startswith("GPU-bbbb0000-2222 by ")
+    assert taken(tmp_path / "locks", monkeypatch) == "none is taken"
 
 
 def test_the_instances_of_a_gpu_are_taken_for_themselves() -> None:
