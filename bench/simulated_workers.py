@@ -2,8 +2,8 @@
 
     python -m bench.simulated_workers BROKER_URL [--workers N] [--seconds S] [--plain]
 
-Queue, leases and beats are as those of ``student.worker``: solo pool, one batch at a time, the lease claimed before
-and released when the result is stored, a look whether the batch was done already. A trial takes ``--seconds`` (a
+Queue, leases and beats are as those of ``student.trial_worker``: solo pool, one batch at a time, the lease claimed
+before and released when the result is stored, a look whether the batch was done already. A trial takes ``--seconds`` (a
 baseline too). One process imports and the workers are forks of it, so that many fit on a small machine.
 
 A loss means nothing here: ``first_loss`` and ``final_loss`` carry when the trial began and ended, in unix seconds.

@@ -99,7 +99,7 @@ class WorkerSettings(AnswerServerSettings):
         description="folder that all workers of this machine share: each takes a GPU for itself; empty: none does",
     )
     gpu_share: int = Field(1, ge=1, le=64, description="workers on one GPU, with gpu_locks")
-    # A worker that is told to end has 30 s (student.worker.STOP_SECONDS).
+    # A worker that is told to end has 30 s (student.trial_worker.STOP_SECONDS).
     gpu_wait_seconds: float = Field(60.0, ge=0, description="for a GPU that another worker is just giving back")
     # The longest that one training step or chunk of answers may take: some seconds on a GPU, a minute or two where a
     # processor trains 32 adapters of a model that hardly fits it.

@@ -28,7 +28,7 @@ from preceptor.metrics import CATALOGUE
 from preceptor.queue import served_queues
 from preceptor.settings import HouseSettings, ServiceSettings
 from student.settings import StudentSettings, WorkerSettings
-from student.worker import STOP_SECONDS
+from student.trial_worker import STOP_SECONDS
 from teacher.settings import TeacherSettings
 
 REPOSITORY = Path(__file__).parents[2]
