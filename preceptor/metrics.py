@@ -111,7 +111,7 @@ EVALUATIONS = Metric(
 DEAD_LETTERS = Metric(
     "preceptor_dead_letters",
     "gauge",
-    "evaluations that FAILED and stay so: `preceptor evaluations failed | retry`",
+    "evaluations that FAILED and stay so: `preceptor evaluations failed`, then `retry`",
     (EVALUATOR,),
 )
 EVALUATIONS_ASKED = Metric(

@@ -279,3 +279,35 @@ def test_the_memory_of_the_gpu_in_use_is_told() -> None:
     held = torch.zeros(2**20, device="cuda")
     told = {one.labels["kind"]: one.value for one in m.gpu_memory()}
     assert held.numel() * 4 <= told["allocated"] <= told["reserved"] <= told["used"] <= told["total"]
+
+
+def test_a_process_that_has_ended_is_counted_as_down(tmp_path: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("needs promtool (Debian: apt-get install prometheus)")
+    (query,) = (query for query in dashboard_queries() if query.startswith("count(up == 0"))
+    series = {**SERVICES_UP, 'up{job="worker",instance="a"}': 1, 'up{job="worker",instance="b"}': 0}
+    del series['up{job="evaluator"}']
+    tests = [
+        {
+            "interval": "1m",
+            "input_series": [{"series": name, "values": f"{value}x5"} for name, value in up.items()],
+            "promql_expr_test": [{"expr": query, "eval_time": "3m", "exp_samples": [{"labels": "{}", "value": down}]}],
+        }
+        for up, down in ((series, 2), ({**SERVICES_UP, 'up{job="worker"}': 1}, 0))
+    ]
+    (tmp_path / "test.yml").write_text(yaml.safe_dump({"evaluation_interval": "1m", "tests": tests}))
+    said = subprocess.run(
+        [promtool, "test", "rules", str(tmp_path / "test.yml")], capture_output=True, text=True, timeout=60
+    )
+    assert said.returncode == 0, said.stdout + said.stderr
+
+
+def test_the_page_s_table_has_no_bar_in_a_cell() -> None:
+    rows = [
+        line
+        for line in (REPOSITORY / "docs/observability.md").read_text().splitlines()
+        if line.startswith("| `preceptor_")
+    ]
+    assert len(rows) == len(m.CATALOGUE)
+    assert {row.count("|") for row in rows} == {6}
