@@ -24,6 +24,8 @@ from typing import IO, Any
 from sqlalchemy import URL, BigInteger, Engine, Integer, create_engine, event
 from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from preceptor.errors import PreceptorError
 from preceptor.migrations import upgrade
@@ -41,6 +43,17 @@ class DatabaseError(PreceptorError):
 
     The reason is DISK_FULL or DATABASE_UNREACHABLE. Whoever works on something durable waits and tries again.
     """
+
+
+class Pool(QueuePool):
+    """An engine's connections. Who gets none in time, since all others wait for an answer, is told as they are."""
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        try:
+            return super()._do_get()
+        except PoolTimeoutError:
+            message = f"all connections have been at work for {self.timeout():g} s: the database is slow, or away"
+            raise DatabaseError("DATABASE_UNREACHABLE", message) from None
 
 
 def open_database(url: str, migrations: str) -> Engine:
@@ -121,7 +134,8 @@ def _engine(url: URL) -> Engine:
         from preceptor.postgres import open_schema
 
         return open_schema(url)
-    engine = create_engine(url, pool_pre_ping=True, hide_parameters=True)
+    of_its_own = {"poolclass": Pool} if url.database and url.database != ":memory:" else {}
+    engine = create_engine(url, pool_pre_ping=True, hide_parameters=True, **of_its_own)
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "handle_error", _translate)
     return engine

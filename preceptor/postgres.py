@@ -31,7 +31,7 @@ from psycopg.types.string import StrDumperUnknown, TextLoader
 from sqlalchemy import URL, Engine, create_engine, event
 from sqlalchemy.engine import ExceptionContext
 
-from preceptor.database import DatabaseError
+from preceptor.database import DatabaseError, Pool
 from preceptor.errors import PreceptorError
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def open_schema(url: URL) -> Engine:
     """
     _make_schema(url)
     # What is written are prompts and answers, which are not to be in a log.
-    engine = create_engine(url, pool_pre_ping=True, hide_parameters=True, connect_args=_arguments(url))
+    engine = create_engine(url, poolclass=Pool, pool_pre_ping=True, hide_parameters=True, connect_args=_arguments(url))
 
     def set_up(connection: psycopg.Connection[Any], _record: Any) -> None:
         try:
@@ -115,8 +115,9 @@ def own_schema(url: URL, wait_seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
+        owner.stop_watching()
+        watch.join(_WATCH_SECONDS)  # it may be asking something, on the connection that is closed then
         owner.release()
-        watch.join(_WATCH_SECONDS)
 
 
 class _Owner:
@@ -156,7 +157,7 @@ class _Owner:
                 connection.close()
 
     def watch(self) -> None:
-        """Looks after the lock until ``release``. Ends the process where another one has it."""
+        """Looks after the lock until ``stop_watching``. Ends the process where another one has it."""
         while not self._ending.wait(_WATCH_SECONDS):
             try:
                 if self._connection is None:
@@ -169,9 +170,12 @@ class _Owner:
                     self._connection.close()
                     self._connection = None
 
+    def stop_watching(self) -> None:
+        """Has ``watch`` return."""
+        self._ending.set()
+
     def release(self) -> None:
         """Lets go of it."""
-        self._ending.set()
         if (connection := self._connection) is not None:
             connection.close()
 

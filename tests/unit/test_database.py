@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.numpy import save_file
 from sqlalchemy import Column, Integer, LargeBinary, MetaData, Table, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import QueuePool
 
 from preceptor.database import DatabaseError, open_database, own_database
 from preceptor.errors import PreceptorError
@@ -47,6 +49,18 @@ def test_a_full_disk_is_said_with_its_name_and_nothing_of_the_transaction_stays(
         with engine.begin() as db:
             db.execute(THINGS.insert().values(n=1, data=b"x"))
         engine.dispose()
+
+
+def test_who_gets_no_connection_in_time_is_told_as_who_gets_no_answer(database_url: str) -> None:
+    """Others wait for a server that does not answer; runs and updates wait with them, instead of failing."""
+    engine = open_database(database_url, "tests.things")
+    assert isinstance(engine.pool, QueuePool)
+    engine.pool._timeout = 0.1
+    with ExitStack() as others, pytest.raises(DatabaseError) as raised:
+        for _ in range(1000):
+            others.enter_context(engine.connect())
+    assert raised.value.reason == "DATABASE_UNREACHABLE"
+    engine.dispose()
 
 
 def test_what_is_written_is_in_no_error(database_url: str) -> None:
