@@ -400,7 +400,10 @@ def test_a_shared_gpus_server_sleeps_during_an_update_and_is_awake_afterwards(se
 
     looker = threading.Thread(target=look)
     looker.start()
-    third = served.update("third", parent_id=policy.id)
+    longer = update_request("third", parent_id=policy.id)
+    longer.settings.epochs = 100  # some seconds also on a fast machine, so that a look falls into them
+    *_, third = served.policies.watch(call(served.stub.UpdatePolicy, longer).policy.id, lambda: False)
+    assert third.state == "ready", third.failure_message
     diverges = update_request("diverges", parent_id=third.id)
     diverges.settings.learning_rate = 1.0
     diverges.settings.epochs = 30
