@@ -17,7 +17,7 @@ from preceptor.artifact_cache import ArtifactCache
 from preceptor.errors import PreceptorError
 from preceptor.v1 import types_pb2 as types
 from student.base import LoadedBase, load_base
-from student.fitting import check_fits
+from student.fitting import check_fits, fits_alone
 from student.source import fetch
 
 log = logging.getLogger(__name__)
@@ -42,8 +42,6 @@ class BaseCache:
         key = (student.source, student.commit)
         with self._lock:
             if key not in self._bases:
-                while len(self._bases) >= self._capacity:  # first, so that two never need room for three
-                    self._bases.popitem(last=False)
                 started = time.monotonic()
                 folder = fetch(student.source, student.commit, self._copies)
                 self._make_room(folder, student.name)
@@ -53,7 +51,12 @@ class BaseCache:
             return self._bases[key]
 
     def _make_room(self, folder: Path, name: str) -> None:
-        """Others leave where a student would not fit beside them."""
+        """Others leave where there are too many of them, or a student would not fit beside them; for one that would not
+        fit alone nobody does."""
+        if not fits_alone(folder, self._device):
+            check_fits(folder, self._device, name)
+        while len(self._bases) >= self._capacity:  # first, so that two never need room for three
+            self._bases.popitem(last=False)
         while True:
             try:
                 return check_fits(folder, self._device, name)

@@ -25,8 +25,7 @@ _DTYPES = {"cpu": ("float32", 4), "cuda": ("bfloat16", 2)}
 
 def check_fits(folder: Path, device: str, name: str) -> None:
     """Raises PreceptorError(STUDENT_TOO_LARGE), naming what the weights of the student need and what there is."""
-    kind = torch.device(device).type
-    dtype, size = _DTYPES.get(kind, _DTYPES["cuda"])
+    dtype, size = _dtype(device)
     needed = weight_bytes(folder, size)
     there, where = room(device)
     if needed > there:
@@ -34,6 +33,21 @@ def check_fits(folder: Path, device: str, name: str) -> None:
             "STUDENT_TOO_LARGE",
             f"student {name or folder.name} needs {needed / GIB:.2f} GiB for its weights in {dtype}, and {where}",
         )
+
+
+def fits_alone(folder: Path, device: str) -> bool:
+    """Whether the student would fit if no other were in memory."""
+    return weight_bytes(folder, _dtype(device)[1]) <= room_alone(device)
+
+
+def room_alone(device: str) -> int:
+    """Bytes that weights might take if there were no others."""
+    one = torch.device(device)
+    return int(torch.cuda.get_device_properties(one).total_memory) if one.type == "cuda" else room(device)[0]
+
+
+def _dtype(device: str) -> tuple[str, int]:
+    return _DTYPES.get(torch.device(device).type, _DTYPES["cuda"])
 
 
 def room(device: str) -> tuple[int, str]:

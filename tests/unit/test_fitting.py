@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +78,7 @@ def test_others_leave_the_cache_before_one_is_refused(tmp_path: Path, monkeypatc
     pinned = [types.PinnedStudent(name=f.name, source=str(f), commit=folder_sha256(f)) for f in folders]
     each = weight_bytes(folders[0], 4)
     cache = BaseCache(5, "cpu")
+    monkeypatch.setattr(fitting, "room_alone", lambda _device: 2 * each)
     # Room for two of them.
     monkeypatch.setattr(fitting, "room", lambda _device: (2 * each - len(cache._bases) * each, "there is no more"))
     for one in pinned:
@@ -85,3 +87,22 @@ def test_others_leave_the_cache_before_one_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.setattr(fitting, "room", lambda _device: (each - 1, "there is no more"))
     with pytest.raises(PreceptorError, match="student 0 needs"):
         cache.get(pinned[0])
+
+
+@pytest.mark.parametrize("capacity", [1, 5])
+def test_nobody_leaves_for_one_that_would_not_fit_alone_or_cannot_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capacity: int
+) -> None:
+    """A worker would read the student that it works with again after each try."""
+    small, large = (save_student(tmp_path / str(seed), seed=seed) for seed in range(2))
+    pinned = [types.PinnedStudent(name=f.name, source=str(f), commit=folder_sha256(f)) for f in (small, large)]
+    cache = BaseCache(capacity, "cpu")
+    cache.get(pinned[0])
+    with pytest.raises(PreceptorError) as raised:
+        cache.get(types.PinnedStudent(name="gone", source=str(tmp_path / "gone"), commit="0" * 64))
+    assert raised.value.reason != "STUDENT_TOO_LARGE"
+    monkeypatch.setattr(fitting.psutil, "virtual_memory", lambda: SimpleNamespace(total=weight_bytes(large, 4) - 1))
+    with pytest.raises(PreceptorError) as raised:
+        cache.get(pinned[1])
+    assert raised.value.reason == "STUDENT_TOO_LARGE"
+    assert cache.commits() == (pinned[0].commit,)
