@@ -292,6 +292,8 @@ class Policies:
         except PreceptorError as error:
             if error.reason == "SHUTTING_DOWN":
                 raise
+            if self.stopping:  # it may have failed of that, and what is wrong with it will be so after the next start
+                raise PreceptorError("SHUTTING_DOWN", "the service is going down") from error
             return _failed(policy, error)
         except Exception as error:  # a bug: it must end in the policy's state, not only in this thread
             log.exception("the update to %s failed", policy.id)

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from preceptor.artifacts import FolderStore
 from preceptor.completions import Limits
 from preceptor.errors import PreceptorError
 from preceptor.inference import InferenceServer
-from teacher.backend import SamplingSettings
+from teacher.backend import SamplingSettings, TrainedPolicy
 from teacher.language import Language
-from teacher.policy_store import Policy, PolicyState
+from teacher.policies import Policies
+from teacher.policy_store import Policy, PolicyState, PolicyStore
 from teacher.recipe import Rewarded, Update, UpdateSettings
 from teacher.served import Turns, _Adapters, _alone, _ServedAuthor, _Sleeper
 from teacher.service import Teacher, make_backend
@@ -101,6 +103,28 @@ def test_a_fixed_teacher_does_not_learn_and_says_so(vendor: PlayedServer, tmp_pa
     teacher.stop()
     teacher.store.close()
     backend.close()
+
+
+def test_an_update_that_fails_of_the_service_s_own_end_begins_again_at_the_next_start(tmp_path: Path) -> None:
+    began, closed = threading.Event(), threading.Event()
+
+    class WaitsForServer:
+        def train(self, *_asked: object) -> TrainedPolicy:
+            began.set()
+            closed.wait(10)
+            raise PreceptorError("CANCELLED", "the connection to http://vllm:8000 was closed")
+
+    url = f"sqlite:///{tmp_path}/teacher.db"
+    store = PolicyStore(url)
+    policies = Policies("base", "0" * 64, WaitsForServer(), store, FolderStore(tmp_path / "policies"))
+    policies.start()
+    example = Rewarded("g", "Ada", "Ada bakes.", "Ada bakes.", "open", 1.0, 0.0)
+    made = policies.update(Update("", (example,), UpdateSettings(), 1, False), "r1", b"")
+    assert began.wait(10)
+    threading.Timer(0.2, closed.set).start()
+    policies.stop()
+    assert store.get(made.id).state is PolicyState.TRAINING
+    store.close()
 
 
 def test_another_model_or_address_is_another_teacher(vendor: PlayedServer, tmp_path: Path) -> None:
