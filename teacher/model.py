@@ -97,19 +97,26 @@ class TeacherBase(Words):
         return PeftModel.from_pretrained(self.shell(), str(folder), is_trainable=trainable, use_safetensors=True)
 
 
-def save_adapter(model: PeftModel, folder: Path, base_source: str) -> None:
-    """Writes the adapter in PEFT's format. Equal adapters give equal bytes: PEFT writes a set in the order of its
-    hashes and a model card with versions, so the one is sorted here and the other left out."""
+def adapter_files(model: PeftModel, base_source: str) -> dict[str, bytes]:
+    """The files of the adapter in PEFT's format, as ``save_pretrained`` writes them, but in memory: an adapter that was
+    trained waits there for a disk that has room. Equal adapters give equal bytes: PEFT writes a set in the order of
+    its hashes and a model card with versions, so the one is sorted here and the other left out."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save
+
     # "auto" would ask the hub whether the vocabulary has changed
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config["base_model_name_or_path"] = base_source
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    config: dict[str, Any] = model.peft_config["default"].to_dict()
+    config |= {"base_model_name_or_path": base_source, "inference_mode": True}
     for key, value in config.items():
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        if isinstance(value, (set, list)) and all(isinstance(item, str) for item in value):
             config[key] = sorted(value)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return {
+        "adapter_model.safetensors": save(
+            {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, metadata={"format": "pt"}
+        ),
+        "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+    }
 
 
 class PolicyModels:

@@ -7,7 +7,6 @@ adapter carries a probe (``probe.json``), by which a server that loads it can be
 from __future__ import annotations
 
 import json
-import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -20,7 +19,7 @@ from preceptor.errors import PreceptorError
 from preceptor.inference import Probe
 from teacher.backend import TrainedPolicy
 from teacher.language import Language
-from teacher.model import TeacherBase, save_adapter
+from teacher.model import TeacherBase, adapter_files
 from teacher.prompts import prompt_format
 from teacher.recipe import Rewarded, UpdateSettings
 from teacher.update import Example, fine_tune
@@ -88,16 +87,9 @@ def _train(
     else:
         model = base.load_adapter(parent, trainable=True)
     trained = fine_tune(model, examples, settings.tuning, seed, on_step=on_step, stopped=stopped)
-    files = _files(model, base.source)
+    files = adapter_files(model, base.source)
     files[PROBE_FILE] = _probe(model, examples[0])
     return TrainedPolicy(files, trained.first_loss, trained.final_loss, trained.steps)
-
-
-def _files(model: PeftModel, source: str) -> dict[str, bytes]:
-    """The adapter as it lies on a disk, but in memory: it is still here when the store has room for it at last."""
-    with tempfile.TemporaryDirectory(prefix="preceptor-adapter-") as folder:
-        save_adapter(model, Path(folder), source)
-        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def _probe(model: PeftModel, example: Example) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,19 @@ def damage(home: Path, policy_id: str, how: str) -> None:
     else:
         weights = folder / "adapter_model.safetensors"
         weights.write_bytes(b"" if how == "empty" else weights.read_bytes()[:-7])
+
+
+def test_an_update_needs_room_for_its_artifact_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with small_disk(tmp_path / "tmp") as disk:
+        disk.fill()
+        monkeypatch.setattr(tempfile, "tempdir", str(disk.path))
+        running = Running(tmp_path / "home")
+        try:
+            made(running)
+        finally:
+            running.stop()
 
 
 @pytest.fixture(scope="module")

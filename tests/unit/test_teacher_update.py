@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from preceptor.errors import PreceptorError
-from teacher.model import PolicyModels, TeacherBase, load_teacher, save_adapter
+from teacher.model import PolicyModels, TeacherBase, adapter_files, load_teacher
 from teacher.update import Example, FineTuning, fine_tune
 from tests.unit.tiny_teachers import SHAPES, save_tiny_teacher, tiny_teacher
 
@@ -61,12 +62,31 @@ def test_the_loss_is_that_of_every_completion_token_and_of_nothing_else() -> Non
     assert trained.first_loss == pytest.approx(total / count, abs=1e-5)
 
 
+def save_adapter(model: Any, folder: Path) -> None:
+    folder.mkdir()
+    for name, content in adapter_files(model, "tiny").items():
+        (folder / name).write_bytes(content)
+
+
+def test_an_adapter_s_files_are_what_peft_writes(tmp_path: Path) -> None:
+    model = tiny_teacher().new_adapter(4, 8, seed=0)
+    save_adapter(model, tmp_path / "ours")
+    model.save_pretrained(str(tmp_path / "theirs"), save_embedding_layers=False)
+    ours, theirs = ((tmp_path / whose / "adapter_model.safetensors").read_bytes() for whose in ("ours", "theirs"))
+    assert ours == theirs
+    ours, theirs = (json.loads((tmp_path / whose / "adapter_config.json").read_text()) for whose in ("ours", "theirs"))
+    for config in (ours, theirs):
+        config["target_modules"] = sorted(config["target_modules"])
+        config["base_model_name_or_path"] = ""
+    assert ours == theirs
+
+
 def test_the_same_update_twice_gives_the_same_files_and_another_seed_another_adapter(tmp_path: Path) -> None:
     base = tiny_teacher()
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         model = base.new_adapter(4, 8, seed)
         fine_tune(model, examples(base), TUNING, seed)
-        save_adapter(model, tmp_path / name, "tiny")
+        save_adapter(model, tmp_path / name)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == ["adapter_config.json", "adapter_model.safetensors"]
     for file in files:
@@ -80,7 +100,7 @@ def test_training_goes_on_from_the_parents_adapter(tmp_path: Path) -> None:
     base = tiny_teacher()
     parent = base.new_adapter(4, 8, seed=0)
     first = fine_tune(parent, examples(base), TUNING, 0)
-    save_adapter(parent, tmp_path / "parent", "tiny")
+    save_adapter(parent, tmp_path / "parent")
     before = load_file(tmp_path / "parent" / "adapter_model.safetensors")
     child = base.load_adapter(tmp_path / "parent", trainable=True)
     second = fine_tune(child, examples(base), TUNING, 1)
@@ -95,7 +115,7 @@ def test_a_policys_model_is_base_plus_adapter_and_the_base_stays(tmp_path: Path)
     before = weights(base.model)
     adapted = base.new_adapter(4, 8, seed=0)
     fine_tune(adapted, examples(base), TUNING, 0)
-    save_adapter(adapted, tmp_path / "adapter", "tiny")
+    save_adapter(adapted, tmp_path / "adapter")
     models = PolicyModels(base, capacity=1)
     ready = models.get("x", lambda: tmp_path / "adapter")
     ids = torch.tensor([[0, 40, 41, 42]])
