@@ -9,6 +9,7 @@ since each carries its pinned student.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,7 @@ import redis
 from google.protobuf.json_format import MessageToDict, ParseDict
 
 from preceptor.errors import PreceptorError
-from preceptor.leases import LeaseBoard
+from preceptor.leases import LeaseBoard, WorkerStatus
 from preceptor.v1 import types_pb2 as types
 
 _WANTED = "preceptor:student:wanted"
@@ -76,13 +77,21 @@ class DeploymentBoard:
         except redis.RedisError as error:
             raise _unreachable(error) from None
 
+    def has_own_workers(self, name: str) -> bool:
+        """Whether workers are alive that are there for the student of this name. Raises PreceptorError(
+        BROKER_UNREACHABLE, BROKER_REFUSED)."""
+        try:
+            return any(name in one.serves for one in self._leases.workers())
+        except redis.RedisError as error:
+            raise _unreachable(error) from None
+
     def status(self, commit: str, name: str = "") -> DeploymentStatus:
-        """How many workers hold the student, of those that are there for the one of this name (empty: of all).
+        """How many workers hold the student, of those that load the one of this name (empty: of all).
 
         Raises PreceptorError(BROKER_UNREACHABLE, BROKER_REFUSED).
         """
         try:
-            workers = [one for one in self._leases.workers() if not (name and one.serves) or name in one.serves]
+            workers = _there_for(name, self._leases.workers())
             failure = self._redis.get(_FAILURE + commit)
         except redis.RedisError as error:
             raise _unreachable(error) from None
@@ -92,6 +101,13 @@ class DeploymentBoard:
         if failure is not None:
             return DeploymentStatus("FAILED", 0, len(workers), _reported(str(failure)))
         return DeploymentStatus("LOADING", 0, len(workers))
+
+
+def _there_for(name: str, workers: Sequence[WorkerStatus]) -> list[WorkerStatus]:
+    """Those of these workers that load the student of this name: its own, where there are any, else those that are
+    there for all; for an empty name all."""
+    own = [one for one in workers if name in one.serves]
+    return own or [one for one in workers if not (name and one.serves)]
 
 
 def _reported(failure: str) -> PreceptorError:

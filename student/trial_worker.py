@@ -279,10 +279,9 @@ class TrialWorker:
         while True:
             try:
                 student = self._deployments.wanted()
-                if student is not None and self._settings.serves and student.name not in self._settings.serves:
-                    student = None  # it is there for others
                 due = student is not None and time.monotonic() > failed.get(student.commit, 0.0)
-                if student is not None and due and student.commit not in self._cache.commits():
+                missing = student is not None and due and student.commit not in self._cache.commits()
+                if student is not None and missing and self._is_there_for(student.name):
                     error = self._load(student)
                     if error is not None:
                         failed[student.commit] = time.monotonic() + FAILURE_SECONDS / 2
@@ -294,6 +293,12 @@ class TrialWorker:
                 log.exception("cannot see which student is active")
                 time.sleep(FAILURE_SECONDS)
             time.sleep(1)
+
+    def _is_there_for(self, student: str) -> bool:
+        if self._settings.serves:
+            return student in self._settings.serves
+        # One that has workers of its own is theirs; there may be no room for it here.
+        return not self._deployments.has_own_workers(student)
 
     def _load(self, student: Any) -> PreceptorError | None:
         from student.worker_job import reason_of

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from preceptor.artifacts import folder_sha256
+from preceptor.leases import LeaseBoard, WorkerStatus
 from preceptor.queue import fetch_result, submit
 from preceptor.v1 import types_pb2 as types
 from student.deployment import DeploymentBoard
@@ -70,6 +72,29 @@ def test_a_student_that_does_not_fit_fails_its_deployment_and_its_batches_and_th
             assert "and NVIDIA T0 has 0.00 of 1.00 GiB free" in failure.message
         assert worker.poll() is None
     assert "cannot load tiny: student tiny needs 0.00 GiB" in log.read_text()
+
+
+def test_a_student_with_workers_of_its_own_is_loaded_by_them_alone(tmp_path: Path) -> None:
+    """Others may have no room for it, and would say that its deployment has failed."""
+    folder = save_student(tmp_path / "own")
+    student = pinned("own", folder)
+    with (
+        redis_server(tmp_path / "redis") as server,
+        worker_process(server.url, tmp_path / "log", "has no room", module="tests.integration.broken_worker") as _,
+    ):
+        queue, board, leases = Queue(server.url, folder), DeploymentBoard(server.url), LeaseBoard(server.url)
+        queue.workers(1)
+        status = WorkerStatus(name="elsewhere:1", students=(), serves=("own",))
+        leases.beat(status)  # it is there, and still loads
+        board.publish(student)
+        for _ in range(5):
+            leases.beat(status)
+            time.sleep(1)
+        seen = board.status(student.commit, "own")
+        assert (seen.state, seen.workers_alive) == ("LOADING", 1)
+        leases.beat(replace(status, students=(student.commit,)))
+        seen = board.status(student.commit, "own")
+        assert (seen.state, seen.workers_ready, seen.workers_alive) == ("READY", 1, 1)
 
 
 def test_two_workers_for_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
