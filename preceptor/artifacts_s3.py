@@ -339,7 +339,7 @@ def _in_our_words(error: Exception, url: str) -> Exception:
             return PreceptorError("ARTIFACT_NOT_FOUND", "nothing lies there", file=url)
         if code == "InvalidRange":
             return PreceptorError("ARTIFACT_CORRUPT", "the file was changed while it was read", file=url)
-        if code in _AWAY_CODES or status >= 500:
+        if code in _AWAY_CODES or status in (408, 429) or status >= 500:
             return PreceptorError("ARTIFACT_STORE_UNREACHABLE", f"the store cannot serve it now ({said})", file=url)
         return PreceptorError("ARTIFACT_STORE_REFUSED", f"the store refuses it ({said})", file=url)
     if isinstance(error, PermissionError):

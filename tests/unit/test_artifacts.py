@@ -12,13 +12,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 from click.testing import CliRunner
 
 from preceptor.artifact_cache import ArtifactCache
 from preceptor.artifacts import ArtifactStore, FolderStore, artifact_store, folder_sha256
-from preceptor.artifacts_s3 import MANIFEST, S3Folder, S3Store, read_manifest
+from preceptor.artifacts_s3 import MANIFEST, S3Folder, S3Store, _translated, read_manifest
 from preceptor.cli.artifacts import artifacts as artifacts_command
 from preceptor.errors import PreceptorError
 from preceptor.settings import HouseSettings
@@ -340,6 +342,26 @@ def test_a_missing_bucket_and_a_wrong_key_are_refused_in_our_words(
         bucket.store().list()
     assert none.value.reason == "ARTIFACT_STORE_REFUSED"
     assert "credentials" in none.value.message
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "reason"),
+    [
+        ("SlowDown", 503, "ARTIFACT_STORE_UNREACHABLE"),
+        ("TooManyRequests", 429, "ARTIFACT_STORE_UNREACHABLE"),
+        ("RequestTimeout", 400, "ARTIFACT_STORE_UNREACHABLE"),
+        ("AccessDenied", 403, "ARTIFACT_STORE_REFUSED"),
+        ("NoSuchKey", 404, "ARTIFACT_NOT_FOUND"),
+    ],
+)
+def test_a_store_that_is_too_busy_is_told_from_one_that_refuses(code: str, status: int, reason: str) -> None:
+    answer: Any = {"Error": {"Code": code, "Message": "x"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+
+    def ask() -> None:
+        with _translated("s3://bucket/x"):
+            raise ClientError(answer, "GetObject")
+
+    assert _reason(ask) == reason
 
 
 def test_a_store_that_is_away_is_waited_for_until_it_is_back(bucket: Bucket) -> None:
