@@ -21,6 +21,7 @@ from preceptor.v1 import types_pb2 as types
 TRANSIENT = frozenset(
     {
         "ARTIFACT_NOT_FOUND",
+        "ARTIFACT_STORE_REFUSED",  # its key may have run out, or be another one than the others'
         "ARTIFACT_STORE_UNREACHABLE",
         "CANCELLED",  # the trial is wanted, so it was another attempt that was told to leave it
         "DEVICE_FAILED",  # the worker ends itself and comes back with a fresh device
@@ -33,7 +34,9 @@ TRANSIENT = frozenset(
         "VERSION_SKEW",  # another worker may be newer
     }
 )
-PASSING = frozenset({"ARTIFACT_STORE_UNREACHABLE", "DISK_FULL", "MODEL_UNREACHABLE", "VERSION_SKEW"})
+PASSING = frozenset(
+    {"ARTIFACT_STORE_REFUSED", "ARTIFACT_STORE_UNREACHABLE", "DISK_FULL", "MODEL_UNREACHABLE", "VERSION_SKEW"}
+)
 # Five tries then span 75 s: a hub that was restarted, a disk that is being cleared, a worker that is being replaced.
 FIRST_REST_SECONDS = 5.0
 MAX_REST_SECONDS = 60.0
