@@ -221,7 +221,9 @@ def test_one_trial_that_takes_too_long_is_tried_again_and_does_not_cut_the_other
     assert house.states(made) == [QUEUED, SUCCEEDED]
 
 
-@pytest.mark.parametrize("reason", ["DEVICE_FAILED", "DISK_FULL", "VERSION_SKEW", "ARTIFACT_STORE_UNREACHABLE", "ARTIFACT_STORE_REFUSED"])
+@pytest.mark.parametrize(
+    "reason", ["DEVICE_FAILED", "DISK_FULL", "VERSION_SKEW", "ARTIFACT_STORE_UNREACHABLE", "ARTIFACT_STORE_REFUSED"]
+)
 def test_what_another_worker_may_do_better_is_tried_again(house: House, reason: str) -> None:
     made = house.create("Ada lives in Lisbon.")
     house.step()
