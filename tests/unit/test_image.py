@@ -31,7 +31,10 @@ def test_requirements_of_extras_are_those_that_pip_would_take() -> None:
     assert any(one.startswith("torch") for one in requirements(project, ["worker"]))
 
 
-def test_secrets_are_made_where_they_are_missing_and_never_again(tmp_path: Path) -> None:
+def test_secrets_are_made_where_they_are_missing_and_never_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TLS", raising=False)
     folder = tmp_path / "secrets"
     first = subprocess.run([MAKE_SECRETS, folder], capture_output=True, text=True, check=True)
     made = {path.name: path.read_text() for path in folder.iterdir()}
