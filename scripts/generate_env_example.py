@@ -36,7 +36,7 @@ COMPOSE = {
     "TLS": "1: TLS between the services, Redis and PostgreSQL, with certificates that are made beside the secrets",
     "STUDENTS": "a folder (./...) or volume of students, /students in the containers",
     "RUNS": "a folder (./..., user 10001 must be able to write it) or volume of results",
-    "RESTART": "unless-stopped: processes come back after the machine was started again, and are tried for ever",
+    "RESTART": "of our processes; on-failure:10 gives up after ten deaths, counted over a container's whole life",
     "ORCHESTRATOR_PORT": "published on 127.0.0.1, as are all these ports",
     "STUDENT_PORT": "the registry of students",
     "EVALUATOR_PORT": "the evaluator",
