@@ -54,6 +54,7 @@ MIN_PING_SECONDS = KEEPALIVE_SECONDS // 2
 # A call that finds all threads taken waits behind at most so many others a thread.
 WAITING_PER_THREAD = 3
 DOOR_THREADS = 2
+LATE_SIGNAL_SECONDS = 1.0
 # Whoever tries tokens must not fill the disk with logs.
 SECONDS_BETWEEN_REFUSALS_LOGGED = 1.0
 
@@ -390,7 +391,9 @@ def serve(
     stopping = stop_signal(settings.parent_pid)
     server = Server(services, add_servicers, settings, telemetry)
     log.info("serving %s on %s:%d", ", ".join(services), settings.host, server.port)
-    stopping.wait()
+    # A signal that arrives just before the wait begins is handled when it ends: so it must end now and then.
+    while not stopping.wait(LATE_SIGNAL_SECONDS):
+        pass
     for number in (signal.SIGTERM, signal.SIGINT):
         # Once is enough. With a handler, a second one would kill the interpreter on its way out, and look like a death.
         signal.signal(number, signal.SIG_IGN)
@@ -405,7 +408,8 @@ def stop_signal(parent_pid: int = 0) -> threading.Event:
     stopping = threading.Event()
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
-        stopping.set()
+        # From another thread: the one that is interrupted here may hold the event's own lock, to wait for it.
+        threading.Thread(target=stopping.set, name="stop-signal", daemon=True).start()
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
