@@ -104,6 +104,8 @@ class PlayedServer:
         for name, value in reply.headers.items():
             handler.send_header(name, value)
         handler.send_header("Content-Length", str(len(content) + (100 if reply.cut else 0)))
+        # Said, not only done: a client that does not know may send its next request into the closing connection.
+        handler.send_header("Connection", "close")
         handler.end_headers()
         handler.wfile.write(content)
         handler.close_connection = True

@@ -361,7 +361,7 @@ def test_inference_servers_are_asked_who_they_are_and_what_they_serve(
         found = findings(capsys)
         assert found["teacher server"]["state"] == "ok"
         assert f"answers (vLLM {teacher.version}), serves {BASE}" in found["teacher server"]["found"]
-        assert found["answer server"]["state"] == "note"
+        assert found["answer server"]["state"] == "note", found["answer server"]
         assert "does not serve the active student (...@c0ffeec0ffee)" in found["answer server"]["found"]
         answers.adapters["x@c0ffeec0ffee"] = "/x"
         assert findings(capsys)["answer server"]["state"] == "ok"
