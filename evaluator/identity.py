@@ -35,7 +35,7 @@ from preceptor.v1 import types_pb2 as types
 # identity only where they differ from that, so that what was known stays known.
 _LATER = {
     **{"gradient_accumulation": 1, "max_steps": 0, "pad_to": 0},
-    **{"logprobs_only": False, "certainty": False, "samples": 0, "temperature": 0.0},
+    **{"logprobs_only": False, "certainty": False, "samples": 0, "temperature": 0.0, "full": False, "keep": False},
 }
 # Changes with what an evaluation says of its trials: what is compared must have been reported alike.
 _EXAM_VERSION = 2

@@ -24,13 +24,10 @@ from preceptor.limits import (
     MAX_TARGET_MODULES,
     MAX_WEIGHT,
 )
-from preceptor.tasks import Schedule
+from preceptor.tasks import TARGETS, Schedule
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
-
-# All linear layers of a Llama-, Qwen- or Mistral-shaped block; sorted, as the names a protocol gives are.
-ALL_LINEAR = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 
 
 def resolve_training(given: trial.TrainingSettings, directive: types.Directive, place: str) -> trial.TrainingSettings:
@@ -42,7 +39,7 @@ def resolve_training(given: trial.TrainingSettings, directive: types.Directive, 
     settings = trial.TrainingSettings(
         rank=given.rank or 8,
         alpha=given.alpha or 16.0,
-        target_modules=sorted(set(given.target_modules) or ALL_LINEAR),
+        target_modules=sorted(set(given.target_modules) or TARGETS["all"]),
         learning_rate=given.learning_rate or 3e-3,
         epochs=given.epochs or 8,
         batch_size=given.batch_size or 8,
@@ -58,8 +55,18 @@ def resolve_training(given: trial.TrainingSettings, directive: types.Directive, 
         gradient_accumulation=given.gradient_accumulation or 1,
         max_steps=given.max_steps,
         pad_to=given.pad_to,
+        full=given.full,
+        keep=given.keep,
     )
     _check_training(settings, "protocol.training")
+    if directive.fine_tuning:
+        known = directive.fine_tuning in types.FineTuning.values()
+        _check(known, f"{place}.directive.fine_tuning", "is not a known way", directive.fine_tuning)
+        settings.full = directive.fine_tuning == types.FINE_TUNING_FULL
+    if directive.targets:
+        demand = f"must be one of {', '.join(TARGETS)}"
+        _check(directive.targets in TARGETS, f"{place}.directive.targets", demand, directive.targets)
+        settings.target_modules[:] = sorted(TARGETS[directive.targets])
     if directive.HasField("rank"):
         _check(1 <= directive.rank <= MAX_RANK, f"{place}.directive.rank", f"must be 1..{MAX_RANK}", directive.rank)
         settings.alpha *= directive.rank / settings.rank

@@ -20,6 +20,7 @@ from preceptor.limits import (
     MAX_ALPHA,
     MAX_BATCH_SIZE,
     MAX_CONFIG_CHARACTERS,
+    MAX_DOCUMENTS,
     MAX_EPOCHS,
     MAX_NAME_CHARACTERS,
     MAX_NEW_TOKENS,
@@ -40,7 +41,7 @@ from preceptor.limits import (
 )
 from preceptor.names import canonical_json, sha256
 from preceptor.recipes import RECIPES
-from preceptor.tasks import Schedule
+from preceptor.tasks import TARGETS, Schedule
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Seeds = Annotated[int, Field(ge=1, le=MAX_SEEDS)]
@@ -80,8 +81,9 @@ class Section(BaseModel):
 class TaskConfig(Section):
     """Where the tasks come from: a world that ships, or files of your own."""
 
-    world: Literal["almanac"] | None = None
+    world: Literal["almanac", "mosaic"] | None = None
     path: PathText | None = Field(None, description="a .json, .jsonl or folder; see `preceptor tasks check`")
+    solutions_path: PathText | None = Field(None, description="outputs of the queries in `path`, as Kaggle gives ARC's")
     heldout_path: PathText | None = Field(None, description="tasks of the final measurement; default: split off `path`")
     probes_path: PathText | None = Field(None, description="JSONL of {question, answer}: what the student knew before")
     replay_path: PathText | None = Field(None, description="text file, one document a line: what replay draws from")
@@ -118,9 +120,37 @@ class TaskConfig(Section):
         return self
 
 
+class LimitConfig(Section):
+    """What a directive may ask for; a self-edit that asks for more is malformed, and one whose training would cost
+    more than ``max_trained_characters`` is too costly."""
+
+    min_learning_rate: float = Field(1e-6, gt=0, le=1)
+    max_learning_rate: float = Field(1e-1, gt=0, le=1)
+    min_epochs: Epochs = 1
+    max_epochs: Epochs = 64
+    max_replay_share: ReplayShare = 0.9
+    max_rank: Rank = 128
+    max_documents: int = Field(512, ge=1, le=MAX_DOCUMENTS)
+    targets: tuple[Literal["qv", "attention", "mlp", "all"], ...] = Field(("qv", "attention", "mlp", "all"), min_length=1)
+    allow_full: bool = Field(False, description="a directive may ask for a full fine-tune (fine_tuning=full)")
+    max_trained_characters: int = Field(
+        0, ge=0, lt=2**63, description="of the documents, times epochs, replay included; 0: no limit"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LimitConfig:
+        for name in ("learning_rate", "epochs"):
+            low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if low > high:
+                raise ValueError(f"min_{name} = {low} is above max_{name} = {high}")
+        return self
+
+
 class TeacherConfig(Section):
     """How self-edits are asked for."""
 
+    policy: Name = Field("", description="the policy that the rounds begin with; empty: the untrained teacher")
+    limits: LimitConfig = LimitConfig()
     prompt_format: Name = "open"
     temperature: float = Field(1.0, ge=MIN_TEMPERATURE, le=5)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -135,12 +165,17 @@ class RoundsConfig(Section):
     tasks: int = Field(16, ge=1, le=MAX_TASKS, description="tasks per round, drawn from the training tasks in turn")
     self_edits: int = Field(8, ge=1, le=MAX_SELF_EDITS, description="self-edits per task")
     max_failed_share: Share = Field(0.5, description="a round in which more evaluations fail ends the run")
+    staleness: int = Field(
+        0, ge=0, le=8, description="a round is written by the policy of so many rounds before; 1: writing never waits"
+    )
 
 
 class UpdateConfig(Section):
     """How the teacher learns from rewards."""
 
-    algorithm: Literal["rest_em", "none"] = Field("rest_em", description="none: the teacher stays as it is")
+    algorithm: Literal["rest_em", "grpo", "rloo", "none"] = Field(
+        "rest_em", description="none: the teacher stays as it is"
+    )
     top_k: int = Field(2, ge=1, le=MAX_SELF_EDITS)
     min_reward: float = Field(0.0, ge=-MAX_REWARD, le=MAX_REWARD)
     min_advantage: Threshold = 0.0
@@ -151,6 +186,9 @@ class UpdateConfig(Section):
     learning_rate: float = Field(1e-3, gt=0, le=1)
     epochs: Epochs = 2
     batch_size: BatchSize = 8
+    clip: float = Field(0.2, gt=0, le=1, description="grpo, rloo: bounds of the ratio to the policy that wrote")
+    kl: float = Field(0.0, ge=0, le=100, description="grpo, rloo: weight of the divergence from the untrained teacher")
+    diversity: float = Field(0.0, ge=0, le=MAX_WEIGHT, description="earned for being unlike the others of the group")
 
 
 class TrainingConfig(Section):
@@ -161,10 +199,11 @@ class TrainingConfig(Section):
     """
 
     recipe: Literal["seal-compat"] | None = Field(None, description="a published way to fine-tune (preceptor.recipes)")
+    full: bool = Field(False, description="train all weights, one trial at a time, instead of adapters")
     rank: Rank = 8
     alpha: Alpha = 16.0
     target_modules: tuple[Annotated[Name, Field(pattern=r"^[A-Za-z0-9_.-]+$")], ...] = Field(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        TARGETS["all"],
         min_length=1,
         max_length=MAX_TARGET_MODULES,
     )
@@ -289,10 +328,25 @@ class FixedStrategy(Section):
     replay_share: ReplayShare = 0.0
 
 
+class FewShotConfig(Section):
+    """How few-shot tasks (ARC) become training documents and questions."""
+
+    max_documents: int = Field(64, ge=1, le=MAX_DOCUMENTS, description="training tasks made of the demonstrations")
+    votes: int = Field(1, ge=1, le=64, description="views of a query that vote on its answer")
+    separator: Literal["", " "] = Field("", description="what stands between the cells of a row")
+
+
 class HeldoutConfig(Section):
     """The final measurement."""
 
     seeds: Seeds = Field(1, description="fine-tunes per self-edit")
+    formats: tuple[Name, ...] = Field(
+        (), max_length=64, description="prompt formats, each an arm `format:NAME` of the untrained teacher"
+    )
+    in_context: bool = Field(False, description="an arm that has the text before each question: the ceiling")
+    external_teacher: bool = Field(
+        False, description="an arm written by the teacher at PRECEPTOR_EXTERNAL_TEACHER_ADDRESS"
+    )
     fixed_strategies: tuple[FixedStrategy, ...] = Field(
         (), max_length=64, description="candidates; the best on training passages becomes the arm fixed_strategy"
     )
@@ -320,6 +374,7 @@ class RunConfig(Section):
     answers: AnswerConfig = AnswerConfig()
     reward: RewardConfig = RewardConfig()
     labels: LabelConfig = LabelConfig()
+    few_shot: FewShotConfig = FewShotConfig()
     heldout: HeldoutConfig = HeldoutConfig()
 
     @model_validator(mode="after")

@@ -7,7 +7,20 @@ from collections.abc import Iterable
 from preceptor.errors import PreceptorError
 from preceptor.limits import MAX_ALIASES, MAX_QUESTION_CHARACTERS
 from preceptor.names import task_id
-from preceptor.tasks import Bank, Directive, FewShotTask, Grid, GridPair, LossMask, Passage, Question, SelfEdit, Task
+from preceptor.tasks import (
+    Augmentations,
+    Bank,
+    Directive,
+    FewShotTask,
+    FineTuning,
+    Grid,
+    GridPair,
+    LossMask,
+    Passage,
+    Question,
+    SelfEdit,
+    Task,
+)
 from preceptor.v1 import types_pb2 as types
 
 _BANKS = {
@@ -22,6 +35,8 @@ _MASKS = {
     LossMask.OUTPUTS_ONLY: types.LOSS_MASK_OUTPUTS_ONLY,
 }
 _MASK_OF = {value: key for key, value in _MASKS.items()}
+_FINE_TUNINGS = {FineTuning.LORA: types.FINE_TUNING_LORA, FineTuning.FULL: types.FINE_TUNING_FULL}
+_FINE_TUNING_OF = {value: key for key, value in _FINE_TUNINGS.items()}
 
 
 def bank_to_proto(bank: Bank) -> types.QuestionBank.ValueType:
@@ -87,6 +102,14 @@ def directive_to_proto(directive: Directive) -> types.Directive:
             setattr(message, name, value)
     if directive.loss_mask is not None:
         message.loss_mask = mask_to_proto(directive.loss_mask)
+    if directive.targets is not None:
+        message.targets = directive.targets
+    if directive.fine_tuning is not None:
+        message.fine_tuning = _FINE_TUNINGS[directive.fine_tuning]
+    if (wanted := directive.augmentations) is not None:
+        message.augmentations.basic, message.augmentations.size = wanted.basic, wanted.size
+        message.augmentations.chain, message.augmentations.repeat = wanted.chain, wanted.repeat
+        message.augmentations.colours = wanted.colours
     return message
 
 
@@ -98,7 +121,16 @@ def directive_from_proto(message: types.Directive) -> Directive:
         replay_share=message.replay_share if message.HasField("replay_share") else None,
         rank=message.rank if message.HasField("rank") else None,
         loss_mask=mask_from_proto(message.loss_mask),
+        targets=message.targets or None,
+        fine_tuning=_FINE_TUNING_OF.get(message.fine_tuning),
+        augmentations=augmentations_from_proto(message.augmentations) if message.HasField("augmentations") else None,
     )
+
+
+def augmentations_from_proto(message: types.Augmentations) -> Augmentations:
+    """Augmentations from a message; colours are permuted unless it says otherwise."""
+    colours = message.colours if message.HasField("colours") else True
+    return Augmentations(message.basic, message.size, message.chain, message.repeat, colours)
 
 
 def self_edit_to_proto(edit: SelfEdit) -> types.SelfEdit:
@@ -118,31 +150,33 @@ def task_to_proto(task: Task) -> types.Task:
         message.passage.title = task.title
         message.passage.text = task.text
         message.passage.questions.extend(question_to_proto(q) for q in task.questions)
-        for name, edit in task.reference_edits.items():
-            message.reference_edits[name].CopyFrom(self_edit_to_proto(edit))
     else:
         message.few_shot.name = task.name
         message.few_shot.demonstrations.extend(_pair_to_proto(pair) for pair in task.demonstrations)
         message.few_shot.queries.extend(_pair_to_proto(pair) for pair in task.queries)
+    for name, edit in task.reference_edits.items():
+        message.reference_edits[name].CopyFrom(self_edit_to_proto(edit))
     message.id = task_id(message)
     return message
 
 
 def task_from_proto(message: types.Task) -> Task:
     """A task from a message."""
+    edits = {name: self_edit_from_proto(edit) for name, edit in message.reference_edits.items()}
     if message.HasField("few_shot"):
         return FewShotTask(
             name=message.few_shot.name,
             demonstrations=tuple(_pair_from_proto(pair) for pair in message.few_shot.demonstrations),
             queries=tuple(_pair_from_proto(pair) for pair in message.few_shot.queries),
             labels=dict(message.labels),
+            reference_edits=edits,
         )
     return Passage(
         title=message.passage.title,
         text=message.passage.text,
         questions=tuple(question_from_proto(q) for q in message.passage.questions),
         labels=dict(message.labels),
-        reference_edits={name: self_edit_from_proto(edit) for name, edit in message.reference_edits.items()},
+        reference_edits=edits,
     )
 
 

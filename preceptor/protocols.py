@@ -42,6 +42,7 @@ def evaluation_protocol(
         weights=evaluator.RewardWeights(**weights),
         seeds=seeds,
         include_passage=config.training.include_passage,
+        few_shot=evaluator.FewShotSettings(**config.few_shot.model_dump()),
     )
 
 

@@ -34,6 +34,7 @@ SEAL_COMPAT: Mapping[str, Any] = MappingProxyType(
         "max_train_tokens": 0,
         "max_document_tokens": 0,
         "pad_to": 2048,
+        "full": False,
     }
 )
 

@@ -28,8 +28,22 @@ class LossMask(StrEnum):
     OUTPUTS_ONLY = "outputs_only"  # only what follows the marker; nothing where there is none
 
 
+class FineTuning(StrEnum):
+    """How a student's weights are changed."""
+
+    LORA = "lora"  # low-rank adapters over a frozen base, many trained together
+    FULL = "full"  # all weights, one trial at a time
+
+
 # How the learning rate goes on after the warm-up.
 Schedule = Literal["linear", "constant", "cosine"]
+# Which layers of a Llama-, Qwen- or Mistral-shaped block get an adapter, by the name that a directive has for them.
+TARGETS = {
+    "qv": ("q_proj", "v_proj"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +58,18 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
+class Augmentations:
+    """Which variants of its demonstrations a few-shot task is trained on, beside leave-one-out and leave-two-out tasks
+    in permuted order; of inputs and outputs alike. Whoever asks for one says that the rule does not change under it."""
+
+    basic: bool = False  # rotations, flips, reflections, transposition, translation
+    size: bool = False  # cells doubled and tripled in size
+    chain: bool = False  # two of the others, one after the other
+    repeat: bool = False  # grids repeated along an axis
+    colours: bool = True  # permuted colours
+
+
+@dataclass(frozen=True, slots=True)
 class Directive:
     """Training settings chosen by the teacher. ``None`` leaves a setting to the run's default."""
 
@@ -52,6 +78,9 @@ class Directive:
     replay_share: float | None = None  # share of trained documents drawn from the replay corpus, 0..0.9
     rank: int | None = None  # LoRA rank
     loss_mask: LossMask | None = None
+    targets: str | None = None  # a key of TARGETS
+    fine_tuning: FineTuning | None = None
+    augmentations: Augmentations | None = None  # of few-shot tasks alone
 
     def over(self, default: Directive) -> Directive:
         """This directive, with ``default`` where it says nothing."""
@@ -108,6 +137,7 @@ class FewShotTask:
     demonstrations: tuple[GridPair, ...]
     queries: tuple[GridPair, ...]
     labels: Mapping[str, str] = field(default_factory=dict)
+    reference_edits: Mapping[str, SelfEdit] = field(default_factory=dict)  # as a passage's
 
 
 Task = Passage | FewShotTask

@@ -98,6 +98,8 @@ def settings_of(message: wire.TrainingSettings) -> TrainingSettings:
         max_train_tokens=message.max_train_tokens,
         max_document_tokens=message.max_document_tokens,
         pad_to=message.pad_to,
+        full=message.full,
+        keep=message.keep,
     )
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from preceptor.tasks import Directive, LossMask, Schedule
+from preceptor.tasks import TARGETS, Directive, LossMask, Schedule
 
 # Every linear layer of a Llama-, Qwen- or Mistral-shaped block. Named in full, because PEFT's own default for these
 # models is q_proj and v_proj only, and a silent default is a silent change of the experiment.
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = TARGETS["all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class TrainingSettings:
     loss_marker: str = "Answer:"  # unless ALL: the loss begins behind its last occurrence in the document
     max_train_tokens: int = 0  # no step begins once this many tokens are trained; 0 = no limit
     max_document_tokens: int = 0  # 0 = the student's context
+    full: bool = False  # all weights are trained, and no adapter; such a trial is trained alone
+    keep: bool = False  # what was learnt is kept
     pad_to: int = 0  # cut or pad every document to so many tokens, at most the context, pads in the loss; 0 = neither
 
     def under(self, directive: Directive) -> TrainingSettings:

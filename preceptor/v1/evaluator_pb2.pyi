@@ -150,12 +150,16 @@ class EvaluationProtocol(google.protobuf.message.Message):
     WEIGHTS_FIELD_NUMBER: builtins.int
     SEEDS_FIELD_NUMBER: builtins.int
     INCLUDE_PASSAGE_FIELD_NUMBER: builtins.int
+    IN_CONTEXT_FIELD_NUMBER: builtins.int
+    FEW_SHOT_FIELD_NUMBER: builtins.int
     bank: preceptor.v1.types_pb2.QuestionBank.ValueType
     """Which questions of the task are asked. Default QUESTION_BANK_REWARD."""
     grader: builtins.str
     """"exact", "lexical", "grid", "judge" or "cascade" (lexical, and a judge for what it is unsure of). Default "exact"."""
     include_passage: builtins.bool
     """Train on the task's own text beside the documents. Default false."""
+    in_context: builtins.bool
+    """The task's own text stands before each of its questions: what the student can do with the text at hand."""
     @property
     def training(self) -> preceptor.v1.trial_pb2.TrainingSettings:
         """Defaults; a self-edit's directive overrides single fields."""
@@ -176,6 +180,10 @@ class EvaluationProtocol(google.protobuf.message.Message):
     def seeds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """One trial each."""
 
+    @property
+    def few_shot(self) -> Global___FewShotSettings:
+        """Of few-shot tasks alone."""
+
     def __init__(
         self,
         *,
@@ -188,11 +196,39 @@ class EvaluationProtocol(google.protobuf.message.Message):
         weights: Global___RewardWeights | None = ...,
         seeds: collections.abc.Iterable[builtins.int] | None = ...,
         include_passage: builtins.bool = ...,
+        in_context: builtins.bool = ...,
+        few_shot: Global___FewShotSettings | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["answers", b"answers", "training", b"training", "weights", b"weights"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answers", b"answers", "bank", b"bank", "grader", b"grader", "include_passage", b"include_passage", "probes", b"probes", "replay_documents", b"replay_documents", "seeds", b"seeds", "training", b"training", "weights", b"weights"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["answers", b"answers", "few_shot", b"few_shot", "training", b"training", "weights", b"weights"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answers", b"answers", "bank", b"bank", "few_shot", b"few_shot", "grader", b"grader", "in_context", b"in_context", "include_passage", b"include_passage", "probes", b"probes", "replay_documents", b"replay_documents", "seeds", b"seeds", "training", b"training", "weights", b"weights"]) -> None: ...
 
 Global___EvaluationProtocol: typing_extensions.TypeAlias = EvaluationProtocol
+
+@typing.final
+class FewShotSettings(google.protobuf.message.Message):
+    """How a few-shot task becomes training documents and questions."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAX_DOCUMENTS_FIELD_NUMBER: builtins.int
+    VOTES_FIELD_NUMBER: builtins.int
+    SEPARATOR_FIELD_NUMBER: builtins.int
+    max_documents: builtins.int
+    """Training tasks that are made of the demonstrations, at most. Default 64."""
+    votes: builtins.int
+    """Views of a query (augmented, answered, turned back) that vote on its answer. Default 1: the query as it is."""
+    separator: builtins.str
+    """What stands between the cells of a row: empty or one blank. Rows end in "/"."""
+    def __init__(
+        self,
+        *,
+        max_documents: builtins.int = ...,
+        votes: builtins.int = ...,
+        separator: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_documents", b"max_documents", "separator", b"separator", "votes", b"votes"]) -> None: ...
+
+Global___FewShotSettings: typing_extensions.TypeAlias = FewShotSettings
 
 @typing.final
 class TrialReport(google.protobuf.message.Message):
@@ -213,6 +249,7 @@ class TrialReport(google.protobuf.message.Message):
     CERTAINTIES_FIELD_NUMBER: builtins.int
     AGREEMENTS_FIELD_NUMBER: builtins.int
     SECONDS_FIELD_NUMBER: builtins.int
+    ADAPTER_FIELD_NUMBER: builtins.int
     seed: builtins.int
     accuracy: builtins.float
     retention: builtins.float
@@ -246,6 +283,10 @@ class TrialReport(google.protobuf.message.Message):
 
     @property
     def agreements(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
+    @property
+    def adapter(self) -> preceptor.v1.types_pb2.Artifact:
+        """What was learnt, where TrainingSettings.keep asked for it."""
+
     def __init__(
         self,
         *,
@@ -264,8 +305,10 @@ class TrialReport(google.protobuf.message.Message):
         certainties: collections.abc.Iterable[builtins.float] | None = ...,
         agreements: collections.abc.Iterable[builtins.float] | None = ...,
         seconds: builtins.float = ...,
+        adapter: preceptor.v1.types_pb2.Artifact | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["accuracy", b"accuracy", "agreements", b"agreements", "certainties", b"certainties", "correct", b"correct", "final_loss", b"final_loss", "first_loss", b"first_loss", "gold_logprobs", b"gold_logprobs", "probes_correct", b"probes_correct", "retention", b"retention", "seconds", b"seconds", "seed", b"seed", "steps", b"steps", "trained_tokens", b"trained_tokens", "value", b"value", "values", b"values"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["adapter", b"adapter"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["accuracy", b"accuracy", "adapter", b"adapter", "agreements", b"agreements", "certainties", b"certainties", "correct", b"correct", "final_loss", b"final_loss", "first_loss", b"first_loss", "gold_logprobs", b"gold_logprobs", "probes_correct", b"probes_correct", "retention", b"retention", "seconds", b"seconds", "seed", b"seed", "steps", b"steps", "trained_tokens", b"trained_tokens", "value", b"value", "values", b"values"]) -> None: ...
 
 Global___TrialReport: typing_extensions.TypeAlias = TrialReport
 

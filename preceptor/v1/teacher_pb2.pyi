@@ -49,12 +49,16 @@ class _SelfEditStatusEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper.
     SELF_EDIT_STATUS_UNSPECIFIED: _SelfEditStatus.ValueType  # 0
     SELF_EDIT_STATUS_VALID: _SelfEditStatus.ValueType  # 1
     SELF_EDIT_STATUS_MALFORMED: _SelfEditStatus.ValueType  # 2
+    SELF_EDIT_STATUS_TOO_COSTLY: _SelfEditStatus.ValueType  # 3
+    """It reads well, and its training would cost more than the limits allow. It is not drawn again."""
 
 class SelfEditStatus(_SelfEditStatus, metaclass=_SelfEditStatusEnumTypeWrapper): ...
 
 SELF_EDIT_STATUS_UNSPECIFIED: SelfEditStatus.ValueType  # 0
 SELF_EDIT_STATUS_VALID: SelfEditStatus.ValueType  # 1
 SELF_EDIT_STATUS_MALFORMED: SelfEditStatus.ValueType  # 2
+SELF_EDIT_STATUS_TOO_COSTLY: SelfEditStatus.ValueType  # 3
+"""It reads well, and its training would cost more than the limits allow. It is not drawn again."""
 Global___SelfEditStatus: typing_extensions.TypeAlias = SelfEditStatus
 
 @typing.final
@@ -82,6 +86,8 @@ class Policy(google.protobuf.message.Message):
     GROUPS_FIELD_NUMBER: builtins.int
     GROUPS_DROPPED_FIELD_NUMBER: builtins.int
     FIXED_FIELD_NUMBER: builtins.int
+    DIVERSITY_FIELD_NUMBER: builtins.int
+    KL_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Content hash of base, parent, examples and settings; "base-..." is the untouched teacher."""
     parent_id: builtins.str
@@ -104,6 +110,14 @@ class Policy(google.protobuf.message.Message):
     groups_dropped: builtins.int
     fixed: builtins.bool
     """The teacher does not learn: UpdatePolicy answers with TEACHER_IS_FIXED."""
+    diversity: builtins.float
+    """How different the offered self-edits of a group are: share of word pairs that two of them do not share, mean over
+    pairs and groups; absent where no group had two.
+    """
+    kl: builtins.float
+    """Mean KL divergence of the new policy from the untouched teacher on the examples, in nats a token; absent where the
+    algorithm does not measure it.
+    """
     @property
     def adapter(self) -> preceptor.v1.types_pb2.Artifact:
         """The adapter in PEFT's format; absent for the base."""
@@ -136,9 +150,15 @@ class Policy(google.protobuf.message.Message):
         groups: builtins.int = ...,
         groups_dropped: builtins.int = ...,
         fixed: builtins.bool = ...,
+        diversity: builtins.float | None = ...,
+        kl: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["adapter", b"adapter", "create_time", b"create_time", "failure", b"failure"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["active", b"active", "adapter", b"adapter", "base_commit", b"base_commit", "base_source", b"base_source", "create_time", b"create_time", "failure", b"failure", "final_loss", b"final_loss", "first_loss", b"first_loss", "fixed", b"fixed", "groups", b"groups", "groups_dropped", b"groups_dropped", "id", b"id", "kept", b"kept", "offered", b"offered", "parent_id", b"parent_id", "seconds", b"seconds", "state", b"state", "steps", b"steps", "steps_planned", b"steps_planned"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_diversity", b"_diversity", "_kl", b"_kl", "adapter", b"adapter", "create_time", b"create_time", "diversity", b"diversity", "failure", b"failure", "kl", b"kl"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_diversity", b"_diversity", "_kl", b"_kl", "active", b"active", "adapter", b"adapter", "base_commit", b"base_commit", "base_source", b"base_source", "create_time", b"create_time", "diversity", b"diversity", "failure", b"failure", "final_loss", b"final_loss", "first_loss", b"first_loss", "fixed", b"fixed", "groups", b"groups", "groups_dropped", b"groups_dropped", "id", b"id", "kept", b"kept", "kl", b"kl", "offered", b"offered", "parent_id", b"parent_id", "seconds", b"seconds", "state", b"state", "steps", b"steps", "steps_planned", b"steps_planned"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_diversity", b"_diversity"]) -> typing.Literal["diversity"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_kl", b"_kl"]) -> typing.Literal["kl"] | None: ...
 
 Global___Policy: typing_extensions.TypeAlias = Policy
 
@@ -177,11 +197,27 @@ class DirectiveLimits(google.protobuf.message.Message):
     MAX_REPLAY_SHARE_FIELD_NUMBER: builtins.int
     MAX_RANK_FIELD_NUMBER: builtins.int
     MAX_DOCUMENTS_FIELD_NUMBER: builtins.int
+    TARGETS_FIELD_NUMBER: builtins.int
+    ALLOW_FULL_FIELD_NUMBER: builtins.int
+    MAX_TRAINED_CHARACTERS_FIELD_NUMBER: builtins.int
+    MIN_LEARNING_RATE_FIELD_NUMBER: builtins.int
+    MIN_EPOCHS_FIELD_NUMBER: builtins.int
     max_learning_rate: builtins.float
     max_epochs: builtins.int
     max_replay_share: builtins.float
     max_rank: builtins.int
     max_documents: builtins.int
+    allow_full: builtins.bool
+    """May ask for a full fine-tune."""
+    max_trained_characters: builtins.int
+    """Cost guard: characters of the documents x epochs, replay included. A self-edit beyond it is TOO_COSTLY. 0: none."""
+    min_learning_rate: builtins.float
+    """Inclusive lower bounds; 0 means the built-in one."""
+    min_epochs: builtins.int
+    @property
+    def targets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What the teacher may choose: "qv", "attention", "mlp", "all"; none: all of them."""
+
     def __init__(
         self,
         *,
@@ -190,8 +226,13 @@ class DirectiveLimits(google.protobuf.message.Message):
         max_replay_share: builtins.float = ...,
         max_rank: builtins.int = ...,
         max_documents: builtins.int = ...,
+        targets: collections.abc.Iterable[builtins.str] | None = ...,
+        allow_full: builtins.bool = ...,
+        max_trained_characters: builtins.int = ...,
+        min_learning_rate: builtins.float = ...,
+        min_epochs: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_documents", b"max_documents", "max_epochs", b"max_epochs", "max_learning_rate", b"max_learning_rate", "max_rank", b"max_rank", "max_replay_share", b"max_replay_share"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allow_full", b"allow_full", "max_documents", b"max_documents", "max_epochs", b"max_epochs", "max_learning_rate", b"max_learning_rate", "max_rank", b"max_rank", "max_replay_share", b"max_replay_share", "max_trained_characters", b"max_trained_characters", "min_epochs", b"min_epochs", "min_learning_rate", b"min_learning_rate", "targets", b"targets"]) -> None: ...
 
 Global___DirectiveLimits: typing_extensions.TypeAlias = DirectiveLimits
 
@@ -327,6 +368,8 @@ class RewardedSelfEdit(google.protobuf.message.Message):
     ADVANTAGE_FIELD_NUMBER: builtins.int
     ADVANTAGE_STDERR_FIELD_NUMBER: builtins.int
     ONLY_COMPARED_FIELD_NUMBER: builtins.int
+    POLICY_ID_FIELD_NUMBER: builtins.int
+    STUDENT_COMMIT_FIELD_NUMBER: builtins.int
     group_id: builtins.str
     """Candidates of one task in one round share the group."""
     completion: builtins.str
@@ -341,6 +384,10 @@ class RewardedSelfEdit(google.protobuf.message.Message):
     advantage_stderr: builtins.float
     only_compared: builtins.bool
     """It says what its group is like and is not to be kept itself: others were measured better."""
+    policy_id: builtins.str
+    """The policy that wrote it; empty: the parent of the update. An older one than the parent is off-policy."""
+    student_commit: builtins.str
+    """Commit of the student that the reward is about."""
     @property
     def task(self) -> preceptor.v1.types_pb2.Task:
         """The task, without questions."""
@@ -357,9 +404,11 @@ class RewardedSelfEdit(google.protobuf.message.Message):
         advantage: builtins.float | None = ...,
         advantage_stderr: builtins.float | None = ...,
         only_compared: builtins.bool = ...,
+        policy_id: builtins.str = ...,
+        student_commit: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_advantage", b"_advantage", "_advantage_stderr", b"_advantage_stderr", "advantage", b"advantage", "advantage_stderr", b"advantage_stderr", "task", b"task"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_advantage", b"_advantage", "_advantage_stderr", b"_advantage_stderr", "advantage", b"advantage", "advantage_stderr", b"advantage_stderr", "completion", b"completion", "group_id", b"group_id", "only_compared", b"only_compared", "prompt_format", b"prompt_format", "reward", b"reward", "reward_stderr", b"reward_stderr", "task", b"task"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_advantage", b"_advantage", "_advantage_stderr", b"_advantage_stderr", "advantage", b"advantage", "advantage_stderr", b"advantage_stderr", "completion", b"completion", "group_id", b"group_id", "only_compared", b"only_compared", "policy_id", b"policy_id", "prompt_format", b"prompt_format", "reward", b"reward", "reward_stderr", b"reward_stderr", "student_commit", b"student_commit", "task", b"task"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_advantage", b"_advantage"]) -> typing.Literal["advantage"] | None: ...
     @typing.overload
@@ -382,8 +431,11 @@ class UpdateSettings(google.protobuf.message.Message):
     BATCH_SIZE_FIELD_NUMBER: builtins.int
     MIN_REWARD_Z_FIELD_NUMBER: builtins.int
     MIN_ADVANTAGE_Z_FIELD_NUMBER: builtins.int
+    CLIP_FIELD_NUMBER: builtins.int
+    KL_FIELD_NUMBER: builtins.int
+    DIVERSITY_FIELD_NUMBER: builtins.int
     algorithm: builtins.str
-    """"rest_em". Default "rest_em"."""
+    """"rest_em", "grpo" or "rloo". Default "rest_em"."""
     top_k: builtins.int
     """Kept per group, at most. Default 2."""
     min_reward: builtins.float
@@ -403,6 +455,12 @@ class UpdateSettings(google.protobuf.message.Message):
     """Keep only rewards that are so many of their own standard errors above min_reward. Default 0."""
     min_advantage_z: builtins.float
     """Keep only advantages that are so many of their own standard errors above 0. Default 0."""
+    clip: builtins.float
+    """grpo, rloo: the probability ratio to the policy that wrote an example is clipped at 1 -/+ it. Default 0.2."""
+    kl: builtins.float
+    """grpo, rloo: weight of the KL divergence from the untouched teacher, per token. Default 0."""
+    diversity: builtins.float
+    """Weight of what makes a self-edit unlike the others of its group, added to its reward. Default 0."""
     def __init__(
         self,
         *,
@@ -417,8 +475,11 @@ class UpdateSettings(google.protobuf.message.Message):
         batch_size: builtins.int = ...,
         min_reward_z: builtins.float = ...,
         min_advantage_z: builtins.float = ...,
+        clip: builtins.float = ...,
+        kl: builtins.float = ...,
+        diversity: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["algorithm", b"algorithm", "alpha", b"alpha", "batch_size", b"batch_size", "epochs", b"epochs", "learning_rate", b"learning_rate", "min_advantage", b"min_advantage", "min_advantage_z", b"min_advantage_z", "min_reward", b"min_reward", "min_reward_z", b"min_reward_z", "rank", b"rank", "top_k", b"top_k"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["algorithm", b"algorithm", "alpha", b"alpha", "batch_size", b"batch_size", "clip", b"clip", "diversity", b"diversity", "epochs", b"epochs", "kl", b"kl", "learning_rate", b"learning_rate", "min_advantage", b"min_advantage", "min_advantage_z", b"min_advantage_z", "min_reward", b"min_reward", "min_reward_z", b"min_reward_z", "rank", b"rank", "top_k", b"top_k"]) -> None: ...
 
 Global___UpdateSettings: typing_extensions.TypeAlias = UpdateSettings
 
@@ -671,17 +732,25 @@ class PromptFormat(google.protobuf.message.Message):
     NAME_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     INSTRUCTION_FIELD_NUMBER: builtins.int
+    SPLITTING_FIELD_NUMBER: builtins.int
+    FILE_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.int
     instruction: builtins.str
+    splitting: builtins.str
+    """How a completion is split into documents: "lines", "qa", "numbered", "rules" (---), "whole" or "auto"."""
+    file: builtins.str
+    """Where a template of the user's own lies; empty for those that ship."""
     def __init__(
         self,
         *,
         name: builtins.str = ...,
         version: builtins.int = ...,
         instruction: builtins.str = ...,
+        splitting: builtins.str = ...,
+        file: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["instruction", b"instruction", "name", b"name", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["file", b"file", "instruction", b"instruction", "name", b"name", "splitting", b"splitting", "version", b"version"]) -> None: ...
 
 Global___PromptFormat: typing_extensions.TypeAlias = PromptFormat
 

@@ -44,6 +44,8 @@ class TrainingSettings(google.protobuf.message.Message):
     MAX_DOCUMENT_TOKENS_FIELD_NUMBER: builtins.int
     GRADIENT_ACCUMULATION_FIELD_NUMBER: builtins.int
     MAX_STEPS_FIELD_NUMBER: builtins.int
+    FULL_FIELD_NUMBER: builtins.int
+    KEEP_FIELD_NUMBER: builtins.int
     PAD_TO_FIELD_NUMBER: builtins.int
     rank: builtins.int
     """LoRA rank. Default 8."""
@@ -77,6 +79,10 @@ class TrainingSettings(google.protobuf.message.Message):
     """One optimiser step takes batch_size times so many documents. Default 1."""
     max_steps: builtins.int
     """Training ends after so many optimiser steps, whatever the epochs; 0 means no limit."""
+    full: builtins.bool
+    """All weights are trained, and rank, alpha and target_modules mean nothing. Such a trial is trained alone."""
+    keep: builtins.bool
+    """What was learnt is kept: TrialResult.adapter."""
     pad_to: builtins.int
     """Every document is cut or padded to so many tokens (at most the student's context); the pads carry loss. 0 means
     neither: pads cost time and teach nothing but silence. For SEAL's published recipe.
@@ -105,10 +111,12 @@ class TrainingSettings(google.protobuf.message.Message):
         max_document_tokens: builtins.int = ...,
         gradient_accumulation: builtins.int = ...,
         max_steps: builtins.int = ...,
+        full: builtins.bool = ...,
+        keep: builtins.bool = ...,
         pad_to: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_warmup_share", b"_warmup_share", "warmup_share", b"warmup_share"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_warmup_share", b"_warmup_share", "alpha", b"alpha", "batch_size", b"batch_size", "epochs", b"epochs", "gradient_accumulation", b"gradient_accumulation", "learning_rate", b"learning_rate", "loss_marker", b"loss_marker", "loss_mask", b"loss_mask", "max_document_tokens", b"max_document_tokens", "max_grad_norm", b"max_grad_norm", "max_steps", b"max_steps", "max_train_tokens", b"max_train_tokens", "pad_to", b"pad_to", "rank", b"rank", "replay_share", b"replay_share", "schedule", b"schedule", "target_modules", b"target_modules", "warmup_share", b"warmup_share", "weight_decay", b"weight_decay"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_warmup_share", b"_warmup_share", "alpha", b"alpha", "batch_size", b"batch_size", "epochs", b"epochs", "full", b"full", "gradient_accumulation", b"gradient_accumulation", "keep", b"keep", "learning_rate", b"learning_rate", "loss_marker", b"loss_marker", "loss_mask", b"loss_mask", "max_document_tokens", b"max_document_tokens", "max_grad_norm", b"max_grad_norm", "max_steps", b"max_steps", "max_train_tokens", b"max_train_tokens", "pad_to", b"pad_to", "rank", b"rank", "replay_share", b"replay_share", "schedule", b"schedule", "target_modules", b"target_modules", "warmup_share", b"warmup_share", "weight_decay", b"weight_decay"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_warmup_share", b"_warmup_share"]) -> typing.Literal["warmup_share"] | None: ...
 
 Global___TrainingSettings: typing_extensions.TypeAlias = TrainingSettings
@@ -302,6 +310,7 @@ class TrialResult(google.protobuf.message.Message):
     STEPS_FIELD_NUMBER: builtins.int
     TRAINED_TOKENS_FIELD_NUMBER: builtins.int
     SECONDS_FIELD_NUMBER: builtins.int
+    ADAPTER_FIELD_NUMBER: builtins.int
     trial_id: builtins.str
     first_loss: builtins.float
     final_loss: builtins.float
@@ -317,6 +326,10 @@ class TrialResult(google.protobuf.message.Message):
     def failure(self) -> preceptor.v1.types_pb2.Failure:
         """Set where the trial has no answers."""
 
+    @property
+    def adapter(self) -> preceptor.v1.types_pb2.Artifact:
+        """Where TrainingSettings.keep asked for it: an adapter in PEFT's format, or all weights after a full fine-tune."""
+
     def __init__(
         self,
         *,
@@ -329,9 +342,10 @@ class TrialResult(google.protobuf.message.Message):
         steps: builtins.int = ...,
         trained_tokens: builtins.int = ...,
         seconds: builtins.float = ...,
+        adapter: preceptor.v1.types_pb2.Artifact | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["failure", b"failure"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answers", b"answers", "failure", b"failure", "final_loss", b"final_loss", "first_loss", b"first_loss", "probe_answers", b"probe_answers", "seconds", b"seconds", "steps", b"steps", "trained_tokens", b"trained_tokens", "trial_id", b"trial_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["adapter", b"adapter", "failure", b"failure"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "answers", b"answers", "failure", b"failure", "final_loss", b"final_loss", "first_loss", b"first_loss", "probe_answers", b"probe_answers", "seconds", b"seconds", "steps", b"steps", "trained_tokens", b"trained_tokens", "trial_id", b"trial_id"]) -> None: ...
 
 Global___TrialResult: typing_extensions.TypeAlias = TrialResult
 

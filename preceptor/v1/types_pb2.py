@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18preceptor/v1/types.proto\x12\x0cpreceptor.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"t\n\x08Question\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x02 \x01(\t\x12(\n\x04\x62\x61nk\x18\x03 \x01(\x0e\x32\x1a.preceptor.v1.QuestionBank\x12\x0f\n\x07\x61liases\x18\x04 \x03(\t\x12\x0f\n\x07written\x18\x05 \x01(\x08\"Q\n\x07Passage\x12\r\n\x05title\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12)\n\tquestions\x18\x03 \x03(\x0b\x32\x16.preceptor.v1.Question\"\x18\n\x07GridRow\x12\r\n\x05\x63\x65lls\x18\x01 \x03(\r\"+\n\x04Grid\x12#\n\x04rows\x18\x01 \x03(\x0b\x32\x15.preceptor.v1.GridRow\"Q\n\x08GridPair\x12!\n\x05input\x18\x01 \x01(\x0b\x32\x12.preceptor.v1.Grid\x12\"\n\x06output\x18\x02 \x01(\x0b\x32\x12.preceptor.v1.Grid\"t\n\x0b\x46\x65wShotTask\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x0e\x64\x65monstrations\x18\x02 \x03(\x0b\x32\x16.preceptor.v1.GridPair\x12\'\n\x07queries\x18\x03 \x03(\x0b\x32\x16.preceptor.v1.GridPair\"\xe2\x02\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\t\x12(\n\x07passage\x18\x02 \x01(\x0b\x32\x15.preceptor.v1.PassageH\x00\x12-\n\x08\x66\x65w_shot\x18\x03 \x01(\x0b\x32\x19.preceptor.v1.FewShotTaskH\x00\x12.\n\x06labels\x18\x04 \x03(\x0b\x32\x1e.preceptor.v1.Task.LabelsEntry\x12?\n\x0freference_edits\x18\x05 \x03(\x0b\x32&.preceptor.v1.Task.ReferenceEditsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1aM\n\x13ReferenceEditsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.preceptor.v1.SelfEdit:\x02\x38\x01\x42\x06\n\x04kind\"\xcc\x01\n\tDirective\x12\x1a\n\rlearning_rate\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06\x65pochs\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x19\n\x0creplay_share\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04rank\x18\x04 \x01(\rH\x03\x88\x01\x01\x12)\n\tloss_mask\x18\x05 \x01(\x0e\x32\x16.preceptor.v1.LossMaskB\x10\n\x0e_learning_rateB\t\n\x07_epochsB\x0f\n\r_replay_shareB\x07\n\x05_rank\"I\n\x08SelfEdit\x12\x11\n\tdocuments\x18\x01 \x03(\t\x12*\n\tdirective\x18\x02 \x01(\x0b\x32\x17.preceptor.v1.Directive\"\'\n\x08\x41rtifact\x12\x0b\n\x03uri\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"h\n\x07Garbage\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x13\n\x0b\x61ge_seconds\x18\x05 \x01(\x01\x12\x0e\n\x06reason\x18\x06 \x01(\t\"g\n\rPinnedStudent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x03 \x01(\t\x12(\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x16.preceptor.v1.Artifact\"\xf0\x02\n\x06Reward\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x0e\n\x06stderr\x18\x02 \x01(\x01\x12.\n\x05terms\x18\x03 \x03(\x0b\x32\x1f.preceptor.v1.Reward.TermsEntry\x12\x10\n\x08\x61\x63\x63uracy\x18\x04 \x01(\x01\x12\x19\n\x11\x62\x61seline_accuracy\x18\x05 \x01(\x01\x12\x16\n\tretention\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x12\x62\x61seline_retention\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\tquestions\x18\x08 \x01(\r\x12\r\n\x05seeds\x18\t \x01(\r\x12\x18\n\x0bseed_stderr\x18\n \x01(\x01H\x02\x88\x01\x01\x12\x12\n\nlabel_free\x18\x0b \x01(\x08\x1a,\n\nTermsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0c\n\n_retentionB\x15\n\x13_baseline_retentionB\x0e\n\x0c_seed_stderr\"<\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x03 \x01(\r\"Q\n\nProvenance\x12\x19\n\x11preceptor_version\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*y\n\x0cQuestionBank\x12\x1d\n\x19QUESTION_BANK_UNSPECIFIED\x10\x00\x12\x18\n\x14QUESTION_BANK_REWARD\x10\x01\x12\x16\n\x12QUESTION_BANK_GATE\x10\x02\x12\x18\n\x14QUESTION_BANK_SEALED\x10\x03*p\n\x08LossMask\x12\x19\n\x15LOSS_MASK_UNSPECIFIED\x10\x00\x12\x11\n\rLOSS_MASK_ALL\x10\x01\x12\x1a\n\x16LOSS_MASK_AFTER_MARKER\x10\x02\x12\x1a\n\x16LOSS_MASK_OUTPUTS_ONLY\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18preceptor/v1/types.proto\x12\x0cpreceptor.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"t\n\x08Question\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x02 \x01(\t\x12(\n\x04\x62\x61nk\x18\x03 \x01(\x0e\x32\x1a.preceptor.v1.QuestionBank\x12\x0f\n\x07\x61liases\x18\x04 \x03(\t\x12\x0f\n\x07written\x18\x05 \x01(\x08\"Q\n\x07Passage\x12\r\n\x05title\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12)\n\tquestions\x18\x03 \x03(\x0b\x32\x16.preceptor.v1.Question\"\x18\n\x07GridRow\x12\r\n\x05\x63\x65lls\x18\x01 \x03(\r\"+\n\x04Grid\x12#\n\x04rows\x18\x01 \x03(\x0b\x32\x15.preceptor.v1.GridRow\"Q\n\x08GridPair\x12!\n\x05input\x18\x01 \x01(\x0b\x32\x12.preceptor.v1.Grid\x12\"\n\x06output\x18\x02 \x01(\x0b\x32\x12.preceptor.v1.Grid\"t\n\x0b\x46\x65wShotTask\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x0e\x64\x65monstrations\x18\x02 \x03(\x0b\x32\x16.preceptor.v1.GridPair\x12\'\n\x07queries\x18\x03 \x03(\x0b\x32\x16.preceptor.v1.GridPair\"\xe2\x02\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\t\x12(\n\x07passage\x18\x02 \x01(\x0b\x32\x15.preceptor.v1.PassageH\x00\x12-\n\x08\x66\x65w_shot\x18\x03 \x01(\x0b\x32\x19.preceptor.v1.FewShotTaskH\x00\x12.\n\x06labels\x18\x04 \x03(\x0b\x32\x1e.preceptor.v1.Task.LabelsEntry\x12?\n\x0freference_edits\x18\x05 \x03(\x0b\x32&.preceptor.v1.Task.ReferenceEditsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1aM\n\x13ReferenceEditsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.preceptor.v1.SelfEdit:\x02\x38\x01\x42\x06\n\x04kind\"m\n\rAugmentations\x12\r\n\x05\x62\x61sic\x18\x01 \x01(\x08\x12\x0c\n\x04size\x18\x02 \x01(\x08\x12\r\n\x05\x63hain\x18\x03 \x01(\x08\x12\x0e\n\x06repeat\x18\x04 \x01(\x08\x12\x14\n\x07\x63olours\x18\x05 \x01(\x08H\x00\x88\x01\x01\x42\n\n\x08_colours\"\xc0\x02\n\tDirective\x12\x1a\n\rlearning_rate\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06\x65pochs\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x19\n\x0creplay_share\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04rank\x18\x04 \x01(\rH\x03\x88\x01\x01\x12)\n\tloss_mask\x18\x05 \x01(\x0e\x32\x16.preceptor.v1.LossMask\x12\x0f\n\x07targets\x18\x06 \x01(\t\x12-\n\x0b\x66ine_tuning\x18\x07 \x01(\x0e\x32\x18.preceptor.v1.FineTuning\x12\x32\n\raugmentations\x18\x08 \x01(\x0b\x32\x1b.preceptor.v1.AugmentationsB\x10\n\x0e_learning_rateB\t\n\x07_epochsB\x0f\n\r_replay_shareB\x07\n\x05_rank\"I\n\x08SelfEdit\x12\x11\n\tdocuments\x18\x01 \x03(\t\x12*\n\tdirective\x18\x02 \x01(\x0b\x32\x17.preceptor.v1.Directive\"\'\n\x08\x41rtifact\x12\x0b\n\x03uri\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"h\n\x07Garbage\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x13\n\x0b\x61ge_seconds\x18\x05 \x01(\x01\x12\x0e\n\x06reason\x18\x06 \x01(\t\"g\n\rPinnedStudent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x03 \x01(\t\x12(\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x16.preceptor.v1.Artifact\"\xf0\x02\n\x06Reward\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x0e\n\x06stderr\x18\x02 \x01(\x01\x12.\n\x05terms\x18\x03 \x03(\x0b\x32\x1f.preceptor.v1.Reward.TermsEntry\x12\x10\n\x08\x61\x63\x63uracy\x18\x04 \x01(\x01\x12\x19\n\x11\x62\x61seline_accuracy\x18\x05 \x01(\x01\x12\x16\n\tretention\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x12\x62\x61seline_retention\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\tquestions\x18\x08 \x01(\r\x12\r\n\x05seeds\x18\t \x01(\r\x12\x18\n\x0bseed_stderr\x18\n \x01(\x01H\x02\x88\x01\x01\x12\x12\n\nlabel_free\x18\x0b \x01(\x08\x1a,\n\nTermsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0c\n\n_retentionB\x15\n\x13_baseline_retentionB\x0e\n\x0c_seed_stderr\"<\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x03 \x01(\r\"Q\n\nProvenance\x12\x19\n\x11preceptor_version\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*y\n\x0cQuestionBank\x12\x1d\n\x19QUESTION_BANK_UNSPECIFIED\x10\x00\x12\x18\n\x14QUESTION_BANK_REWARD\x10\x01\x12\x16\n\x12QUESTION_BANK_GATE\x10\x02\x12\x18\n\x14QUESTION_BANK_SEALED\x10\x03*p\n\x08LossMask\x12\x19\n\x15LOSS_MASK_UNSPECIFIED\x10\x00\x12\x11\n\rLOSS_MASK_ALL\x10\x01\x12\x1a\n\x16LOSS_MASK_AFTER_MARKER\x10\x02\x12\x1a\n\x16LOSS_MASK_OUTPUTS_ONLY\x10\x03*U\n\nFineTuning\x12\x1b\n\x17\x46INE_TUNING_UNSPECIFIED\x10\x00\x12\x14\n\x10\x46INE_TUNING_LORA\x10\x01\x12\x14\n\x10\x46INE_TUNING_FULL\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,10 +38,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TASK_REFERENCEEDITSENTRY']._serialized_options = b'8\001'
   _globals['_REWARD_TERMSENTRY']._loaded_options = None
   _globals['_REWARD_TERMSENTRY']._serialized_options = b'8\001'
-  _globals['_QUESTIONBANK']._serialized_start=1955
-  _globals['_QUESTIONBANK']._serialized_end=2076
-  _globals['_LOSSMASK']._serialized_start=2078
-  _globals['_LOSSMASK']._serialized_end=2190
+  _globals['_QUESTIONBANK']._serialized_start=2182
+  _globals['_QUESTIONBANK']._serialized_end=2303
+  _globals['_LOSSMASK']._serialized_start=2305
+  _globals['_LOSSMASK']._serialized_end=2417
+  _globals['_FINETUNING']._serialized_start=2419
+  _globals['_FINETUNING']._serialized_end=2504
   _globals['_QUESTION']._serialized_start=75
   _globals['_QUESTION']._serialized_end=191
   _globals['_PASSAGE']._serialized_start=193
@@ -60,22 +62,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TASK_LABELSENTRY']._serialized_end=816
   _globals['_TASK_REFERENCEEDITSENTRY']._serialized_start=818
   _globals['_TASK_REFERENCEEDITSENTRY']._serialized_end=895
-  _globals['_DIRECTIVE']._serialized_start=906
-  _globals['_DIRECTIVE']._serialized_end=1110
-  _globals['_SELFEDIT']._serialized_start=1112
-  _globals['_SELFEDIT']._serialized_end=1185
-  _globals['_ARTIFACT']._serialized_start=1187
-  _globals['_ARTIFACT']._serialized_end=1226
-  _globals['_GARBAGE']._serialized_start=1228
-  _globals['_GARBAGE']._serialized_end=1332
-  _globals['_PINNEDSTUDENT']._serialized_start=1334
-  _globals['_PINNEDSTUDENT']._serialized_end=1437
-  _globals['_REWARD']._serialized_start=1440
-  _globals['_REWARD']._serialized_end=1808
-  _globals['_REWARD_TERMSENTRY']._serialized_start=1711
-  _globals['_REWARD_TERMSENTRY']._serialized_end=1755
-  _globals['_FAILURE']._serialized_start=1810
-  _globals['_FAILURE']._serialized_end=1870
-  _globals['_PROVENANCE']._serialized_start=1872
-  _globals['_PROVENANCE']._serialized_end=1953
+  _globals['_AUGMENTATIONS']._serialized_start=905
+  _globals['_AUGMENTATIONS']._serialized_end=1014
+  _globals['_DIRECTIVE']._serialized_start=1017
+  _globals['_DIRECTIVE']._serialized_end=1337
+  _globals['_SELFEDIT']._serialized_start=1339
+  _globals['_SELFEDIT']._serialized_end=1412
+  _globals['_ARTIFACT']._serialized_start=1414
+  _globals['_ARTIFACT']._serialized_end=1453
+  _globals['_GARBAGE']._serialized_start=1455
+  _globals['_GARBAGE']._serialized_end=1559
+  _globals['_PINNEDSTUDENT']._serialized_start=1561
+  _globals['_PINNEDSTUDENT']._serialized_end=1664
+  _globals['_REWARD']._serialized_start=1667
+  _globals['_REWARD']._serialized_end=2035
+  _globals['_REWARD_TERMSENTRY']._serialized_start=1938
+  _globals['_REWARD_TERMSENTRY']._serialized_end=1982
+  _globals['_FAILURE']._serialized_start=2037
+  _globals['_FAILURE']._serialized_end=2097
+  _globals['_PROVENANCE']._serialized_start=2099
+  _globals['_PROVENANCE']._serialized_end=2180
 # @@protoc_insertion_point(module_scope)

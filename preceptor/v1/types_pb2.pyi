@@ -85,6 +85,30 @@ LOSS_MASK_OUTPUTS_ONLY: LossMask.ValueType  # 3
 """Only what follows the marker; nothing of a document without it. For documents that are prompt and completion."""
 Global___LossMask: typing_extensions.TypeAlias = LossMask
 
+class _FineTuning:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _FineTuningEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_FineTuning.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    FINE_TUNING_UNSPECIFIED: _FineTuning.ValueType  # 0
+    """The run's default."""
+    FINE_TUNING_LORA: _FineTuning.ValueType  # 1
+    """Low-rank adapters over a frozen base, many trained together."""
+    FINE_TUNING_FULL: _FineTuning.ValueType  # 2
+    """All weights, one trial at a time."""
+
+class FineTuning(_FineTuning, metaclass=_FineTuningEnumTypeWrapper):
+    """How the student's weights are changed."""
+
+FINE_TUNING_UNSPECIFIED: FineTuning.ValueType  # 0
+"""The run's default."""
+FINE_TUNING_LORA: FineTuning.ValueType  # 1
+"""Low-rank adapters over a frozen base, many trained together."""
+FINE_TUNING_FULL: FineTuning.ValueType  # 2
+"""All weights, one trial at a time."""
+Global___FineTuning: typing_extensions.TypeAlias = FineTuning
+
 @typing.final
 class Question(google.protobuf.message.Message):
     """One question with its gold answer."""
@@ -301,6 +325,44 @@ class Task(google.protobuf.message.Message):
 Global___Task: typing_extensions.TypeAlias = Task
 
 @typing.final
+class Augmentations(google.protobuf.message.Message):
+    """Which variants of the demonstrations a few-shot task is trained on, beside leave-one-out and leave-two-out tasks in
+    permuted order. Of inputs and outputs alike: whoever asks for one says that the rule does not change under it.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BASIC_FIELD_NUMBER: builtins.int
+    SIZE_FIELD_NUMBER: builtins.int
+    CHAIN_FIELD_NUMBER: builtins.int
+    REPEAT_FIELD_NUMBER: builtins.int
+    COLOURS_FIELD_NUMBER: builtins.int
+    basic: builtins.bool
+    """Rotations, flips, reflections, transposition, translation."""
+    size: builtins.bool
+    """Cells doubled and tripled in size."""
+    chain: builtins.bool
+    """Two of the others, one after the other."""
+    repeat: builtins.bool
+    """Grids repeated along an axis."""
+    colours: builtins.bool
+    """Permuted colours. Absent: true, as published."""
+    def __init__(
+        self,
+        *,
+        basic: builtins.bool = ...,
+        size: builtins.bool = ...,
+        chain: builtins.bool = ...,
+        repeat: builtins.bool = ...,
+        colours: builtins.bool | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_colours", b"_colours", "colours", b"colours"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_colours", b"_colours", "basic", b"basic", "chain", b"chain", "colours", b"colours", "repeat", b"repeat", "size", b"size"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_colours", b"_colours"]) -> typing.Literal["colours"] | None: ...
+
+Global___Augmentations: typing_extensions.TypeAlias = Augmentations
+
+@typing.final
 class Directive(google.protobuf.message.Message):
     """Training settings chosen by the teacher. An absent field means: the run's default."""
 
@@ -311,6 +373,9 @@ class Directive(google.protobuf.message.Message):
     REPLAY_SHARE_FIELD_NUMBER: builtins.int
     RANK_FIELD_NUMBER: builtins.int
     LOSS_MASK_FIELD_NUMBER: builtins.int
+    TARGETS_FIELD_NUMBER: builtins.int
+    FINE_TUNING_FIELD_NUMBER: builtins.int
+    AUGMENTATIONS_FIELD_NUMBER: builtins.int
     learning_rate: builtins.float
     """Peak learning rate of AdamW."""
     epochs: builtins.int
@@ -320,6 +385,13 @@ class Directive(google.protobuf.message.Message):
     rank: builtins.int
     """LoRA rank."""
     loss_mask: Global___LossMask.ValueType
+    targets: builtins.str
+    """Which layers get an adapter: "qv", "attention", "mlp" or "all"; empty: the run's default."""
+    fine_tuning: Global___FineTuning.ValueType
+    @property
+    def augmentations(self) -> Global___Augmentations:
+        """Of few-shot tasks alone."""
+
     def __init__(
         self,
         *,
@@ -328,9 +400,12 @@ class Directive(google.protobuf.message.Message):
         replay_share: builtins.float | None = ...,
         rank: builtins.int | None = ...,
         loss_mask: Global___LossMask.ValueType = ...,
+        targets: builtins.str = ...,
+        fine_tuning: Global___FineTuning.ValueType = ...,
+        augmentations: Global___Augmentations | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_rank", b"_rank", "_replay_share", b"_replay_share", "epochs", b"epochs", "learning_rate", b"learning_rate", "rank", b"rank", "replay_share", b"replay_share"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_rank", b"_rank", "_replay_share", b"_replay_share", "epochs", b"epochs", "learning_rate", b"learning_rate", "loss_mask", b"loss_mask", "rank", b"rank", "replay_share", b"replay_share"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_rank", b"_rank", "_replay_share", b"_replay_share", "augmentations", b"augmentations", "epochs", b"epochs", "learning_rate", b"learning_rate", "rank", b"rank", "replay_share", b"replay_share"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_rank", b"_rank", "_replay_share", b"_replay_share", "augmentations", b"augmentations", "epochs", b"epochs", "fine_tuning", b"fine_tuning", "learning_rate", b"learning_rate", "loss_mask", b"loss_mask", "rank", b"rank", "replay_share", b"replay_share", "targets", b"targets"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_epochs", b"_epochs"]) -> typing.Literal["epochs"] | None: ...
     @typing.overload
