@@ -67,7 +67,7 @@ def test_an_unknown_table_is_refused(tmp_path: Path) -> None:
         ("seed = 3", "seed = -1", 2, "seed: Input should be greater than or equal to 0 (given: -1)"),
         ("count = 2", "count = 2.5", 8, "rounds.count: "),
         ("self_edits = 4", "self_edits = 0", 9, "rounds.self_edits: Input should be greater than or equal to 1"),
-        ('world = "almanac"', 'world = "mars"', 5, "tasks.world: Input should be 'almanac' (given: \"mars\")"),
+        ('world = "almanac"', 'world = "mars"', 5, "tasks.world: Input should be 'almanac' or 'mosaic' (given: \"mars\")"),
         ('name = "mine"', 'name = "My Run"', 1, "name: "),
     ],
 )
