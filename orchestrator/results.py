@@ -11,8 +11,8 @@ from orchestrator.label_store import CanaryLook, WrittenQuestions
 from orchestrator.ledger import Ledger
 from orchestrator.plan import REFERENCE_ARMS, RunPlan, heldout_bank
 from orchestrator.run_store import RunRecord
-from orchestrator.statistics import Cluster
 from preceptor.config import FixedStrategy
+from preceptor.statistics import Cluster
 from preceptor.v1 import types_pb2 as types
 
 NO_EDIT = "no_edit"

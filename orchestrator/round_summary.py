@@ -18,9 +18,9 @@ from typing import Any
 
 from orchestrator.entries import Entry
 from orchestrator.results import Round
-from orchestrator.statistics import clustered_mean
 from preceptor.config import RaceConfig
 from preceptor.groups import pooled, spread
+from preceptor.statistics import clustered_mean
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import types_pb2 as types
 
@@ -49,6 +49,7 @@ def round_summary(of: Round, race: RaceConfig | None, common_seed: int) -> dict[
         "stopped": sum(entry.stopped for entry in of.entries),
         "groups": {"offered": of.groups, "dropped": of.groups_dropped},
         "evaluations": counts(of.entries),
+        "worker_seconds": worker_seconds(of.entries),
         "seconds": {phase: round(of.seconds.get(phase, 0.0), 3) for phase in PHASES},
         "update": {"kept": of.kept, "offered": of.offered},
         "policy": of.policy_id,
@@ -63,6 +64,17 @@ def counts(entries: Sequence[Entry]) -> dict[str, int]:
         "malformed": sum(bool(entry.malformed) for entry in entries),
         "cached": sum(entry.cached for entry in entries),
     }
+
+
+def worker_seconds(entries: Iterable[Entry]) -> float:
+    """Of all trials of these self-edits, looks and fresh seeds too, whenever they were made."""
+    evaluations = {
+        evaluation.id: evaluation
+        for entry in entries
+        for evaluation in (entry.look, entry.evaluation, entry.fresh)
+        if evaluation is not None
+    }
+    return round(sum(trial.seconds for evaluation in evaluations.values() for trial in evaluation.trials), 3)
 
 
 def terms(rewards: Iterable[types.Reward]) -> dict[str, float]:

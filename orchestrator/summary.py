@@ -12,13 +12,13 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from orchestrator.entries import HELDOUT
+from orchestrator.entries import HELDOUT, SELECTION
 from orchestrator.heldout import FIXED, PASSAGE, TRAINED, UNTRAINED
 from orchestrator.notes import notes
-from orchestrator.results import ARMS, NO_EDIT, SHUFFLED, Arm, Heldout, Results
-from orchestrator.round_summary import counts, label_free, overlap, reliability, round_summary, trials
-from orchestrator.statistics import Cluster, Estimate, accuracy, needed_passages, needed_questions, paired_difference
+from orchestrator.results import ARMS, NO_EDIT, SHUFFLED, Arm, Heldout, Outcome, Results
+from orchestrator.round_summary import counts, label_free, overlap, reliability, round_summary, trials, worker_seconds
 from preceptor.names import derived_seed
+from preceptor.statistics import Cluster, Estimate, accuracy, needed_passages, needed_questions, paired_difference
 from preceptor.v1 import evaluator_pb2 as evaluator
 
 SCHEMA = "preceptor.summary/1"
@@ -94,8 +94,10 @@ def _heldout(results: Results, heldout: Heldout) -> dict[str, Any]:
         differences[name] = _difference(pairs, seed, settings.bootstrap_resamples)
     asked = heldout.arms[NO_EDIT].outcomes if NO_EDIT in heldout.arms else ()
     entries = [entry for entry in results.all_entries if entry.key.stage == HELDOUT]
+    selection = [entry for entry in results.all_entries if entry.key.stage == SELECTION]
     return {
         "passages": len(results.plan.heldout_tasks),
+        "tasks": [task.id for task in results.plan.heldout_tasks],
         "questions": sum(outcome.questions for outcome in asked),
         "bank": heldout.bank,
         "banks_made": results.run.request.banks or None,
@@ -105,6 +107,7 @@ def _heldout(results: Results, heldout: Heldout) -> dict[str, Any]:
         "evaluations": counts(entries),
         "fixed_strategy": heldout.fixed.model_dump() if heldout.fixed else None,
         "selection_rewards": list(heldout.selection_rewards),
+        "selection_worker_seconds": worker_seconds(selection),
     }
 
 
@@ -143,10 +146,20 @@ def _arm(arm: Arm, seed: int, resamples: int) -> dict[str, Any]:
         "cached": arm.cached,
         "trials": trials(arm.entries)["full"],
         "trained_tokens": _trained_tokens(arm),
+        "worker_seconds": worker_seconds(arm.entries),
         "overlap": overlap(arm.entries),
         "label_free": label_free(arm.entries),
         "by_label": _by_label(arm, seed, resamples),
+        # By task, in the order of `tasks`: what paired differences are made of, over several runs too.
+        "outcomes": [_outcome(outcome) for outcome in arm.outcomes],
     }
+
+
+def _outcome(outcome: Outcome) -> dict[str, Any] | None:
+    """Right answers to one task's questions (a mean over seeds); None where the evaluation failed."""
+    if (cluster := outcome.cluster) is None:
+        return None
+    return {"right": cluster.right, "questions": cluster.questions, "retention": outcome.retention}
 
 
 def _trained_tokens(arm: Arm) -> float | None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.statistics import (
+from preceptor.statistics import (
     SMALLEST_DIFFERENCE,
     Cluster,
     accuracy,

@@ -490,3 +490,13 @@ def test_questions_that_a_model_wrote_and_the_canary_are_told() -> None:
     assert any("6 are asked, 3 kept apart, 3 dropped (3 x)" in note for note in notes)
     assert any("stopped the run after round 1" in note and "after round 0" in note for note in notes)
     to_json(summary)
+
+
+def test_outcomes_by_task_are_what_an_arms_accuracy_is_made_of() -> None:
+    heldout = build_summary(full())["heldout"]
+    arm = heldout["arms"]["trained_teacher"]
+    assert len(heldout["tasks"]) == len(arm["outcomes"]) == heldout["passages"]
+    known = [of for of in arm["outcomes"] if of is not None]
+    assert sum(of["right"] for of in known) / sum(of["questions"] for of in known) == pytest.approx(arm["accuracy"])
+    assert {"worker_seconds", "trained_tokens"} <= set(arm)
+    assert heldout["selection_worker_seconds"] >= 0
