@@ -138,7 +138,7 @@ def rewards(entries: Sequence[Entry]) -> dict[int, float]:
     """What each canary task's self-edits earned on average, by the task's position; what failed is left out."""
     found: dict[int, list[float]] = {}
     for entry in entries:
-        if entry.malformed:
+        if entry.unusable:
             found.setdefault(entry.key.task, []).append(0.0)
         elif entry.reward is not None:
             found.setdefault(entry.key.task, []).append(entry.reward.value)

@@ -45,7 +45,8 @@ class Kind(StrEnum):
 class Entry:
     """One self-edit and what was measured of it.
 
-    ``malformed`` says why it is none, or is empty. ``evaluation`` is the latest one with all steps and answers, in a
+    ``malformed`` says why it is none, or is empty; ``too_costly`` says what its training would cost where that is more
+    than the run allows, so that it is never trained. ``evaluation`` is the latest one with all steps and answers, in a
     race the one with most seeds; ``look`` is a race's first look; ``fresh`` is the evaluation of one of the best of its
     group on seeds that had no part in choosing it. Each is None before it was asked for. ``stopped``: others of its
     group were better, so it was measured no further; it may have a reward of fewer seeds, or none.
@@ -62,6 +63,12 @@ class Entry:
     look: evaluator.Evaluation | None = None
     fresh: evaluator.Evaluation | None = None
     stopped: bool = False
+    too_costly: str = ""
+
+    @property
+    def unusable(self) -> bool:
+        """Whether there is nothing to train on, so that the student stays as it is."""
+        return bool(self.malformed or self.too_costly)
 
     @property
     def state(self) -> evaluator.EvaluationState.ValueType:
@@ -94,7 +101,7 @@ class Entry:
     @property
     def settled(self) -> bool:
         """Whether enough is known of it to count it as done; a race may still measure it better."""
-        return bool(self.malformed) or self.reward is not None or self.failed or self.stopped
+        return self.unusable or self.reward is not None or self.failed or self.stopped
 
 
 def _reward(evaluation: evaluator.Evaluation | None) -> types.Reward | None:

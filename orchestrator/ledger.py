@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from orchestrator.entries import EditKey, Entry, Kind, round_stage
 from orchestrator.evaluator_client import FINAL, Reported
 from orchestrator.label_store import LabelStore
-from orchestrator.tables import EntryRow, MeasuredRow, OpeningRow, RoundGroupsRow, RoundRow
+from orchestrator.tables import EntryRow, LeftOutRow, MeasuredRow, OpeningRow, RoundGroupsRow, RoundRow
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import teacher_pb2 as teacher
 from preceptor.v1 import types_pb2 as types
@@ -38,13 +38,24 @@ _AT_ONCE = 1_000
 @dataclass(frozen=True, slots=True)
 class FinishedRound:
     """A round that is done, and the policy after it: how many of its self-edits were offered to the teacher and kept,
-    and of how many groups nothing was (None: not counted when the round was made)."""
+    and of how many groups nothing was (None: not counted when the round was made); what the update says of diversity
+    and of the divergence from the untrained teacher (None: nothing)."""
 
     policy_id: str
     kept: int
     offered: int
     groups: int | None = None
     groups_dropped: int | None = None
+    diversity: float | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Why an arm of the held-out measurement could not be had."""
+
+    reason: str
+    message: str
 
 
 class Ledger:
@@ -140,6 +151,7 @@ class Ledger:
         failed = {(entry.key.stage, entry.key.arm, entry.key.task) for entry in open_ if entry.failed}
         again = [entry for entry in open_ if (entry.key.stage, entry.key.arm, entry.key.task) in failed]
         with Session(self._engine) as session:
+            session.execute(delete(LeftOutRow).where(LeftOutRow.run_id == self._run_id))
             for entry in again:
                 row = session.get_one(EntryRow, self._at(entry.key))
                 row.evaluation_id, row.evaluation = "", None
@@ -165,6 +177,20 @@ class Ledger:
             rows = session.scalars(select(OpeningRow).where(OpeningRow.run_id == self._run_id))
             return {row.task_id: row.owners for row in rows}
 
+    # Arms
+
+    def leave_out(self, arm: str, why: LeftOut) -> None:
+        """Notes that an arm of the held-out measurement could not be had."""
+        with Session(self._engine) as session:
+            session.merge(LeftOutRow(run_id=self._run_id, arm=arm, reason=why.reason, message=why.message))
+            session.commit()
+
+    def left_out(self) -> dict[str, LeftOut]:
+        """The arms that could not be had."""
+        with Session(self._engine) as session:
+            rows = session.scalars(select(LeftOutRow).where(LeftOutRow.run_id == self._run_id).order_by(LeftOutRow.arm))
+            return {row.arm: LeftOut(row.reason, row.message) for row in rows}
+
     # Rounds
 
     def finish_round(self, number: int, policy: teacher.Policy) -> None:
@@ -174,7 +200,8 @@ class Ledger:
             for table in (RoundRow, RoundGroupsRow):
                 session.execute(delete(table).where(table.run_id == self._run_id, table.round == number))
             session.add(RoundRow(**values, policy_id=policy.id, kept=policy.kept, offered=policy.offered))
-            session.add(RoundGroupsRow(**values, groups=policy.groups, dropped=policy.groups_dropped))
+            said = {name: getattr(policy, name) for name in ("diversity", "kl") if policy.HasField(name)}
+            session.add(RoundGroupsRow(**values, groups=policy.groups, dropped=policy.groups_dropped, **said))
             session.commit()
 
     def finished_rounds(self) -> dict[int, FinishedRound]:
@@ -188,7 +215,7 @@ class Ledger:
                     row.policy_id,
                     row.kept,
                     row.offered,
-                    *((groups.groups, groups.dropped) if groups is not None else (None, None)),
+                    *((groups.groups, groups.dropped, groups.diversity, groups.kl) if groups is not None else ()),
                 )
                 for row, groups in session.execute(query)
             }
@@ -231,6 +258,7 @@ class Ledger:
             policy_id=entry.policy_id,
             completion=entry.completion,
             malformed=entry.malformed,
+            too_costly=entry.too_costly,
             self_edit=entry.self_edit.SerializeToString() if entry.self_edit is not None else None,
         )
 
@@ -242,6 +270,7 @@ def _entry(row: EntryRow, measured: MeasuredRow | None) -> Entry:
         policy_id=row.policy_id,
         completion=row.completion,
         malformed=row.malformed,
+        too_costly=row.too_costly,
         self_edit=types.SelfEdit.FromString(row.self_edit) if row.self_edit is not None else None,
         evaluation=_evaluation(row.evaluation),
         cached=row.cached,

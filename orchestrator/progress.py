@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from orchestrator.entries import EditKey, Entry
-from orchestrator.statistics import clustered_mean
+from preceptor.statistics import clustered_mean
 from preceptor.v1 import orchestrator_pb2 as pb
 
 # Before this share of the work an estimate of the time left would mislead.
@@ -24,6 +24,7 @@ class _Mark:
     """What counts of a ledger line."""
 
     malformed: bool
+    too_costly: bool
     created: bool
     failed: bool
     cached: bool
@@ -71,6 +72,7 @@ class Progress:
                 self._stale.add(entry.key.stage)
                 self._marks[entry.key] = _Mark(
                     malformed=bool(entry.malformed),
+                    too_costly=bool(entry.too_costly),
                     created=entry.evaluation is not None or entry.look is not None,
                     failed=entry.failed,
                     cached=entry.cached,
@@ -128,6 +130,7 @@ class Progress:
         message.evaluations_running = sum(mark.created and not mark.settled for mark in values)
         message.evaluations_cached = sum(mark.cached for mark in values)
         message.self_edits_malformed = sum(mark.malformed for mark in values)
+        message.self_edits_too_costly = sum(mark.too_costly for mark in values)
         message.self_edits_stopped = sum(mark.stopped for mark in values)
         message.rewards.extend(rewards)
         running = state == pb.RUN_STATE_RUNNING and share >= MIN_SHARE_FOR_ESTIMATE

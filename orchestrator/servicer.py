@@ -171,9 +171,12 @@ def _line(entry: Entry, title: str) -> pb.LedgerSelfEdit:
         state=entry.state,
         malformed=bool(entry.malformed),
         malformed_reason=entry.malformed,
+        too_costly=entry.too_costly,
     )
     if entry.evaluation is not None:
         line.evaluation_id = entry.evaluation.id
+    if (of := entry.evaluation or entry.look) is not None:
+        line.student_commit = of.student.commit
     if (reward := entry.reward) is not None:
         line.reward.CopyFrom(reward)
     if entry.failures:

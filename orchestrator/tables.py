@@ -62,6 +62,7 @@ class EntryRow(Base):
     evaluation_id: Mapped[str] = mapped_column(String(64), default="", index=True)
     evaluation: Mapped[bytes | None] = mapped_column(LargeBinary)
     cached: Mapped[bool] = mapped_column(default=False)
+    too_costly: Mapped[str] = mapped_column(Text, default="", server_default="")
 
 
 class MeasuredRow(Base):
@@ -79,13 +80,26 @@ class MeasuredRow(Base):
 
 
 class RoundGroupsRow(Base):
-    """How many groups a finished round offered to the teacher, and how many of them taught it nothing."""
+    """How many groups a finished round offered to the teacher, and how many of them taught it nothing; how different
+    the self-edits of a group were, and how far the policy is from the untrained teacher, where the update says so."""
 
     __tablename__ = "round_groups"
     run_id: Mapped[str] = mapped_column(String(96), primary_key=True)
     round: Mapped[int] = mapped_column(primary_key=True)
     groups: Mapped[int]
     dropped: Mapped[int]
+    diversity: Mapped[float | None] = mapped_column(Float)
+    kl: Mapped[float | None] = mapped_column(Float)  # nats a token
+
+
+class LeftOutRow(Base):
+    """An arm of the held-out measurement that could not be had."""
+
+    __tablename__ = "arms_left_out"
+    run_id: Mapped[str] = mapped_column(String(96), primary_key=True)
+    arm: Mapped[str] = mapped_column(String(64), primary_key=True)
+    reason: Mapped[str] = mapped_column(String(64))
+    message: Mapped[str] = mapped_column(Text)
 
 
 class OpeningRow(Base):

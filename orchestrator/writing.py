@@ -59,11 +59,13 @@ def _entry(
     key: EditKey, group: teacher.GenerateSelfEditsResponse, written: teacher.WrittenSelfEdit, adapt: Adapt
 ) -> Entry:
     valid = written.status == teacher.SELF_EDIT_STATUS_VALID
+    costly = written.status == teacher.SELF_EDIT_STATUS_TOO_COSTLY
     return Entry(
         key=key,
         task_id=group.task_id,
         policy_id=group.policy_id,
         completion=written.completion,
-        malformed="" if valid else written.malformed_reason or "malformed",
+        malformed="" if valid or costly else written.malformed_reason or "malformed",
+        too_costly=(written.malformed_reason or "its training would cost too much") if costly else "",
         self_edit=adapt(written.self_edit) if valid else None,
     )

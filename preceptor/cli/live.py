@@ -158,10 +158,11 @@ class TerminalView:
 def evaluations_line(progress: RunProgress) -> str:
     """The counts of evaluations in words."""
     stopped = f" {progress.self_edits_stopped} stopped early," if progress.self_edits_stopped else ""
+    costly = f", {progress.self_edits_too_costly} too costly" if progress.self_edits_too_costly else ""
     return (
         f"evaluations: {progress.evaluations_done} done, {progress.evaluations_running} running,{stopped}"
         f" {progress.evaluations_failed} failed, {progress.evaluations_cached} cached;"
-        f" {progress.self_edits_malformed} malformed self-edits"
+        f" {progress.self_edits_malformed} malformed self-edits{costly}"
     )
 
 

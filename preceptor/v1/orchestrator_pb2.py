@@ -27,15 +27,15 @@ from preceptor.v1 import evaluator_pb2 as preceptor_dot_v1_dot_evaluator__pb2
 from preceptor.v1 import types_pb2 as preceptor_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpreceptor/v1/orchestrator.proto\x12\x0cpreceptor.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1cpreceptor/v1/evaluator.proto\x1a\x18preceptor/v1/types.proto\"\xaa\x02\n\x03Run\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.preceptor.v1.RunState\x12,\n\x07student\x18\x04 \x01(\x0b\x32\x1b.preceptor.v1.PinnedStudent\x12\x13\n\x0b\x63onfig_json\x18\x05 \x01(\t\x12\x15\n\rconfig_sha256\x18\x06 \x01(\t\x12&\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x15.preceptor.v1.Failure\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inish_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xda\x01\n\x10\x43reateRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x02 \x01(\t\x12!\n\x05tasks\x18\x03 \x03(\x0b\x32\x12.preceptor.v1.Task\x12)\n\rheldout_tasks\x18\x04 \x03(\x0b\x32\x12.preceptor.v1.Task\x12&\n\x06probes\x18\x05 \x03(\x0b\x32\x16.preceptor.v1.Question\x12\x18\n\x10replay_documents\x18\x06 \x03(\t\x12\r\n\x05\x62\x61nks\x18\x07 \x01(\t\"3\n\x11\x43reateRunResponse\x12\x1e\n\x03run\x18\x01 \x01(\x0b\x32\x11.preceptor.v1.Run\"\x1f\n\rGetRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"]\n\x0eGetRunResponse\x12\x1e\n\x03run\x18\x01 \x01(\x0b\x32\x11.preceptor.v1.Run\x12+\n\x08progress\x18\x02 \x01(\x0b\x32\x19.preceptor.v1.RunProgress\"8\n\x0fListRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"L\n\x10ListRunsResponse\x12\x1f\n\x04runs\x18\x01 \x03(\x0b\x32\x11.preceptor.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xa9\x03\n\x0bRunProgress\x12%\n\x05state\x18\x01 \x01(\x0e\x32\x16.preceptor.v1.RunState\x12\r\n\x05phase\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\x18\n\x10\x65valuations_done\x18\x05 \x01(\r\x12\x1b\n\x13\x65valuations_running\x18\x06 \x01(\r\x12\x1a\n\x12\x65valuations_failed\x18\x07 \x01(\r\x12\x1a\n\x12\x65valuations_cached\x18\x08 \x01(\r\x12\x1c\n\x14self_edits_malformed\x18\t \x01(\r\x12*\n\x07rewards\x18\n \x03(\x0b\x32\x19.preceptor.v1.RoundReward\x12\x0f\n\x07workers\x18\x0b \x01(\r\x12\x12\n\ndone_share\x18\x0c \x01(\x01\x12\x14\n\x0cseconds_left\x18\r \x01(\x01\x12\x17\n\x0fseconds_elapsed\x18\x0e \x01(\x01\x12\x1c\n\x14\x66irst_reward_seconds\x18\x0f \x01(\x01\x12\x1a\n\x12self_edits_stopped\x18\x10 \x01(\r\"I\n\x0bRoundReward\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0c\n\x04mean\x18\x02 \x01(\x01\x12\x0e\n\x06stderr\x18\x03 \x01(\x01\x12\r\n\x05\x63ount\x18\x04 \x01(\r\"!\n\x0fWatchRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"_\n\x10WatchRunResponse\x12\x1e\n\x03run\x18\x01 \x01(\x0b\x32\x11.preceptor.v1.Run\x12+\n\x08progress\x18\x02 \x01(\x0b\x32\x19.preceptor.v1.RunProgress\"6\n\x10\x43\x61ncelRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\"3\n\x11\x43\x61ncelRunResponse\x12\x1e\n\x03run\x18\x01 \x01(\x0b\x32\x11.preceptor.v1.Run\"6\n\x10ResumeRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\"3\n\x11ResumeRunResponse\x12\x1e\n\x03run\x18\x01 \x01(\x0b\x32\x11.preceptor.v1.Run\"\xc1\x03\n\x0eLedgerSelfEdit\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x12\n\ntask_title\x18\x03 \x01(\t\x12\r\n\x05index\x18\x04 \x01(\r\x12\x11\n\tpolicy_id\x18\x05 \x01(\t\x12\x12\n\ncompletion\x18\x06 \x01(\t\x12\x15\n\revaluation_id\x18\x07 \x01(\t\x12,\n\x05state\x18\x08 \x01(\x0e\x32\x1d.preceptor.v1.EvaluationState\x12\x11\n\tmalformed\x18\t \x01(\x08\x12\x18\n\x10malformed_reason\x18\n \x01(\t\x12$\n\x06reward\x18\x0b \x01(\x0b\x32\x14.preceptor.v1.Reward\x12&\n\x07\x66\x61ilure\x18\x0c \x01(\x0b\x32\x15.preceptor.v1.Failure\x12\"\n\x04look\x18\r \x01(\x0b\x32\x14.preceptor.v1.Reward\x12\x0f\n\x07stopped\x18\x0e \x01(\x08\x12#\n\x05\x66resh\x18\x0f \x01(\x0b\x32\x14.preceptor.v1.Reward\x12+\n\x07overlap\x18\x10 \x01(\x0b\x32\x1a.preceptor.v1.OverlapAudit\"\\\n\x14ListSelfEditsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"b\n\x15ListSelfEditsResponse\x12\x30\n\nself_edits\x18\x01 \x03(\x0b\x32\x1c.preceptor.v1.LedgerSelfEdit\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"%\n\x13GetRunReportRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"A\n\x14GetRunReportResponse\x12\x14\n\x0csummary_json\x18\x01 \x01(\t\x12\x13\n\x0breport_html\x18\x02 \x01(\t*\x9b\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_STATE_PENDING\x10\x01\x12\x15\n\x11RUN_STATE_RUNNING\x10\x02\x12\x17\n\x13RUN_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10RUN_STATE_FAILED\x10\x04\x12\x17\n\x13RUN_STATE_CANCELLED\x10\x05\x32\x8d\x05\n\x13OrchestratorService\x12L\n\tCreateRun\x12\x1e.preceptor.v1.CreateRunRequest\x1a\x1f.preceptor.v1.CreateRunResponse\x12\x43\n\x06GetRun\x12\x1b.preceptor.v1.GetRunRequest\x1a\x1c.preceptor.v1.GetRunResponse\x12I\n\x08ListRuns\x12\x1d.preceptor.v1.ListRunsRequest\x1a\x1e.preceptor.v1.ListRunsResponse\x12K\n\x08WatchRun\x12\x1d.preceptor.v1.WatchRunRequest\x1a\x1e.preceptor.v1.WatchRunResponse0\x01\x12L\n\tCancelRun\x12\x1e.preceptor.v1.CancelRunRequest\x1a\x1f.preceptor.v1.CancelRunResponse\x12L\n\tResumeRun\x12\x1e.preceptor.v1.ResumeRunRequest\x1a\x1f.preceptor.v1.ResumeRunResponse\x12X\n\rListSelfEdits\x12\".preceptor.v1.ListSelfEditsRequest\x1a#.preceptor.v1.ListSelfEditsResponse\x12U\n\x0cGetRunReport\x12!.preceptor.v1.GetRunReportRequest\x1a\".preceptor.v1.GetRunReportResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpreceptor/v1/orchestrator.proto\x12\x0cpreceptor.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1cpreceptor/v1/evaluator.proto\x1a\x18preceptor/v1/types.proto\"\xaa\x02\n\x03Run\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.preceptor.v1.RunState\x12,\n\x07student\x18\x04 \x01(\x0b\x32\x1b.preceptor.v1.PinnedStudent\x12\x13\n\x0b\x63onfig_json\x18\x05 \x01(\t\x12\x15\n\rconfig_sha256\x18\x06 \x01(\t\x12&\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x15.preceptor.v1.Failure\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inish_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xda\x01\n\x10\x43reateRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x02 \x01(\t\x12!\n\x05tasks\x18\x03 \x03(\x0b\x32\x12.preceptor.v1.Task\x12)\n\rheldout_tasks\x18\x04 \x03(\x0b\x32\x12.preceptor.v1.Task\x12&\n\x06probes\x18\x05 \x03(\x0b\x32\x16.preceptor.v1.Question\x12\x18\n\x10replay_documents\x18\x06 \x03(\t\x12\r\n\x05\x62\x61nks\x18\x07 \x01(\t\"3\n\x11\x43reateRunResponse\x12\x1e\n\x03run\x18\x01 \x01(\x0b\x32\x11.preceptor.v1.Run\"\x1f\n\rGetRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"]\n\x0eGetRunResponse\x12\x1e\n\x03run\x18\x01 \x01(\x0b\x32\x11.preceptor.v1.Run\x12+\n\x08progress\x18\x02 \x01(\x0b\x32\x19.preceptor.v1.RunProgress\"8\n\x0fListRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"L\n\x10ListRunsResponse\x12\x1f\n\x04runs\x18\x01 \x03(\x0b\x32\x11.preceptor.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xc8\x03\n\x0bRunProgress\x12%\n\x05state\x18\x01 \x01(\x0e\x32\x16.preceptor.v1.RunState\x12\r\n\x05phase\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\x18\n\x10\x65valuations_done\x18\x05 \x01(\r\x12\x1b\n\x13\x65valuations_running\x18\x06 \x01(\r\x12\x1a\n\x12\x65valuations_failed\x18\x07 \x01(\r\x12\x1a\n\x12\x65valuations_cached\x18\x08 \x01(\r\x12\x1c\n\x14self_edits_malformed\x18\t \x01(\r\x12*\n\x07rewards\x18\n \x03(\x0b\x32\x19.preceptor.v1.RoundReward\x12\x0f\n\x07workers\x18\x0b \x01(\r\x12\x12\n\ndone_share\x18\x0c \x01(\x01\x12\x14\n\x0cseconds_left\x18\r \x01(\x01\x12\x17\n\x0fseconds_elapsed\x18\x0e \x01(\x01\x12\x1c\n\x14\x66irst_reward_seconds\x18\x0f \x01(\x01\x12\x1a\n\x12self_edits_stopped\x18\x10 \x01(\r\x12\x1d\n\x15self_edits_too_costly\x18\x11 \x01(\r\"I\n\x0bRoundReward\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0c\n\x04mean\x18\x02 \x01(\x01\x12\x0e\n\x06stderr\x18\x03 \x01(\x01\x12\r\n\x05\x63ount\x18\x04 \x01(\r\"!\n\x0fWatchRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"_\n\x10WatchRunResponse\x12\x1e\n\x03run\x18\x01 \x01(\x0b\x32\x11.preceptor.v1.Run\x12+\n\x08progress\x18\x02 \x01(\x0b\x32\x19.preceptor.v1.RunProgress\"6\n\x10\x43\x61ncelRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\"3\n\x11\x43\x61ncelRunResponse\x12\x1e\n\x03run\x18\x01 \x01(\x0b\x32\x11.preceptor.v1.Run\"6\n\x10ResumeRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\"3\n\x11ResumeRunResponse\x12\x1e\n\x03run\x18\x01 \x01(\x0b\x32\x11.preceptor.v1.Run\"\xed\x03\n\x0eLedgerSelfEdit\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x12\n\ntask_title\x18\x03 \x01(\t\x12\r\n\x05index\x18\x04 \x01(\r\x12\x11\n\tpolicy_id\x18\x05 \x01(\t\x12\x12\n\ncompletion\x18\x06 \x01(\t\x12\x15\n\revaluation_id\x18\x07 \x01(\t\x12,\n\x05state\x18\x08 \x01(\x0e\x32\x1d.preceptor.v1.EvaluationState\x12\x11\n\tmalformed\x18\t \x01(\x08\x12\x18\n\x10malformed_reason\x18\n \x01(\t\x12$\n\x06reward\x18\x0b \x01(\x0b\x32\x14.preceptor.v1.Reward\x12&\n\x07\x66\x61ilure\x18\x0c \x01(\x0b\x32\x15.preceptor.v1.Failure\x12\"\n\x04look\x18\r \x01(\x0b\x32\x14.preceptor.v1.Reward\x12\x0f\n\x07stopped\x18\x0e \x01(\x08\x12#\n\x05\x66resh\x18\x0f \x01(\x0b\x32\x14.preceptor.v1.Reward\x12+\n\x07overlap\x18\x10 \x01(\x0b\x32\x1a.preceptor.v1.OverlapAudit\x12\x12\n\ntoo_costly\x18\x11 \x01(\t\x12\x16\n\x0estudent_commit\x18\x12 \x01(\t\"\\\n\x14ListSelfEditsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"b\n\x15ListSelfEditsResponse\x12\x30\n\nself_edits\x18\x01 \x03(\x0b\x32\x1c.preceptor.v1.LedgerSelfEdit\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"%\n\x13GetRunReportRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"A\n\x14GetRunReportResponse\x12\x14\n\x0csummary_json\x18\x01 \x01(\t\x12\x13\n\x0breport_html\x18\x02 \x01(\t*\x9b\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_STATE_PENDING\x10\x01\x12\x15\n\x11RUN_STATE_RUNNING\x10\x02\x12\x17\n\x13RUN_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10RUN_STATE_FAILED\x10\x04\x12\x17\n\x13RUN_STATE_CANCELLED\x10\x05\x32\x8d\x05\n\x13OrchestratorService\x12L\n\tCreateRun\x12\x1e.preceptor.v1.CreateRunRequest\x1a\x1f.preceptor.v1.CreateRunResponse\x12\x43\n\x06GetRun\x12\x1b.preceptor.v1.GetRunRequest\x1a\x1c.preceptor.v1.GetRunResponse\x12I\n\x08ListRuns\x12\x1d.preceptor.v1.ListRunsRequest\x1a\x1e.preceptor.v1.ListRunsResponse\x12K\n\x08WatchRun\x12\x1d.preceptor.v1.WatchRunRequest\x1a\x1e.preceptor.v1.WatchRunResponse0\x01\x12L\n\tCancelRun\x12\x1e.preceptor.v1.CancelRunRequest\x1a\x1f.preceptor.v1.CancelRunResponse\x12L\n\tResumeRun\x12\x1e.preceptor.v1.ResumeRunRequest\x1a\x1f.preceptor.v1.ResumeRunResponse\x12X\n\rListSelfEdits\x12\".preceptor.v1.ListSelfEditsRequest\x1a#.preceptor.v1.ListSelfEditsResponse\x12U\n\x0cGetRunReport\x12!.preceptor.v1.GetRunReportRequest\x1a\".preceptor.v1.GetRunReportResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'preceptor.v1.orchestrator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUNSTATE']._serialized_start=2583
-  _globals['_RUNSTATE']._serialized_end=2738
+  _globals['_RUNSTATE']._serialized_start=2658
+  _globals['_RUNSTATE']._serialized_end=2813
   _globals['_RUN']._serialized_start=139
   _globals['_RUN']._serialized_end=437
   _globals['_CREATERUNREQUEST']._serialized_start=440
@@ -51,31 +51,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTRUNSRESPONSE']._serialized_start=899
   _globals['_LISTRUNSRESPONSE']._serialized_end=975
   _globals['_RUNPROGRESS']._serialized_start=978
-  _globals['_RUNPROGRESS']._serialized_end=1403
-  _globals['_ROUNDREWARD']._serialized_start=1405
-  _globals['_ROUNDREWARD']._serialized_end=1478
-  _globals['_WATCHRUNREQUEST']._serialized_start=1480
-  _globals['_WATCHRUNREQUEST']._serialized_end=1513
-  _globals['_WATCHRUNRESPONSE']._serialized_start=1515
-  _globals['_WATCHRUNRESPONSE']._serialized_end=1610
-  _globals['_CANCELRUNREQUEST']._serialized_start=1612
-  _globals['_CANCELRUNREQUEST']._serialized_end=1666
-  _globals['_CANCELRUNRESPONSE']._serialized_start=1668
-  _globals['_CANCELRUNRESPONSE']._serialized_end=1719
-  _globals['_RESUMERUNREQUEST']._serialized_start=1721
-  _globals['_RESUMERUNREQUEST']._serialized_end=1775
-  _globals['_RESUMERUNRESPONSE']._serialized_start=1777
-  _globals['_RESUMERUNRESPONSE']._serialized_end=1828
-  _globals['_LEDGERSELFEDIT']._serialized_start=1831
-  _globals['_LEDGERSELFEDIT']._serialized_end=2280
-  _globals['_LISTSELFEDITSREQUEST']._serialized_start=2282
-  _globals['_LISTSELFEDITSREQUEST']._serialized_end=2374
-  _globals['_LISTSELFEDITSRESPONSE']._serialized_start=2376
-  _globals['_LISTSELFEDITSRESPONSE']._serialized_end=2474
-  _globals['_GETRUNREPORTREQUEST']._serialized_start=2476
-  _globals['_GETRUNREPORTREQUEST']._serialized_end=2513
-  _globals['_GETRUNREPORTRESPONSE']._serialized_start=2515
-  _globals['_GETRUNREPORTRESPONSE']._serialized_end=2580
-  _globals['_ORCHESTRATORSERVICE']._serialized_start=2741
-  _globals['_ORCHESTRATORSERVICE']._serialized_end=3394
+  _globals['_RUNPROGRESS']._serialized_end=1434
+  _globals['_ROUNDREWARD']._serialized_start=1436
+  _globals['_ROUNDREWARD']._serialized_end=1509
+  _globals['_WATCHRUNREQUEST']._serialized_start=1511
+  _globals['_WATCHRUNREQUEST']._serialized_end=1544
+  _globals['_WATCHRUNRESPONSE']._serialized_start=1546
+  _globals['_WATCHRUNRESPONSE']._serialized_end=1641
+  _globals['_CANCELRUNREQUEST']._serialized_start=1643
+  _globals['_CANCELRUNREQUEST']._serialized_end=1697
+  _globals['_CANCELRUNRESPONSE']._serialized_start=1699
+  _globals['_CANCELRUNRESPONSE']._serialized_end=1750
+  _globals['_RESUMERUNREQUEST']._serialized_start=1752
+  _globals['_RESUMERUNREQUEST']._serialized_end=1806
+  _globals['_RESUMERUNRESPONSE']._serialized_start=1808
+  _globals['_RESUMERUNRESPONSE']._serialized_end=1859
+  _globals['_LEDGERSELFEDIT']._serialized_start=1862
+  _globals['_LEDGERSELFEDIT']._serialized_end=2355
+  _globals['_LISTSELFEDITSREQUEST']._serialized_start=2357
+  _globals['_LISTSELFEDITSREQUEST']._serialized_end=2449
+  _globals['_LISTSELFEDITSRESPONSE']._serialized_start=2451
+  _globals['_LISTSELFEDITSRESPONSE']._serialized_end=2549
+  _globals['_GETRUNREPORTREQUEST']._serialized_start=2551
+  _globals['_GETRUNREPORTREQUEST']._serialized_end=2588
+  _globals['_GETRUNREPORTRESPONSE']._serialized_start=2590
+  _globals['_GETRUNREPORTRESPONSE']._serialized_end=2655
+  _globals['_ORCHESTRATORSERVICE']._serialized_start=2816
+  _globals['_ORCHESTRATORSERVICE']._serialized_end=3469
 # @@protoc_insertion_point(module_scope)

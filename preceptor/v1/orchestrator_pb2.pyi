@@ -252,6 +252,7 @@ class RunProgress(google.protobuf.message.Message):
     SECONDS_ELAPSED_FIELD_NUMBER: builtins.int
     FIRST_REWARD_SECONDS_FIELD_NUMBER: builtins.int
     SELF_EDITS_STOPPED_FIELD_NUMBER: builtins.int
+    SELF_EDITS_TOO_COSTLY_FIELD_NUMBER: builtins.int
     state: Global___RunState.ValueType
     phase: builtins.str
     """e.g. "round 2: evaluating", "held-out: oracle"."""
@@ -271,6 +272,8 @@ class RunProgress(google.protobuf.message.Message):
     """Time to the first reward; negative before it."""
     self_edits_stopped: builtins.int
     """Measured no further, since others of their group were better."""
+    self_edits_too_costly: builtins.int
+    """Read well, and their training would cost more than the run allows; never trained."""
     @property
     def rewards(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RoundReward]:
         """One entry per round that has any reward."""
@@ -294,8 +297,9 @@ class RunProgress(google.protobuf.message.Message):
         seconds_elapsed: builtins.float = ...,
         first_reward_seconds: builtins.float = ...,
         self_edits_stopped: builtins.int = ...,
+        self_edits_too_costly: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["done_share", b"done_share", "evaluations_cached", b"evaluations_cached", "evaluations_done", b"evaluations_done", "evaluations_failed", b"evaluations_failed", "evaluations_running", b"evaluations_running", "first_reward_seconds", b"first_reward_seconds", "phase", b"phase", "rewards", b"rewards", "round", b"round", "rounds", b"rounds", "seconds_elapsed", b"seconds_elapsed", "seconds_left", b"seconds_left", "self_edits_malformed", b"self_edits_malformed", "self_edits_stopped", b"self_edits_stopped", "state", b"state", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["done_share", b"done_share", "evaluations_cached", b"evaluations_cached", "evaluations_done", b"evaluations_done", "evaluations_failed", b"evaluations_failed", "evaluations_running", b"evaluations_running", "first_reward_seconds", b"first_reward_seconds", "phase", b"phase", "rewards", b"rewards", "round", b"round", "rounds", b"rounds", "seconds_elapsed", b"seconds_elapsed", "seconds_left", b"seconds_left", "self_edits_malformed", b"self_edits_malformed", "self_edits_stopped", b"self_edits_stopped", "self_edits_too_costly", b"self_edits_too_costly", "state", b"state", "workers", b"workers"]) -> None: ...
 
 Global___RunProgress: typing_extensions.TypeAlias = RunProgress
 
@@ -451,6 +455,8 @@ class LedgerSelfEdit(google.protobuf.message.Message):
     STOPPED_FIELD_NUMBER: builtins.int
     FRESH_FIELD_NUMBER: builtins.int
     OVERLAP_FIELD_NUMBER: builtins.int
+    TOO_COSTLY_FIELD_NUMBER: builtins.int
+    STUDENT_COMMIT_FIELD_NUMBER: builtins.int
     round: builtins.int
     task_id: builtins.str
     task_title: builtins.str
@@ -464,6 +470,10 @@ class LedgerSelfEdit(google.protobuf.message.Message):
     malformed_reason: builtins.str
     stopped: builtins.bool
     """Others of its group were better for certain, so it was measured no further. It may have no reward."""
+    too_costly: builtins.str
+    """What its training would cost, where that is more than the run allows; empty otherwise."""
+    student_commit: builtins.str
+    """Commit of the student that the reward is about; empty where nothing was measured."""
     @property
     def reward(self) -> preceptor.v1.types_pb2.Reward: ...
     @property
@@ -497,9 +507,11 @@ class LedgerSelfEdit(google.protobuf.message.Message):
         stopped: builtins.bool = ...,
         fresh: preceptor.v1.types_pb2.Reward | None = ...,
         overlap: preceptor.v1.evaluator_pb2.OverlapAudit | None = ...,
+        too_costly: builtins.str = ...,
+        student_commit: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["failure", b"failure", "fresh", b"fresh", "look", b"look", "overlap", b"overlap", "reward", b"reward"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["completion", b"completion", "evaluation_id", b"evaluation_id", "failure", b"failure", "fresh", b"fresh", "index", b"index", "look", b"look", "malformed", b"malformed", "malformed_reason", b"malformed_reason", "overlap", b"overlap", "policy_id", b"policy_id", "reward", b"reward", "round", b"round", "state", b"state", "stopped", b"stopped", "task_id", b"task_id", "task_title", b"task_title"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["completion", b"completion", "evaluation_id", b"evaluation_id", "failure", b"failure", "fresh", b"fresh", "index", b"index", "look", b"look", "malformed", b"malformed", "malformed_reason", b"malformed_reason", "overlap", b"overlap", "policy_id", b"policy_id", "reward", b"reward", "round", b"round", "state", b"state", "stopped", b"stopped", "student_commit", b"student_commit", "task_id", b"task_id", "task_title", b"task_title", "too_costly", b"too_costly"]) -> None: ...
 
 Global___LedgerSelfEdit: typing_extensions.TypeAlias = LedgerSelfEdit
 

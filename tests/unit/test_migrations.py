@@ -56,7 +56,8 @@ def test_a_database_of_before_migrations_has_it_too_and_keeps_every_row(tmp_path
         before = {name: database.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0] for name in names}
     engine = open_database(url, f"{service}.migrations")
     assert differences(engine, service) == []
-    assert rows(engine) == before
+    after = rows(engine)
+    assert after == {**dict.fromkeys(after, 0), **before}  # tables that came later are empty
     assert sum(before.values()) > 2
     engine.dispose()
 
