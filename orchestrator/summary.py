@@ -145,8 +145,8 @@ def _arm(arm: Arm, seed: int, resamples: int) -> dict[str, Any]:
         "malformed": arm.malformed,
         "cached": arm.cached,
         "trials": trials(arm.entries)["full"],
-        "trained_tokens": _trained_tokens(arm),
-        "worker_seconds": worker_seconds(arm.entries),
+        "trained_tokens": _mean_of_trials(arm, "trained_tokens"),
+        "worker_seconds": _mean_of_trials(arm, "seconds"),
         "overlap": overlap(arm.entries),
         "label_free": label_free(arm.entries),
         "by_label": _by_label(arm, seed, resamples),
@@ -162,10 +162,10 @@ def _outcome(outcome: Outcome) -> dict[str, Any] | None:
     return {"right": cluster.right, "questions": cluster.questions, "retention": outcome.retention}
 
 
-def _trained_tokens(arm: Arm) -> float | None:
-    """Mean over trials; None where nothing was trained."""
+def _mean_of_trials(arm: Arm, field: str) -> float | None:
+    """Mean of a trial's field; None where nothing was trained."""
     reports = [
-        trial.trained_tokens
+        float(getattr(trial, field))
         for entry in arm.entries
         if entry.reward is not None and entry.evaluation is not None
         for trial in entry.evaluation.trials
