@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evaluator.graders.grader import Given, Grader
-from evaluator.graders.grid import GridMatch, read_grid
+from evaluator.graders.grid import GridMatch
 from evaluator.graders.rack import WITHOUT_A_JUDGE, Graders
 from evaluator.resolve import resolve_answers, resolve_training, resolve_weights
 from evaluator.reward import Weights
 from preceptor.convert import bank_from_proto, questions_from_proto
 from preceptor.errors import PreceptorError
+from preceptor.few_shot.text import read_grid
 from preceptor.limits import (
     MAX_ADAPTERS,
     MAX_DOCUMENTS,

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluator.graders.grader import Given, Verdict
-from evaluator.graders.grid import GridMatch, attempts, read_grid, vote
+from evaluator.graders.grid import GridMatch, attempts
 from evaluator.graders.rack import Graders
+from preceptor.few_shot.text import read_grid
 from preceptor.tasks import Grid, Question
 
 GRID: Grid = ((0, 1, 2), (3, 4, 5))
@@ -132,24 +133,6 @@ def test_an_alias_is_right() -> None:
 def test_a_gold_that_is_no_grid_matches_nothing() -> None:
     assert grade("blue", "blue") == Verdict(False)
     assert grade("", "") == Verdict(False)
-
-
-def test_the_most_frequent_two_win_the_vote_and_ties_go_to_the_first() -> None:
-    a, b, c = ((1,),), ((2,),), ((3,),)
-    assert vote(["1", "2", "3", "[[3]]", "2"]) == [b, c]
-    assert vote(["3", "2", "1"]) == [c, b]
-    assert vote(["x", "1", "", "1/"]) == [a]
-    assert vote([]) == []
-
-
-@given(st.lists(st.sampled_from(["1", "[[1]]", "2", "12", "3/3", "no"]), max_size=12))
-def test_a_vote_is_for_the_grid_and_not_for_its_spelling(answers: list[str]) -> None:
-    winners = vote(answers)
-    read = [read_grid(answer) for answer in answers]
-    assert len(winners) == min(2, len(set(read) - {None}))
-    most = [read.count(winner) for winner in winners]
-    assert most == sorted(most, reverse=True)
-    assert all(read.count(grid) <= most[-1] for grid in read if grid not in (None, *winners))
 
 
 def test_the_rack_has_it() -> None:
