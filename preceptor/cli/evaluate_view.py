@@ -114,7 +114,7 @@ def _words(progress: Progress) -> str:
     workers = ""
     if progress.workers is not None:
         workers = f"; {progress.workers} worker{'' if progress.workers == 1 else 's'}"
-    return f"{progress.phase}: {progress.done} of {progress.total} evaluations{workers}"
+    return f"{progress.phase}: {progress.done} of {progress.total} {progress.what}{workers}"
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from preceptor import racing
 from preceptor.channel import call, new_request_id, stream
@@ -33,17 +33,24 @@ CANCEL_SECONDS = 3.0
 _PASSING = frozenset(
     {"SERVICE_UNREACHABLE", "SHUTTING_DOWN", "SERVICE_BUSY", "RATE_LIMITED", "DEADLINE_EXCEEDED", "CANCELLED"}
 )
+_Result = TypeVar("_Result")
 FINAL = (pb.EVALUATION_STATE_SUCCEEDED, pb.EVALUATION_STATE_FAILED, pb.EVALUATION_STATE_CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Evaluations that are done, of those asked for so far."""
+    """What is done, of what has been asked for so far."""
 
     phase: str
     done: int
     total: int
     workers: int | None  # None: not known yet
+    what: str = "evaluations"
+
+
+@dataclass(frozen=True, slots=True)
+class _Done(Generic[_Result]):
+    result: _Result
 
 
 class Asks(Protocol):
@@ -166,12 +173,23 @@ class EvaluatorAsks:
         self, phase: str, self_edits: Sequence[types.SelfEdit], protocol: pb.EvaluationProtocol
     ) -> list[pb.Evaluation]:
         """As promised by Asks. Raises what the evaluator raises, and what ``check`` does."""
+        return self.evaluate_groups(phase, [(self.task, self_edits)], protocol)[0]
+
+    def evaluate_groups(
+        self,
+        phase: str,
+        asked: Sequence[tuple[types.Task, Sequence[types.SelfEdit]]],
+        protocol: pb.EvaluationProtocol,
+    ) -> list[list[pb.Evaluation]]:
+        """The same for the self-edits of several tasks in one request."""
         self.check()
+        (task, self_edits), *more = asked
         request = pb.CreateEvaluationsRequest(
             request_id=new_request_id(),
             owner=self.owner,
-            task=self.task,
+            task=task,
             self_edits=self_edits,
+            more=[pb.TaskSelfEdits(task=other, self_edits=edits) for other, edits in more],
             protocol=protocol,
             student=self.student,
         )
@@ -206,7 +224,8 @@ class EvaluatorAsks:
                     self._count_workers()
                     heard = time.monotonic()
             self._show(phase)
-        return [found[one.id] for one in answer.evaluations]
+        each = iter(found[one.id] for one in answer.evaluations)
+        return [[next(each) for _ in edits] for _, edits in asked]
 
     def cancel(self) -> None:
         """Nobody wants the answers any more."""
@@ -222,13 +241,21 @@ class EvaluatorAsks:
 
 
 def assess_interruptibly(plan: Plan, asks: EvaluatorAsks, show: Callable[[Progress], None], timeout: float) -> None:
-    """``assess`` in a thread, shown by this one; whatever ends it early, what was asked for is cancelled.
+    """``assess``, as ``interruptibly`` does it."""
+    interruptibly(lambda: assess(plan, asks), asks, show, timeout)
+
+
+def interruptibly(
+    work: Callable[[], _Result], asks: EvaluatorAsks, show: Callable[[Progress], None], timeout: float
+) -> _Result:
+    """What ``work`` gives, done in a thread and shown by this one; whatever ends it early, what was asked for is
+    cancelled. ``work`` tells ``asks.show`` how far it is, and calls ``asks.check`` every few seconds.
 
     Ctrl-C raises in the main thread, and gRPC, when an exception reaches it in the wrong place, leaves its channel in a
     state in which closing it hangs: so the main thread never calls it. Raises PreceptorError(DEADLINE_EXCEEDED) after
     ``timeout`` seconds.
     """
-    news: queue.SimpleQueue[Progress | Exception | None] = queue.SimpleQueue()
+    news: queue.SimpleQueue[Progress | Exception | _Done[_Result]] = queue.SimpleQueue()
     leaving = threading.Event()
     check = asks.check
 
@@ -237,15 +264,14 @@ def assess_interruptibly(plan: Plan, asks: EvaluatorAsks, show: Callable[[Progre
             raise PreceptorError("CANCELLED", "nobody waits any more")
         check()
 
-    def work() -> None:
+    def run() -> None:
         try:
-            assess(plan, asks)
-            news.put(None)
+            news.put(_Done(work()))
         except Exception as error:  # raised again below
             news.put(error)
 
     asks.show, asks.check = news.put, check_both
-    threading.Thread(target=work, name="assess", daemon=True).start()
+    threading.Thread(target=run, name="assess", daemon=True).start()
     end = time.monotonic() + timeout
     try:
         while True:
@@ -256,8 +282,8 @@ def assess_interruptibly(plan: Plan, asks: EvaluatorAsks, show: Callable[[Progre
                 raise PreceptorError(
                     "DEADLINE_EXCEEDED", f"{asks.done} of {asks.total} evaluations after {timeout:g} s; {workers} alive"
                 ) from None
-            if heard is None:
-                return
+            if isinstance(heard, _Done):
+                return heard.result
             if isinstance(heard, Exception):
                 raise heard
             show(heard)
