@@ -38,7 +38,8 @@ CATALOGUE: dict[str, Entry] = {
     "OUTPUT_NOT_WRITABLE": Entry(_STATE, "choose another folder with --out, or make room and set its permissions"),
     "INVALID_REQUEST": Entry(_INVALID, "correct the named field"),
     "PASSAGE_TOO_LONG": Entry(_INVALID, "shorten or split the passage, or use a model with a longer context"),
-    "UNKNOWN_PROMPT_FORMAT": Entry(_INVALID, "use one of the named formats"),
+    "UNKNOWN_PROMPT_FORMAT": Entry(_INVALID, "use one of the named formats (`preceptor formats list`)"),
+    "BAD_PROMPT_TEMPLATE": Entry(_INVALID, "correct the named places; docs/formats.md shows what a template looks like"),
     "REQUEST_ID_REUSED": Entry(grpc.StatusCode.ALREADY_EXISTS, "use a new request_id for a request that differs"),
     # models
     "STUDENT_NOT_FOUND": Entry(_MISSING, "`preceptor students list` shows the registered ones"),
@@ -70,6 +71,9 @@ CATALOGUE: dict[str, Entry] = {
         _STATE, "use the teacher backend transformers or vllm for a teacher that learns, or a run without updates"
     ),
     # inference servers (vLLM, a vendor's)
+    "EXTERNAL_TEACHER_NOT_SET": Entry(
+        _STATE, "set PRECEPTOR_EXTERNAL_TEACHER_ADDRESS for the orchestrator, or leave out heldout.external_teacher"
+    ),
     "SERVER_UNREACHABLE": Entry(_DOWN, "check that the inference server of the named address runs"),
     "SERVER_REFUSED": Entry(_STATE, "check the named server's key and model, and what it says; its log says more"),
     "SERVER_UNREADABLE": Entry(_STATE, "give the address of an OpenAI-compatible server (http://host:8000)"),
@@ -86,6 +90,7 @@ CATALOGUE: dict[str, Entry] = {
     "MODEL_NOT_SERVED": Entry(_STATE, "give the name of a model that the server serves (vLLM: --served-model-name)"),
     "PROMPT_TOO_LONG": Entry(_INVALID, "shorten the text, or start the server with a larger --max-model-len"),
     "POLICY_NOT_FOUND": Entry(_MISSING, "ListPolicies shows the known ones"),
+    "POLICY_OF_ANOTHER_BASE": Entry(_STATE, "serve the teacher that the policy was trained from, or name another policy"),
     "POLICY_NOT_READY": Entry(_STATE, "wait until the policy is READY, or use another one"),
     "UPDATE_FAILED": Entry(grpc.StatusCode.INTERNAL, "look at the teacher's log; the parent policy is as it was"),
     "UPDATE_DIVERGED": Entry(_STATE, "lower the update's learning rate; the parent policy is as it was"),
@@ -136,6 +141,9 @@ CATALOGUE: dict[str, Entry] = {
     ),
     # the house
     "STACK_NOT_UP": Entry(_DOWN, "start it with `preceptor up`, or leave out --connect"),
+    "WRONG_TEACHER": Entry(
+        _STATE, "start the stack with `preceptor up --world` and the named world, or leave out --connect"
+    ),
     "STACK_ALREADY_UP": Entry(_STATE, "use --connect to work with it, or end it first"),
     "EXTRA_MISSING": Entry(_STATE, "install the named extra: pip install 'preceptor[EXTRA]'"),
     "PORT_IN_USE": Entry(_STATE, "end the named process or choose another port"),

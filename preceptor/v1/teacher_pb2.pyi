@@ -202,6 +202,8 @@ class DirectiveLimits(google.protobuf.message.Message):
     MAX_TRAINED_CHARACTERS_FIELD_NUMBER: builtins.int
     MIN_LEARNING_RATE_FIELD_NUMBER: builtins.int
     MIN_EPOCHS_FIELD_NUMBER: builtins.int
+    DEFAULT_EPOCHS_FIELD_NUMBER: builtins.int
+    DEFAULT_REPLAY_SHARE_FIELD_NUMBER: builtins.int
     max_learning_rate: builtins.float
     max_epochs: builtins.int
     max_replay_share: builtins.float
@@ -214,6 +216,9 @@ class DirectiveLimits(google.protobuf.message.Message):
     min_learning_rate: builtins.float
     """Inclusive lower bounds; 0 means the built-in one."""
     min_epochs: builtins.int
+    default_epochs: builtins.int
+    """What the run does where a directive says nothing; read by the cost guard alone. 0 means 1 pass and no replay."""
+    default_replay_share: builtins.float
     @property
     def targets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """What the teacher may choose: "qv", "attention", "mlp", "all"; none: all of them."""
@@ -231,8 +236,10 @@ class DirectiveLimits(google.protobuf.message.Message):
         max_trained_characters: builtins.int = ...,
         min_learning_rate: builtins.float = ...,
         min_epochs: builtins.int = ...,
+        default_epochs: builtins.int = ...,
+        default_replay_share: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["allow_full", b"allow_full", "max_documents", b"max_documents", "max_epochs", b"max_epochs", "max_learning_rate", b"max_learning_rate", "max_rank", b"max_rank", "max_replay_share", b"max_replay_share", "max_trained_characters", b"max_trained_characters", "min_epochs", b"min_epochs", "min_learning_rate", b"min_learning_rate", "targets", b"targets"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allow_full", b"allow_full", "default_epochs", b"default_epochs", "default_replay_share", b"default_replay_share", "max_documents", b"max_documents", "max_epochs", b"max_epochs", "max_learning_rate", b"max_learning_rate", "max_rank", b"max_rank", "max_replay_share", b"max_replay_share", "max_trained_characters", b"max_trained_characters", "min_epochs", b"min_epochs", "min_learning_rate", b"min_learning_rate", "targets", b"targets"]) -> None: ...
 
 Global___DirectiveLimits: typing_extensions.TypeAlias = DirectiveLimits
 
@@ -253,7 +260,7 @@ class GenerateSelfEditsRequest(google.protobuf.message.Message):
     samples_per_task: builtins.int
     """Self-edits per task, at most 1024. Default 1."""
     prompt_format: builtins.str
-    """See ListPromptFormats. Default "open"."""
+    """See ListPromptFormats. Default "open"; where all tasks are few-shot tasks, "augmentations"."""
     seed: builtins.int
     """All randomness comes from it, the task's id and the sample's index."""
     max_resamples: builtins.int
@@ -301,7 +308,7 @@ class WrittenSelfEdit(google.protobuf.message.Message):
     completion: builtins.str
     """The completion as it was written."""
     malformed_reason: builtins.str
-    """Why the last completion was malformed."""
+    """Why the last completion was malformed, or too costly."""
     draws: builtins.int
     """Completions drawn for it, 1 where the first was valid."""
     tokens: builtins.int
@@ -734,13 +741,27 @@ class PromptFormat(google.protobuf.message.Message):
     INSTRUCTION_FIELD_NUMBER: builtins.int
     SPLITTING_FIELD_NUMBER: builtins.int
     FILE_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    TITLED_FIELD_NUMBER: builtins.int
+    ABOUT_FIELD_NUMBER: builtins.int
+    TEMPLATE_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.int
     instruction: builtins.str
     splitting: builtins.str
-    """How a completion is split into documents: "lines", "qa", "numbered", "rules" (---), "whole" or "auto"."""
+    """How a completion is split into documents: "lines", "qa", "numbered", "rules" (---), "whole" or "auto"; "directive"
+    where it is a few-shot task's.
+    """
     file: builtins.str
     """Where a template of the user's own lies; empty for those that ship."""
+    kind: builtins.str
+    """"passage" or "few_shot": which tasks it is for."""
+    titled: builtins.bool
+    """Each document begins with the passage's title."""
+    about: builtins.str
+    """What it is for, in a sentence."""
+    template: builtins.str
+    """The whole prompt with {title} and {text} in their places."""
     def __init__(
         self,
         *,
@@ -749,8 +770,12 @@ class PromptFormat(google.protobuf.message.Message):
         instruction: builtins.str = ...,
         splitting: builtins.str = ...,
         file: builtins.str = ...,
+        kind: builtins.str = ...,
+        titled: builtins.bool = ...,
+        about: builtins.str = ...,
+        template: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["file", b"file", "instruction", b"instruction", "name", b"name", "splitting", b"splitting", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["about", b"about", "file", b"file", "instruction", b"instruction", "kind", b"kind", "name", b"name", "splitting", b"splitting", "template", b"template", "titled", b"titled", "version", b"version"]) -> None: ...
 
 Global___PromptFormat: typing_extensions.TypeAlias = PromptFormat
 
