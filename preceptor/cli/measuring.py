@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 from preceptor import racing
 from preceptor.channel import call, new_request_id, stream
@@ -33,7 +33,6 @@ CANCEL_SECONDS = 3.0
 _PASSING = frozenset(
     {"SERVICE_UNREACHABLE", "SHUTTING_DOWN", "SERVICE_BUSY", "RATE_LIMITED", "DEADLINE_EXCEEDED", "CANCELLED"}
 )
-_Result = TypeVar("_Result")
 FINAL = (pb.EVALUATION_STATE_SUCCEEDED, pb.EVALUATION_STATE_FAILED, pb.EVALUATION_STATE_CANCELLED)
 
 
@@ -46,11 +45,6 @@ class Progress:
     total: int
     workers: int | None  # None: not known yet
     what: str = "evaluations"
-
-
-@dataclass(frozen=True, slots=True)
-class _Done(Generic[_Result]):
-    result: _Result
 
 
 class Asks(Protocol):
@@ -241,21 +235,13 @@ class EvaluatorAsks:
 
 
 def assess_interruptibly(plan: Plan, asks: EvaluatorAsks, show: Callable[[Progress], None], timeout: float) -> None:
-    """``assess``, as ``interruptibly`` does it."""
-    interruptibly(lambda: assess(plan, asks), asks, show, timeout)
-
-
-def interruptibly(
-    work: Callable[[], _Result], asks: EvaluatorAsks, show: Callable[[Progress], None], timeout: float
-) -> _Result:
-    """What ``work`` gives, done in a thread and shown by this one; whatever ends it early, what was asked for is
-    cancelled. ``work`` tells ``asks.show`` how far it is, and calls ``asks.check`` every few seconds.
+    """``assess`` in a thread, shown by this one; whatever ends it early, what was asked for is cancelled.
 
     Ctrl-C raises in the main thread, and gRPC, when an exception reaches it in the wrong place, leaves its channel in a
     state in which closing it hangs: so the main thread never calls it. Raises PreceptorError(DEADLINE_EXCEEDED) after
     ``timeout`` seconds.
     """
-    news: queue.SimpleQueue[Progress | Exception | _Done[_Result]] = queue.SimpleQueue()
+    news: queue.SimpleQueue[Progress | Exception | None] = queue.SimpleQueue()
     leaving = threading.Event()
     check = asks.check
 
@@ -264,14 +250,15 @@ def interruptibly(
             raise PreceptorError("CANCELLED", "nobody waits any more")
         check()
 
-    def run() -> None:
+    def work() -> None:
         try:
-            news.put(_Done(work()))
+            assess(plan, asks)
+            news.put(None)
         except Exception as error:  # raised again below
             news.put(error)
 
     asks.show, asks.check = news.put, check_both
-    threading.Thread(target=run, name="assess", daemon=True).start()
+    threading.Thread(target=work, name="assess", daemon=True).start()
     end = time.monotonic() + timeout
     try:
         while True:
@@ -282,8 +269,8 @@ def interruptibly(
                 raise PreceptorError(
                     "DEADLINE_EXCEEDED", f"{asks.done} of {asks.total} evaluations after {timeout:g} s; {workers} alive"
                 ) from None
-            if isinstance(heard, _Done):
-                return heard.result
+            if heard is None:
+                return
             if isinstance(heard, Exception):
                 raise heard
             show(heard)
