@@ -47,6 +47,7 @@ MAX_GRADED = 10_000
 MAX_GRADED_CHARACTERS = 1_000_000
 # Sums of weighted terms stay finite.
 MAX_WEIGHT = 1e6
+MAX_KL = 100.0  # weight of a divergence; beyond 1 hardly anything is learnt
 # Squares of rewards stay finite.
 MAX_REWARD = 1e12
 

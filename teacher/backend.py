@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from teacher.policy_store import Policy
-from teacher.recipe import Rewarded, UpdateSettings
+from teacher.recipe import Lesson, UpdateSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +69,13 @@ class Author(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrainedPolicy:
-    """An adapter as files by their names, and mean losses per completion token before and after, in nats."""
+    """An adapter as files by their names, and of its training what ``teacher.update.Trained`` says."""
 
     files: Mapping[str, bytes]
     first_loss: float
     final_loss: float
     steps: int
+    kl: float | None = None
 
 
 class Trainer(Protocol):
@@ -83,13 +84,16 @@ class Trainer(Protocol):
     def train(
         self,
         parent: Path | None,
-        kept: Sequence[Rewarded],
+        lessons: Sequence[Lesson],
+        writers: Mapping[str, Path | None],
         settings: UpdateSettings,
         seed: int,
         on_step: Callable[[int], None],
         stopped: Callable[[], bool],
     ) -> TrainedPolicy:
-        """Trains the adapter in the folder ``parent``, a new one where that is None, on what is kept, in this order.
+        """Trains the adapter in the folder ``parent``, a new one where that is None, on the lessons, in this order.
+        ``writers``: folders of the policies that wrote some of them (None: the base), where their probabilities are
+        needed; the parent wrote all others.
 
         Raises PreceptorError: SEQUENCE_TOO_LONG, UPDATE_DIVERGED, and SHUTTING_DOWN when ``stopped`` says so.
         """

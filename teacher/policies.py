@@ -123,20 +123,21 @@ class Policies:
     def update(self, update: Update, request_id: str, body: bytes, owner: str = "") -> Policy:
         """Starts an update (an empty parent_id: of the active policy) and returns the policy it makes.
 
-        Raises TEACHER_IS_FIXED, POLICY_NOT_FOUND, POLICY_NOT_READY (the parent), UNKNOWN_PROMPT_FORMAT,
-        REQUEST_ID_REUSED.
+        Raises TEACHER_IS_FIXED, POLICY_NOT_FOUND, POLICY_NOT_READY (the parent, or one that wrote an example whose
+        probability by it is needed), UNKNOWN_PROMPT_FORMAT, REQUEST_ID_REUSED.
         """
         if self.fixed:
             raise self._is_fixed()
         if (known := self._store.answered(request_id, body)) is not None:
             return known
         for example in update.examples:
-            prompt_format(example.prompt_format)
-        parent = self.get(update.parent_id)
-        if not parent.is_restored:  # else it will be whole before it is trained on
-            parent = self.ready(parent.id)
-        update = replace(update, parent_id=parent.id)
-        kept = update.kept()
+            if not example.prompt:
+                prompt_format(example.prompt_format)
+        parent = self._to_be_whole(update.parent_id)
+        update = update.of_parent(parent.id)
+        for writer in sorted(update.writers):
+            self._to_be_whole(writer)
+        lessons = update.lessons()
         policy = Policy(
             id=update.policy_id(self._base_commit),
             parent_id=parent.id,
@@ -144,11 +145,12 @@ class Policies:
             base_commit=self._base_commit,
             state=PolicyState.TRAINING,
             created=datetime.now(UTC),
-            kept=len(kept),
+            kept=len(lessons),
             offered=len(update.examples),
             groups=len(update.groups),
-            groups_dropped=len(update.groups - {example.group for example in kept}),
-            steps_planned=update.settings.tuning.steps(len(kept)),
+            groups_dropped=len(update.groups - {lesson.example.group for lesson in lessons}),
+            steps_planned=update.settings.tuning.steps(len(lessons)),
+            diversity=update.diversity,
         )
         policy, trains = self._store.start_update(
             policy, update.to_bytes(), request_id, body, owner=owner, activate=update.activate
@@ -158,6 +160,12 @@ class Policies:
             self._waiting.put(policy.id)
         self._tell()
         return policy
+
+    def _to_be_whole(self, policy_id: str) -> Policy:
+        """A policy that is READY, or will be before a later update is trained. Raises POLICY_NOT_FOUND,
+        POLICY_NOT_READY."""
+        policy = self.get(policy_id)
+        return policy if policy.is_restored else self.ready(policy.id)
 
     def cancel(self, owner: str, request_id: str, body: bytes) -> int:
         """Ends the updates that this owner waits for and nobody else does, within a step; how many.
@@ -301,8 +309,8 @@ class Policies:
 
     def _train(self, policy: Policy, update: Update) -> Policy:
         parent, folder = self._whole(update.parent_id, policy.id)
-        kept = update.kept()
-        if not kept:  # nothing to learn from: the new policy is the parent under another id
+        lessons = update.lessons()
+        if not lessons:  # nothing to learn from: the new policy is the parent under another id
             return replace(
                 policy,
                 state=PolicyState.READY,
@@ -319,7 +327,8 @@ class Policies:
         def stopped() -> bool:
             return self.stopping or policy.id in self._abandoned
 
-        trained = self._trainer.train(folder, kept, update.settings, update.seed, on_step, stopped)
+        writers = {writer: self._whole(writer, policy.id)[1] for writer in sorted(update.writers)}
+        trained = self._trainer.train(folder, lessons, writers, update.settings, update.seed, on_step, stopped)
 
         def write(draft: Path) -> None:
             for name, content in trained.files.items():
@@ -334,11 +343,12 @@ class Policies:
             first_loss=trained.first_loss,
             final_loss=trained.final_loss,
             steps=trained.steps,
+            kl=trained.kl,
         )
 
     def _whole(self, policy_id: str, child_id: str) -> tuple[Policy, Path | None]:
-        """A policy to train ``child_id`` on and its adapter's folder; where that is damaged, it is trained again
-        first."""
+        """A policy that ``child_id`` is trained on, or that wrote its examples, and its adapter's folder; where that is
+        damaged, it is trained again first."""
         policy = self.get(policy_id)
         if policy.state is PolicyState.READY:
             try:

@@ -45,6 +45,8 @@ _POLICIES = sa.Table(
     sa.Column("failure_message", sa.Text, nullable=False, default=""),
     sa.Column("created", sa.Float, nullable=False),  # seconds since the epoch
     sa.Column("request", sa.LargeBinary, nullable=False, default=b""),  # the update; empty for the base
+    sa.Column("diversity", sa.Float, nullable=True),
+    sa.Column("kl", sa.Float, nullable=True),
 )
 # A table of its own, for databases that have the one above get no new columns.
 _SELECTIONS = sa.Table(
@@ -119,6 +121,8 @@ class Policy:
     failure_reason: str = ""
     failure_message: str = ""
     active: bool = False
+    diversity: float | None = None  # of what was offered; None where no group had two, and for the base
+    kl: float | None = None  # from the base, in nats a token; None where the algorithm does not measure it
 
     @property
     def is_restored(self) -> bool:
@@ -260,7 +264,7 @@ class PolicyStore:
 
     def finish(self, policy: Policy, *, activate: bool) -> Policy:
         """Writes how a training ended, and in the same transaction makes the policy active where that was asked."""
-        names = ("adapter_uri", "adapter_sha256", "first_loss", "final_loss", "steps", "seconds")
+        names = ("adapter_uri", "adapter_sha256", "first_loss", "final_loss", "steps", "seconds", "kl")
         failure = ("failure_reason", "failure_message")
         values: dict[str, Any] = {name: getattr(policy, name) for name in (*names, *failure)}
         with self._begin() as db:
@@ -368,7 +372,7 @@ class PolicyStore:
 
 
 def _new_row(policy: Policy, update: bytes) -> dict[str, Any]:
-    names = ("id", "parent_id", "base_source", "base_commit", "kept", "offered", "steps_planned")
+    names = ("id", "parent_id", "base_source", "base_commit", "kept", "offered", "steps_planned", "diversity")
     values: dict[str, Any] = {name: getattr(policy, name) for name in names}
     return values | {"state": policy.state.value, "created": policy.created.timestamp(), "request": update}
 

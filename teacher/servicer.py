@@ -18,6 +18,7 @@ from preceptor.limits import (
     MAX_DOCUMENTS,
     MAX_EPOCHS,
     MAX_EXAMPLES,
+    MAX_KL,
     MAX_NAME_CHARACTERS,
     MAX_OWNERS,
     MAX_RANK,
@@ -29,6 +30,7 @@ from preceptor.limits import (
     MAX_TEMPERATURE,
     MAX_TEXT_CHARACTERS,
     MAX_TITLE_CHARACTERS,
+    MAX_WEIGHT,
     MIN_TEMPERATURE,
     check_name,
     kept_seconds,
@@ -37,13 +39,14 @@ from preceptor.limits import (
 )
 from preceptor.v1 import teacher_pb2 as pb
 from preceptor.v1 import teacher_pb2_grpc, types_pb2
+from teacher.algorithms import ALGORITHMS
+from teacher.algorithms.interface import LearningSettings
 from teacher.backend import SamplingSettings
 from teacher.garbage import TeacherGarbage
 from teacher.policies import Policies
 from teacher.policy_store import Policy, PolicyState
 from teacher.prompts import FORMATS
 from teacher.recipe import FineTuning, Rewarded, Update, UpdateSettings
-from teacher.rest_em import SelectionSettings
 from teacher.writing import TaskText, Writer, WritingRequest, Written, WrittenGroup
 
 _STATES = {
@@ -61,6 +64,9 @@ _NOT_NEGATIVE = {
     "rank": MAX_RANK,
     "epochs": MAX_EPOCHS,
     "batch_size": MAX_BATCH_SIZE,
+    "clip": 1.0,
+    "kl": MAX_KL,
+    "diversity": MAX_WEIGHT,
 }
 # Of what a directive may ask for. The evaluator takes no more.
 _LIMITS = {
@@ -199,27 +205,34 @@ def update(request: pb.UpdatePolicyRequest) -> Update:
     """The request with its defaults filled in. Raises PreceptorError(INVALID_REQUEST)."""
     settings = request.settings
     algorithm = settings.algorithm or "rest_em"
-    _need(algorithm == "rest_em", "settings.algorithm", f"is {algorithm!r}; there is: rest_em")
+    known = ", ".join(ALGORITHMS)
+    _need(algorithm in ALGORITHMS, "settings.algorithm", f"is {algorithm!r}; there are: {known}")
     _number(settings.min_reward, "settings.min_reward")
     for name, most in _NOT_NEGATIVE.items():
         value = getattr(settings, name)
         _need(math.isfinite(value), f"settings.{name}", "is no finite number")
         _need(0 <= value <= most, f"settings.{name}", f"is {value}, must be 0..{most:g}")
+    history = ALGORITHMS[algorithm].needs_history
+    _need(history or not settings.kl, "settings.kl", f"is {settings.kl:g}, which means nothing to {algorithm}")
     _at_most(len(request.examples), MAX_EXAMPLES, "examples")
     return Update(
         parent_id=request.parent_id,
         examples=tuple(_rewarded(example, f"examples[{i}]") for i, example in enumerate(request.examples)),
         settings=UpdateSettings(
-            SelectionSettings(
-                settings.top_k or 2,
-                settings.min_reward,
-                settings.min_advantage,
-                settings.min_reward_z,
-                settings.min_advantage_z,
+            LearningSettings(
+                top_k=settings.top_k or 2,
+                min_reward=settings.min_reward,
+                min_advantage=settings.min_advantage,
+                min_reward_z=settings.min_reward_z,
+                min_advantage_z=settings.min_advantage_z,
+                clip=settings.clip or LearningSettings().clip,
+                kl=settings.kl,
             ),
             FineTuning(settings.learning_rate or 1e-3, settings.epochs or 2, settings.batch_size or 8),
             settings.rank or 16,
             settings.alpha or 32.0,
+            algorithm,
+            settings.diversity,
         ),
         seed=request.seed,
         activate=request.activate,
@@ -233,6 +246,9 @@ def _rewarded(example: pb.RewardedSelfEdit, field: str) -> Rewarded:
         _number(getattr(example, name), f"{field}.{name}")
     for name in ("reward_stderr", "advantage_stderr"):
         _need(getattr(example, name) >= 0, f"{field}.{name}", "is negative")
+    for name in ("policy_id", "student_commit"):
+        if getattr(example, name):
+            check_name(f"{field}.{name}", getattr(example, name))
     task = example.task
     _need(task.HasField("passage"), f"{field}.task", "is no passage")
     _check_passage(task.passage, f"{field}.task")
@@ -249,6 +265,8 @@ def _rewarded(example: pb.RewardedSelfEdit, field: str) -> Rewarded:
         advantage=example.advantage if example.HasField("advantage") else None,
         advantage_stderr=example.advantage_stderr if example.HasField("advantage") else 0.0,
         only_compared=example.only_compared,
+        policy_id=example.policy_id,
+        student_commit=example.student_commit,
     )
 
 
@@ -325,6 +343,8 @@ def _policy(policy: Policy, fixed: bool) -> pb.Policy:
         steps_planned=policy.steps_planned,
         seconds=policy.seconds,
         fixed=fixed,
+        diversity=policy.diversity,
+        kl=policy.kl,
     )
     message.create_time.FromDatetime(policy.created)
     if policy.adapter_uri:

@@ -1,4 +1,4 @@
-"""Trains policies in this process: LoRA on the kept self-edits, on a base that may be loaded only for that.
+"""Trains policies in this process: LoRA on self-edits, on a base that may be loaded only for that.
 
 Promises: what the training needed of the device is free again when the base is given back, also after a failure; every
 adapter carries a probe (``probe.json``), by which a server that loads it can be seen to use it.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,8 @@ from teacher.backend import TrainedPolicy
 from teacher.language import Language
 from teacher.model import TeacherBase, adapter_files
 from teacher.prompts import prompt_format
-from teacher.recipe import Rewarded, UpdateSettings
-from teacher.update import Example, fine_tune
+from teacher.recipe import Lesson, UpdateSettings
+from teacher.update import Example, fine_tune, token_logprobs
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,27 +43,34 @@ class LoraTrainer:
     def train(
         self,
         parent: Path | None,
-        kept: Sequence[Rewarded],
+        lessons: Sequence[Lesson],
+        writers: Mapping[str, Path | None],
         settings: UpdateSettings,
         seed: int,
         on_step: Callable[[int], None],
         stopped: Callable[[], bool],
     ) -> TrainedPolicy:
         """See Trainer."""
-        examples = [self._example(example) for example in kept]
+        examples = [self._example(lesson) for lesson in lessons]
+        written_by = [lesson.example.policy_id for lesson in lessons]
         with self._base() as base:
             try:
-                return _train(base, parent, examples, settings, seed, on_step, stopped)
+                model = _model(base, parent, settings, seed)
+                if settings.learns_by.needs_history:
+                    size = settings.tuning.batch_size
+                    examples = _with_history(base, model, examples, written_by, writers, size, stopped)
+                return _train(base, model, examples, settings, seed, on_step, stopped)
             except BaseException as error:
                 traceback.clear_frames(error.__traceback__)  # they hold the model
                 raise
             finally:
                 del base
 
-    def _example(self, example: Rewarded) -> Example:
-        words = self._words
-        prompt = prompt_format(example.prompt_format).render(example.title, example.text)
-        made = Example(tuple(words.prompt_ids(prompt)), tuple(words.completion_ids(example.completion)))
+    def _example(self, lesson: Lesson) -> Example:
+        words, example = self._words, lesson.example
+        prompt = example.prompt or prompt_format(example.prompt_format).render(example.title, example.text)
+        ids = tuple(words.prompt_ids(prompt)), tuple(words.completion_ids(example.completion))
+        made = Example(*ids, weight=lesson.weight)
         tokens = len(made.prompt) + len(made.completion)
         if tokens > words.context:
             raise PreceptorError(
@@ -73,23 +81,56 @@ class LoraTrainer:
         return made
 
 
+def _model(base: TeacherBase, parent: Path | None, settings: UpdateSettings, seed: int) -> PeftModel:
+    if parent is None:
+        return base.new_adapter(settings.rank, settings.alpha, seed)
+    return base.load_adapter(parent, trainable=True)
+
+
+def _with_history(
+    base: TeacherBase,
+    model: PeftModel,
+    examples: Sequence[Example],
+    written_by: Sequence[str],
+    writers: Mapping[str, Path | None],
+    size: int,
+    stopped: Callable[[], bool],
+) -> list[Example]:
+    """The examples with what their writers and the untouched teacher made of their tokens; ``model`` is the parent,
+    before its first step."""
+    starts = token_logprobs(base.model, examples, size, stopped)
+    thens: dict[int, tuple[float, ...]] = {}
+    for policy_id in sorted(set(written_by)):
+        places = [i for i, writer in enumerate(written_by) if writer == policy_id]
+        folder = writers[policy_id] if policy_id else None
+        writer = base.load_adapter(folder, trainable=False) if folder else base.model if policy_id else model
+        found = token_logprobs(writer.eval(), [examples[i] for i in places], size, stopped)
+        thens |= dict(zip(places, found, strict=True))
+    return [replace(one, then=thens[i], start=starts[i]) for i, one in enumerate(examples)]
+
+
 def _train(
     base: TeacherBase,
-    parent: Path | None,
+    model: PeftModel,
     examples: Sequence[Example],
     settings: UpdateSettings,
     seed: int,
     on_step: Callable[[int], None],
     stopped: Callable[[], bool],
 ) -> TrainedPolicy:
-    if parent is None:
-        model = base.new_adapter(settings.rank, settings.alpha, seed)
-    else:
-        model = base.load_adapter(parent, trainable=True)
-    trained = fine_tune(model, examples, settings.tuning, seed, on_step=on_step, stopped=stopped)
+    trained = fine_tune(
+        model,
+        examples,
+        settings.tuning,
+        seed,
+        algorithm=settings.learns_by,
+        learning=settings.selection,
+        on_step=on_step,
+        stopped=stopped,
+    )
     files = adapter_files(model, base.source)
     files[PROBE_FILE] = _probe(model, examples[0])
-    return TrainedPolicy(files, trained.first_loss, trained.final_loss, trained.steps)
+    return TrainedPolicy(files, trained.first_loss, trained.final_loss, trained.steps, trained.kl)
 
 
 def _probe(model: PeftModel, example: Example) -> bytes:

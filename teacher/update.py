@@ -1,7 +1,7 @@
-"""Fine-tunes the teacher on the self-edits that were kept: LoRA, loss on the completion alone.
+"""Trains the teacher on the self-edits that it learns from: LoRA, loss on the completion alone.
 
 Promises: the same examples, settings and seed give the same adapter on the same machine; pads and prompts carry no
-loss; only the adapter's weights change.
+loss; only the adapter's weights change. What the loss of a token is, the algorithm says (``teacher.algorithms``).
 
 Dimension letters: B sequences of a batch, L its longest sequence, C its longest completion, V vocabulary.
 """
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from preceptor.errors import PreceptorError
+from teacher.algorithms.interface import Algorithm, LearningSettings
+from teacher.algorithms.policy_gradient import divergence
+from teacher.algorithms.rest_em import ALGORITHM as REST_EM
 from teacher.recipe import FineTuning
 
 # Short: an update has a dozen steps.
@@ -28,19 +31,28 @@ _MAX_GRAD_NORM = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids of a prompt and of the completion behind it, its end token included."""
+    """Token ids of a prompt and of the completion behind it, its end token included; and how much it weighs.
+
+    ``then`` and ``start``: log-probability of each token of the completion by the policy that wrote it and by the
+    untouched teacher, in nats; empty where the algorithm does not need them.
+    """
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
+    weight: float = 1.0
+    then: tuple[float, ...] = ()
+    start: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Mean loss per completion token over all examples, before and after, in nats."""
+    """Mean loss per completion token over all examples, before and after, in nats for ReST-EM; ``kl``: mean divergence
+    of what was trained from the untouched teacher on their tokens, None where the algorithm has no history."""
 
     first_loss: float
     final_loss: float
     steps: int
+    kl: float | None = None
 
 
 def fine_tune(
@@ -49,6 +61,8 @@ def fine_tune(
     settings: FineTuning,
     seed: int,
     *,
+    algorithm: Algorithm = REST_EM,
+    learning: LearningSettings | None = None,
     on_step: Callable[[int], None] = lambda step: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Trained:
@@ -65,13 +79,13 @@ def fine_tune(
         optimiser, lambda step: min((step + 1) / warmup, (total - step) / max(1, total - warmup + 1))
     )
     model.eval()  # throughout: dropout of the base would be noise
-    first = _mean_loss(model, examples, settings.batch_size, stopped)
+    learning = learning or LearningSettings()
+    first, _ = _measure(model, examples, settings.batch_size, algorithm, learning, stopped)
     step = 0
     for epoch in range(settings.epochs):
         for batch in _batches(examples, settings.batch_size, random.Random(f"{seed}/{epoch}")):
             _check(stopped)
-            loss_sum, tokens = _loss(model, batch)
-            loss = loss_sum / tokens
+            loss = _losses(_logprobs(model, batch), batch, algorithm, learning).sum() / _tokens(batch)
             if not math.isfinite(loss.item()):
                 raise PreceptorError("UPDATE_DIVERGED", f"the loss is {loss.item()} at step {step + 1} of {total}")
             loss.backward()
@@ -81,10 +95,23 @@ def fine_tune(
             optimiser.zero_grad()
             step += 1
             on_step(step)
-    final = _mean_loss(model, examples, settings.batch_size, stopped)
+    final, kl = _measure(model, examples, settings.batch_size, algorithm, learning, stopped)
     if not math.isfinite(final):
         raise PreceptorError("UPDATE_DIVERGED", f"the loss is {final} after {total} steps")
-    return Trained(first, final, step)
+    return Trained(first, final, step, kl)
+
+
+def token_logprobs(
+    model: nn.Module, examples: Sequence[Example], size: int, stopped: Callable[[], bool] = lambda: False
+) -> list[tuple[float, ...]]:
+    """Log-probability of each token of each completion, in nats; ``size`` sequences at once. Raises SHUTTING_DOWN."""
+    found: dict[int, tuple[float, ...]] = {}
+    with torch.no_grad():
+        for places in _places(examples, size, None):
+            _check(stopped)
+            rows = _logprobs(model, [examples[i] for i in places]).tolist()
+            found |= {i: tuple(row[-len(examples[i].completion) :]) for i, row in zip(places, rows, strict=True)}
+    return [found[i] for i in range(len(examples))]
 
 
 def _check(stopped: Callable[[], bool]) -> None:
@@ -94,6 +121,11 @@ def _check(stopped: Callable[[], bool]) -> None:
 
 def _batches(examples: Sequence[Example], size: int, rng: random.Random | None) -> Iterator[list[Example]]:
     """Batches of about equal length, so that little is padded; with ``rng``, shuffled among equals and as a whole."""
+    for places in _places(examples, size, rng):
+        yield [examples[i] for i in places]
+
+
+def _places(examples: Sequence[Example], size: int, rng: random.Random | None) -> list[list[int]]:
     order = list(range(len(examples)))
     if rng:
         rng.shuffle(order)
@@ -101,12 +133,11 @@ def _batches(examples: Sequence[Example], size: int, rng: random.Random | None) 
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     if rng:
         rng.shuffle(batches)
-    for batch in batches:
-        yield [examples[i] for i in batch]
+    return batches
 
 
-def _loss(model: nn.Module, batch: Sequence[Example]) -> tuple[Tensor, int]:
-    """Summed loss over the completions' tokens, and how many there are.
+def _logprobs(model: nn.Module, batch: Sequence[Example]) -> Tensor:
+    """(B, C): log-probability of each token of the completions, which end in the last column; 0 before they begin.
 
     Sequences end in the same column (padded on the left), so the logits of the last C + 1 columns are all that is
     needed: on a model with a large vocabulary, logits of the prompts would be most of the memory.
@@ -130,16 +161,43 @@ def _loss(model: nn.Module, batch: Sequence[Example]) -> tuple[Tensor, int]:
         use_cache=False,
     )
     logits = out.logits[:, -answer - 1 : -1].float()
-    loss = functional.cross_entropy(logits.flatten(0, 1), labels.to(device).flatten(), reduction="sum")
-    return loss, sum(len(e.completion) for e in batch)
+    losses = functional.cross_entropy(logits.flatten(0, 1), labels.to(device).flatten(), reduction="none")
+    return -losses.view(len(batch), answer)
 
 
-def _mean_loss(model: nn.Module, examples: Sequence[Example], size: int, stopped: Callable[[], bool]) -> float:
-    total, tokens = 0.0, 0
+def _losses(now: Tensor, batch: Sequence[Example], algorithm: Algorithm, learning: LearningSettings) -> Tensor:
+    """(B, C): what the algorithm says of each token; 0 before the completions begin."""
+    history = _columns([e.then for e in batch], now), _columns([e.start for e in batch], now)
+    weights = torch.tensor([[e.weight] for e in batch], device=now.device)
+    losses = algorithm.token_losses(now, *history, weights, learning)
+    return losses * _columns([(1.0,) * len(e.completion) for e in batch], now)
+
+
+def _columns(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:
+    """The rows side by side with those of ``like``, zeros in front."""
+    return torch.tensor([[0.0] * (like.shape[1] - len(row)) + list(row) for row in rows], device=like.device)
+
+
+def _tokens(batch: Sequence[Example]) -> int:
+    return sum(len(e.completion) for e in batch)
+
+
+def _measure(
+    model: nn.Module,
+    examples: Sequence[Example],
+    size: int,
+    algorithm: Algorithm,
+    learning: LearningSettings,
+    stopped: Callable[[], bool],
+) -> tuple[float, float | None]:
+    """Mean loss and, where there is history, mean divergence from the start, per token."""
+    loss, apart = 0.0, 0.0
     with torch.no_grad():
         for batch in _batches(examples, size, None):
             _check(stopped)
-            loss, count = _loss(model, batch)
-            total += loss.item()
-            tokens += count
-    return total / tokens
+            now = _logprobs(model, batch)
+            loss += _losses(now, batch, algorithm, learning).sum().item()
+            if algorithm.needs_history:
+                apart += divergence(now, _columns([e.start for e in batch], now)).sum().item()
+    tokens = _tokens(examples)
+    return loss / tokens, apart / tokens if algorithm.needs_history else None

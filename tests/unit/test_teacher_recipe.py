@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from teacher.recipe import Rewarded, Update, UpdateSettings
-from teacher.rest_em import SelectionSettings
+from teacher.algorithms.interface import LearningSettings
 
 PAIR = tuple(Rewarded("a", "t", "x", text, "open", reward, 0.1) for text, reward in (("c", 0.5), ("d", 0.25)))
-UPDATE = Update("base-1", PAIR, UpdateSettings(SelectionSettings(2, 0.1, 0.5)), 7, False)
+UPDATE = Update("base-1", PAIR, UpdateSettings(LearningSettings(2, 0.1, 0.5)), 7, False)
 
 
 def test_a_policy_of_before_these_settings_keeps_its_id() -> None:
