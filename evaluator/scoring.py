@@ -86,6 +86,7 @@ def _report(marks: Marks, result: trial.TrialResult) -> pb.TrialReport:
         certainties=marks.certainties,
         agreements=marks.agreements,
         seconds=result.seconds,
+        adapter=result.adapter if result.HasField("adapter") else None,
     )
 
 

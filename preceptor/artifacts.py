@@ -110,7 +110,11 @@ class FolderStore(ArtifactStore):
             if final.exists() and folder_sha256(final) != sha256:
                 final.replace(damaged)
             if not final.exists():
-                draft.replace(final)
+                try:
+                    draft.replace(final)
+                except OSError:  # another process was quicker: a name stands for one content
+                    if not final.exists() or folder_sha256(final) != sha256:
+                        raise
                 _sync_folder(self._root)
         except Exception as error:
             if (known := storage_error(error, final)) is not None:

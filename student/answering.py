@@ -129,6 +129,16 @@ class _Open(NamedTuple):
     draft: _Draft
 
 
+class Seating(Protocol):
+    """What is told whose adapters the tokens of the next batches go through: a bank, or nothing at all."""
+
+    def values_of(self, adapters: Sequence[int]) -> Tensor:
+        """See LoraBank."""
+
+    def seat(self, adapters: Sequence[int], tokens: Sequence[int], values_SP: Tensor | None = None) -> None:
+        """See LoraBank."""
+
+
 class Answering(Protocol):
     """Whatever answers as ``answer`` does."""
 
@@ -147,7 +157,7 @@ class Answering(Protocol):
 @torch.inference_mode()
 def answer(
     base: LoadedBase,
-    bank: LoraBank,
+    bank: Seating,
     adapters: Sequence[int],
     prompts_of: Sequence[Sequence[Prompt]],
     settings: AnsweringSettings,
@@ -157,7 +167,7 @@ def answer(
 
     ``on_chunk`` is called after every chunk of rows; an exception from it ends the answering.
     """
-    values = bank.values_KP[list(adapters)]
+    values = bank.values_of(adapters)
     asked = [[_row(prompt, settings) for prompt in prompts] for prompts in prompts_of]
     kinds = dict.fromkeys((len(p.uniforms), p.certainty) for prompts in prompts_of for p in prompts)
     for samples, certainty in kinds:  # apart, so that what is asked of some rows costs nothing on the others
@@ -223,7 +233,7 @@ class _Asking:
     """Who is asked what, for rows of which the same is wanted."""
 
     base: LoadedBase
-    bank: LoraBank
+    bank: Seating
     adapters: Sequence[int]
     values: Tensor  # [adapters, P]
     settings: AnsweringSettings

@@ -6,6 +6,7 @@ parameter and no dropout.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ class LoadedBase:
     tokenizer: PreTrainedTokenizerBase
     source: str = ""  # where it came from, and the pinned commit; for messages and caches
     commit: str = ""
+    adapters: tuple[str, ...] = ()  # hashes of the edits that its weights hold beside those of the commit, in order
     eos_id: int = field(init=False)  # closes every study document
     end_ids: frozenset[int] = field(init=False)  # end an answer
     newline_ids: frozenset[int] = field(init=False)  # tokens whose text holds a line break
@@ -55,6 +57,12 @@ class LoadedBase:
         object.__setattr__(self, "end_ids", frozenset({int(self.tokenizer.eos_token_id), *map(int, ends)}))
         object.__setattr__(self, "newline_ids", frozenset(i for i, text in enumerate(texts) if "\n" in text))
         object.__setattr__(self, "context", int(self.model.config.max_position_embeddings))
+
+    def with_model(self, model: PreTrainedModel) -> LoadedBase:
+        """The same student with the weights of ``model``, a copy of its model."""
+        other = copy.copy(self)
+        object.__setattr__(other, "model", model)  # what was derived once holds for the copy
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -94,13 +102,22 @@ class LoadedBase:
         return encoded
 
 
-def load_base(folder: Path, *, source: str, commit: str, device: str = "cpu") -> LoadedBase:
-    """Loads a student from a folder: float32 on the CPU, bfloat16 on a GPU.
+def load_base(
+    folder: Path,
+    *,
+    source: str,
+    commit: str,
+    device: str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    adapters: tuple[str, ...] = (),
+) -> LoadedBase:
+    """Loads a student from a folder: float32 on the CPU, bfloat16 on a GPU, unless ``dtype`` says otherwise ("auto": as
+    it is stored). ``adapters``: hashes of the edits that are in its weights, or will be.
 
     Raises PreceptorError(BAD_STUDENT_SOURCE) if transformers cannot make a model of it, or its logits are made in a way
     that we do not know.
     """
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
@@ -109,7 +126,7 @@ def load_base(folder: Path, *, source: str, commit: str, device: str = "cpu") ->
     except (OSError, ValueError, KeyError) as error:
         raise PreceptorError("BAD_STUDENT_SOURCE", f"cannot be loaded: {error}", file=str(folder)) from error
     torch.nn.Module.to(model, device)  # transformers' own wrapper of it is not typed
-    base = LoadedBase(model, tokenizer, source, commit)
+    base = LoadedBase(model, tokenizer, source, commit, adapters)
     _check_head(base, folder)
     return base
 

@@ -173,13 +173,17 @@ class LoraBank:
             for _, site in self._sites:
                 _replace(self._model, site.name, site.linear)
 
+    def values_of(self, adapters: Sequence[int]) -> Tensor:
+        """The values of these adapters [S, P], a copy."""
+        return self.values_KP[list(adapters)]
+
     def seat(self, adapters: Sequence[int], tokens: Sequence[int], values_SP: Tensor | None = None) -> None:
         """Seats the adapters; the next batches hold ``tokens[s]`` tokens of ``adapters[s]``, pads included.
 
         ``values_SP`` [S, P] stands in for the bank's own values, e.g. while they are being trained.
         """
         if values_SP is None:
-            values_SP = self.values_KP[list(adapters)]
+            values_SP = self.values_of(adapters)
         dtype, device = self._sites[0][1].linear.weight.dtype, values_SP.device
         values_SP = values_SP.to(dtype)
         ends = torch.tensor(list(accumulate(tokens)), dtype=torch.int32, device=device)

@@ -56,17 +56,16 @@ def plan_memory(
     only makes for more and emptier passes brings nothing. What is left holds adapters that wait.
     Raises PreceptorError(TRIAL_OUT_OF_MEMORY) if not even one adapter fits with the longest lesson.
     """
-    kind = base.device.type
-    budget = int(free * _USABLE.get(kind, 0.5))
+    budget = usable(base, free)
     held = adapter_values * _FLOAT
     # while it is trained: values, gradient, two moments, and the copy that products take if the base is narrower
     seat = held + 4 * held + (held // 2 if base.model.dtype != torch.float32 else 0)
     steps = [[len(item.ids) + item.pads for item in step] for plan in plans for step in plan.steps]
     longest = max((max(step) for step in steps), default=0)
     widest = max((sum(step) for step in steps), default=0)
-    most = max(longest, _PASS_TOKENS.get(kind, 2_048))
+    most = max(longest, most_tokens(base))
     for checkpointing in (False, True) if caps.checkpointing is None else (caps.checkpointing,):
-        going = _Pass.of(base, longest, packed=packable(base, plans), checkpointing=checkpointing)
+        going = Activations.of(base, longest, packed=packable(base, plans), checkpointing=checkpointing)
         if (least := seat + going.bytes(longest)) > budget:
             continue
         seats = min(len(plans), caps.adapters)
@@ -84,8 +83,18 @@ def plan_memory(
     )
 
 
+def usable(base: LoadedBase, free: int) -> int:
+    """How many of so many free bytes of the student's device a plan may count on."""
+    return int(free * _USABLE.get(base.device.type, 0.5))
+
+
+def most_tokens(base: LoadedBase) -> int:
+    """Tokens of one pass beyond which more bring nothing on the student's device."""
+    return _PASS_TOKENS.get(base.device.type, 2_048)
+
+
 @dataclass(frozen=True, slots=True)
-class _Pass:
+class Activations:
     """What tokens need while they go through the student and back."""
 
     token: int  # bytes of activations, per token
@@ -93,7 +102,8 @@ class _Pass:
     most_logits: int  # ... and in all: the packed decoder makes them in slices
 
     @classmethod
-    def of(cls, base: LoadedBase, longest: int, *, packed: bool, checkpointing: bool) -> _Pass:
+    def of(cls, base: LoadedBase, longest: int, *, packed: bool, checkpointing: bool) -> Activations:
+        """Of lessons of up to ``longest`` tokens, with the packed decoder or without."""
         config: Any = base.model.config
         size = 2 if base.model.dtype != torch.float32 else 4
         width = config.hidden_size

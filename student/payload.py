@@ -9,6 +9,7 @@ from typing import cast, get_args
 from preceptor.convert import mask_from_proto, questions_from_proto
 from preceptor.errors import PreceptorError
 from preceptor.limits import (
+    MAX_ADAPTERS,
     MAX_ALPHA,
     MAX_BATCH_SIZE,
     MAX_EPOCHS,
@@ -48,8 +49,8 @@ def trials_of(batch: wire.TrialBatch) -> tuple[list[Trial], list[list[Question]]
     """
     if batch.protocol_version not in (0, PROTOCOL_VERSION):
         raise _invalid("protocol_version", f"is {batch.protocol_version}, this worker understands {PROTOCOL_VERSION}")
-    if batch.student.adapters:
-        raise _invalid("student.adapters", "are not served yet: this worker trains on bases only")
+    if len(batch.student.adapters) > MAX_ADAPTERS:
+        raise _invalid("student.adapters", f"must be at most {MAX_ADAPTERS}")
     if len({trial.id for trial in batch.trials}) < len(batch.trials):
         raise _invalid("trials", "hold an id twice")
     sets = [
@@ -144,6 +145,8 @@ def result_of(batch_id: str, outcomes: Sequence[TrialOutcome], worker: str, atte
         )
         if outcome.losses:
             one.first_loss, one.final_loss = outcome.losses[0], outcome.losses[-1]
+        if outcome.adapter is not None:
+            one.adapter.uri, one.adapter.sha256 = outcome.adapter
         if outcome.failure is not None:
             one.failure.reason, one.failure.message = outcome.failure
             one.failure.attempts = attempt

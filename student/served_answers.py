@@ -13,6 +13,7 @@ Promises
 - What the server cannot do is done here: sampled answers (whose numbers are the trial's own), certainty, adapters it
   does not take, questions that do not fit into its context, everything while it is away. With ``only`` that the server
   is away or refuses is an error instead.
+- A student with edits merged into it is asked here, whatever the settings say: the server has the student as it was.
 - Adapters of a dead worker are taken out of the server by whoever asks it next.
 
 ``on_chunk`` is called as answers come, a few times a second at most; what it raises ends the asking.
@@ -115,7 +116,7 @@ class ServedAnswers:
             if not prompt.uniforms and not prompt.certainty
         ]
         found: dict[tuple[int, int], Answer] = {}
-        if len(rows) >= self._min_questions:
+        if len(rows) >= self._min_questions and not base.adapters:
             try:
                 self._ask(base, bank, adapters, rows, settings, _rarely(on_chunk), found)
             except (PreceptorError, OSError) as error:

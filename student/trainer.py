@@ -24,7 +24,7 @@ from student.packed_decoder import PackedDecoder, supports
 from student.plan import Lesson, TrainingPlan
 
 # AdamW as torch and PEFT users have it by default.
-_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
+BETAS, EPSILON = (0.9, 0.999), 1e-8
 # Nats per token. A uniform guess over a vocabulary of 150,000 costs 12: whatever is a hundred times worse is no
 # student any more.
 _EXPLODED = 1_000.0
@@ -57,6 +57,11 @@ class TrainingResult:
     tokens: int = 0  # real ones: pads do not count
     diverged: bool = False
     cancelled: bool = False
+
+
+def is_broken(loss: float, norm: float) -> bool:
+    """Whether a step with this loss and this norm of its gradient says that training has diverged."""
+    return not (math.isfinite(norm) and loss < _EXPLODED)  # a loss that is no number is not below anything
 
 
 @dataclass(slots=True)
@@ -141,8 +146,7 @@ class _Report:
             if not result.diverged:
                 result.losses.append(loss)
                 result.tokens += tokens
-                # a loss that is no number is not below anything
-                result.diverged = not (math.isfinite(norm) and loss < _EXPLODED)
+                result.diverged = is_broken(loss, norm)
 
 
 class _Seats:
@@ -206,10 +210,10 @@ class _Seats:
                 [],
                 [course.count.add_(1)],
                 lr=course.plan.learning_rates[course.step - 1],
-                beta1=_BETA1,
-                beta2=_BETA2,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
                 weight_decay=course.plan.weight_decay,
-                eps=_EPSILON,
+                eps=EPSILON,
                 amsgrad=False,
                 maximize=False,
             )

@@ -105,6 +105,7 @@ class TrialOutcome:
     train_seconds: float = 0.0  # this trial's share of the bank's time
     answer_seconds: float = 0.0  # likewise
     failure: tuple[str, str] | None = None
+    adapter: tuple[str, str] | None = None  # (uri, SHA-256) of what was learnt, where it was to be kept
 
     @property
     def steps(self) -> int:

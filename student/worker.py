@@ -59,6 +59,7 @@ def _work(settings: WorkerSettings, telemetry: Telemetry, gpu: Gpu | None) -> No
 
     from student.answering import answer
     from student.base_cache import BaseCache
+    from student.kept import KeptEdits
     from student.memory import Caps
     from student.worker_job import TrialJob
 
@@ -83,7 +84,8 @@ def _work(settings: WorkerSettings, telemetry: Telemetry, gpu: Gpu | None) -> No
     app = make_app(settings.broker_url)
     caps = Caps(settings.max_adapters, settings.gradient_checkpointing)
     served = _answer_server(settings)
-    job = TrialJob(cache, name, settings.batch_seconds, caps, settings.trial_seconds, served or answer)
+    kept = KeptEdits(settings.artifacts, settings.artifact_cache)
+    job = TrialJob(cache, name, settings.batch_seconds, caps, settings.trial_seconds, served or answer, kept)
     watchdog = Watchdog()
     sight = WorkerSight(telemetry, name, device)
     worker = TrialWorker(app, job, cache, name, watchdog, settings, gpu.uuid if gpu else "", sight)

@@ -26,6 +26,7 @@ from preceptor.v1 import trial_pb2 as wire
 from student import payload
 from student.answering import Answering, answer
 from student.base_cache import BaseCache
+from student.kept import KeptEdits
 from student.memory import DEFAULT_CAPS, Caps
 from student.trial_runner import is_out_of_memory, run_trials
 
@@ -51,13 +52,16 @@ class TrialJob:
         caps: Caps = DEFAULT_CAPS,
         trial_seconds: float = math.inf,
         answer: Answering = answer,
+        kept: KeptEdits | None = None,
     ) -> None:
+        """``kept``: where what was learnt is put; without it no trial can be kept."""
         self._cache = cache
         self._worker = worker
         self._batch_seconds = batch_seconds
         self._trial_seconds = trial_seconds
         self._caps = caps
         self._answer = answer
+        self._kept = kept
         # Loading a model changes torch's default dtype for a moment, so nothing may run meanwhile.
         self.exclusive = threading.Lock()
 
@@ -112,6 +116,7 @@ class TrialJob:
                     caps=self._caps,
                     cancelled=cancelled,
                     answer=self._answer,
+                    kept=self._kept,
                 )
             except GivenUp:
                 raise

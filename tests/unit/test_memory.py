@@ -45,7 +45,7 @@ def bytes_of(base: LoadedBase, values: int, plans: list[TrainingPlan], plan: Mem
     """What the plan lets be taken, by the planner's own account of a token and of logits."""
     longest = max((len(item.ids) for one in plans for step in one.steps for item in step), default=0)
     seat = 4 * values * 4 + (0 if base.model.dtype == torch.float32 else 2 * values)
-    through = memory._Pass.of(
+    through = memory.Activations.of(
         base, longest, packed=memory.packable(base, plans), checkpointing=plan.limits.checkpointing
     )
     assert plan.limits.seats is not None
