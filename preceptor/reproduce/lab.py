@@ -11,15 +11,16 @@ on the way out has cancelled what was asked for.
 from __future__ import annotations
 
 import json
+import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from preceptor.channel import call, connect, new_request_id, stream
 from preceptor.cli.follow import fetch_results, raise_if_unsuccessful, snapshots
@@ -27,7 +28,7 @@ from preceptor.cli.measuring import EvaluatorAsks, Progress
 from preceptor.cli.run_request import create_request
 from preceptor.cli.runs import resume_run
 from preceptor.errors import PreceptorError
-from preceptor.reproduce.experiment import Findings, Step
+from preceptor.reproduce.experiment import Step
 from preceptor.task_sources import gather_tasks
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import orchestrator_pb2 as orchestrator
@@ -94,7 +95,7 @@ class Lab:
     _number: int = 0
     _began: float = field(default_factory=time.monotonic)
     _run: str = ""  # that goes on now
-    _asks: EvaluatorAsks | None = None  # what goes on now
+    _asked: bool = False  # for evaluations, which may go on
 
     # ---- what is shown
 
@@ -199,7 +200,8 @@ class Lab:
     ) -> list[list[evaluator.Evaluation]]:
         """The evaluations of each task's self-edits in their final states (failed ones too), in order.
 
-        All are asked for in one request, so they are trained together where that is worth it. Raises PreceptorError.
+        All are asked for in one request, so they are trained together where that is worth it; several threads may ask
+        at once. Raises PreceptorError.
         """
         asks = EvaluatorAsks(
             stub=self._evaluator,
@@ -209,19 +211,18 @@ class Lab:
             show=lambda progress: self.tell(lambda view: view.progress(progress)),
             check=self.check,
         )
-        self._asks = asks
-        try:
-            return asks.evaluate_groups(words, asked, protocol)
-        finally:
-            self._asks = None
+        self._asked = True
+        return asks.evaluate_groups(words, asked, protocol)
 
     # ---- Ctrl-C
 
     def cancel(self) -> None:
         """Nobody wants what is going on any more: evaluations end, and so does the run of a stack that is about to go
         down (else the next stack would go on with it unasked)."""
-        if self._asks is not None:
-            self._asks.cancel()
+        if self._asked:
+            wish = evaluator.CancelEvaluationsRequest(request_id=new_request_id(), owner=self.owner)
+            with suppress(PreceptorError):  # then it is measured for nothing, which is no harm
+                call(self._evaluator.CancelEvaluations, wish, deadline=CANCEL_SECONDS)
         if self._run and self.stack is not None:
             request = orchestrator.CancelRunRequest(request_id=new_request_id(), run_id=self._run)
             with suppress(PreceptorError):  # then it does go on by itself, which is no harm
@@ -258,22 +259,35 @@ def _weight(step: Step) -> float:
     return float(step.trials or 1)
 
 
-def work(lab: Lab, measure: Callable[[Lab], Findings], view: View) -> Findings:
-    """``measure(lab)`` in a thread, shown by this one; whatever ends it early, what was asked for is cancelled."""
-    news: queue.SimpleQueue[Callable[[View], None] | Findings | BaseException] = queue.SimpleQueue()
+@dataclass(frozen=True, slots=True)
+class _Done(Generic[T]):
+    result: T
+
+
+def work(lab: Lab, do: Callable[[Lab], T], view: View, timeout: float | None = None) -> T:
+    """``do(lab)`` in a thread, shown by this one; whatever ends it early, what was asked for is cancelled.
+
+    Raises PreceptorError(DEADLINE_EXCEEDED) after ``timeout`` seconds.
+    """
+    news: queue.SimpleQueue[Callable[[View], None] | _Done[T] | BaseException] = queue.SimpleQueue()
     lab.tell = news.put
 
     def run() -> None:
         try:
-            news.put(measure(lab))
+            news.put(_Done(do(lab)))
         except BaseException as error:  # raised again below
             news.put(error)
 
-    threading.Thread(target=run, name="reproduce", daemon=True).start()
+    threading.Thread(target=run, name="lab", daemon=True).start()
+    end = math.inf if timeout is None else time.monotonic() + timeout
     try:
-        for heard in _heard(news):
-            if isinstance(heard, Findings):
-                return heard
+        while True:
+            try:
+                heard = news.get(timeout=None if timeout is None else max(end - time.monotonic(), 0.001))
+            except queue.Empty:
+                raise PreceptorError("DEADLINE_EXCEEDED", f"not done after {timeout:g} s") from None
+            if isinstance(heard, _Done):
+                return heard.result
             if isinstance(heard, BaseException):
                 raise heard
             heard(view)
@@ -283,9 +297,3 @@ def work(lab: Lab, measure: Callable[[Lab], Findings], view: View) -> Findings:
         canceller.start()
         canceller.join(CANCEL_SECONDS + 1)
         raise
-    raise AssertionError("the news never end without a result")
-
-
-def _heard(news: queue.SimpleQueue[T]) -> Iterator[T]:
-    while True:
-        yield news.get()
