@@ -101,8 +101,8 @@ def transformations(augmentations: Augmentations, rng: random.Random) -> list[Tr
     return asked
 
 
-def permuted_colours(pairs: Sequence[GridPair], rng: random.Random) -> Transformation:
-    """Another colour for each that the pairs have, but for 0; those that they do not have go first."""
+def permuted_colours(pairs: Sequence[GridPair], rng: random.Random) -> list[int]:
+    """What becomes of colours 0..9: 0 stays, and those that the pairs have become such as they do not have first."""
     used = sorted({cell for pair in pairs for grid in (pair.input, pair.output) for row in grid for cell in row} - {0})
     free = [colour for colour in range(1, COLOURS) if colour not in used]
     rng.shuffle(free)
@@ -111,7 +111,7 @@ def permuted_colours(pairs: Sequence[GridPair], rng: random.Random) -> Transform
     rest = [colour for colour in range(1, COLOURS) if colour not in there.values()]
     unused = (colour for colour in range(1, COLOURS) if colour not in there)
     there |= dict(zip(unused, rest, strict=True))
-    return recolouring([0, *(there[colour] for colour in range(1, COLOURS))])
+    return [0, *(there[colour] for colour in range(1, COLOURS))]
 
 
 def _documents(
@@ -124,7 +124,8 @@ def _documents(
         others = [pair for place, pair in enumerate(pairs) if place != at]
         for shown in combinations(others, len(others) - left_out + 1):
             yield document(shown, held_out, separator)
-            colours = permuted_colours((*shown, held_out), rng) if augmentations.colours else IDENTITY
+            drawn = permuted_colours((*shown, held_out), rng) if augmentations.colours else range(COLOURS)
+            colours = recolouring(drawn)
             order = rng.sample(shown, len(shown))
             yield document([colours.pair(pair) for pair in order], colours.pair(held_out), separator)
 

@@ -10,9 +10,19 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from preceptor.few_shot.grids import IDENTITY, Transformation, chain, flip, rotation, transformed, transposition
+from preceptor.few_shot.grids import (
+    COLOURS,
+    IDENTITY,
+    Transformation,
+    chain,
+    flip,
+    recolouring,
+    rotation,
+    transformed,
+    transposition,
+)
 from preceptor.few_shot.text import grid_text, prompt, read_grid
 from preceptor.few_shot.training import permuted_colours
 from preceptor.names import derived_seed
@@ -34,17 +44,30 @@ _SYMMETRIES = (
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """A query as it is asked. ``gold``: the output as text, empty where it is not known."""
+class Way:
+    """How a view came to be: the number of a symmetry, 0 for the query as it is, and what became of colours 0..9."""
 
-    prompt: str
-    gold: str
-    transformation: Transformation
+    symmetry: int
+    colours: str = "".join(map(str, range(COLOURS)))
+
+    @property
+    def transformation(self) -> Transformation:
+        """What was done to every grid."""
+        return chain(_SYMMETRIES[self.symmetry], recolouring([int(colour) for colour in self.colours]))
 
     def read(self, answer: str) -> Grid | None:
         """The grid that an answer means, turned back; None where it is none."""
         grid = read_grid(answer)
         return self.transformation.undo(grid) if grid is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A query as it is asked. ``gold``: the output as text, empty where it is not known."""
+
+    prompt: str
+    gold: str
+    way: Way
 
 
 def views(task: FewShotTask, votes: int, separator: str = "") -> tuple[tuple[View, ...], ...]:
@@ -66,12 +89,12 @@ def vote(grids: Sequence[Grid | None]) -> tuple[Grid, ...]:
 
 def _seen(task: FewShotTask, number: int, separator: str) -> list[View]:
     """All queries in the view of this number."""
-    way, order = _SYMMETRIES[number % len(_SYMMETRIES)], list(task.demonstrations)
+    way, order = Way(number % len(_SYMMETRIES)), list(task.demonstrations)
     if number >= len(_SYMMETRIES):
         rng = random.Random(derived_seed("view", number, *(grid_text(pair.input) for pair in task.demonstrations)))
-        way = chain(way, permuted_colours(task.demonstrations, rng))
+        way = replace(way, colours="".join(map(str, permuted_colours(task.demonstrations, rng))))
         rng.shuffle(order)
-    seen = transformed(FewShotTask(task.name, tuple(order), task.queries), way)
+    seen = transformed(FewShotTask(task.name, tuple(order), task.queries), way.transformation)
     assert seen is not None  # no symmetry makes a grid larger
     return [
         View(

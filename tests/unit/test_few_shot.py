@@ -191,7 +191,7 @@ def test_permuted_colours_are_the_same_in_the_whole_document_and_black_stays() -
 @given(st.integers(0, 2**31), st.sets(st.integers(1, 9), min_size=1))
 def test_colours_go_to_unused_ones_first_and_no_two_become_one(seed: int, colours: set[int]) -> None:
     grid = (tuple(sorted(colours)),)
-    found = permuted_colours([GridPair(grid, grid)], random.Random(seed)).apply(grid)[0]
+    found = recolouring(permuted_colours([GridPair(grid, grid)], random.Random(seed))).apply(grid)[0]
     assert len(set(found)) == len(colours)
     assert 0 not in found
     assert len(set(found) - colours) == min(len(colours), 9 - len(colours))
@@ -264,8 +264,8 @@ def test_every_view_asks_the_same_question_and_knows_the_way_back(votes: int) ->
     for query, of_query in zip(asked.queries, seen, strict=True):
         assert of_query[0].prompt == prompt(asked.demonstrations, query.input)
         for view in of_query:
-            assert view.read(f" {view.gold}") == query.output
-            assert view.read("no grid") is None
+            assert view.way.read(f" {view.gold}") == query.output
+            assert view.way.read("no grid") is None
     assert [view.prompt for view in seen[1]] == [view.prompt for view in views(asked, votes)[1]]
 
 
@@ -299,14 +299,14 @@ def test_all_real_tasks_round_trip_through_everything_and_back() -> None:
     rng = random.Random(0)
     for read in found.tasks:
         one = read.task
-        ways = [*WAYS, permuted_colours(one.demonstrations, rng)]
+        ways = [*WAYS, recolouring(permuted_colours(one.demonstrations, rng))]
         for pair in (*one.demonstrations, *one.queries):
             for way in ways:
                 assert way.undo(way.apply(pair.input)) == pair.input, (one.name, way.name)
                 assert way.undo(way.apply(pair.output)) == pair.output, (one.name, way.name)
                 assert read_grid(grid_text(way.apply(pair.output))) == way.apply(pair.output)
         for query, of_query in zip(one.queries, views(one, 16, " "), strict=True):
-            assert all(view.read(view.gold) == query.output for view in of_query)
+            assert all(view.way.read(view.gold) == query.output for view in of_query)
 
 
 @needs_arc
