@@ -32,6 +32,7 @@ from preceptor.cli.evaluate import evaluate
 from preceptor.cli.evaluations import evaluations
 from preceptor.cli.gc import gc
 from preceptor.cli.probe import probe
+from preceptor.cli.reproduce import reproduce
 from preceptor.cli.run import run
 from preceptor.cli.runs import runs
 from preceptor.cli.students import students
@@ -51,6 +52,7 @@ def cli() -> None:
 
 for _command in (
     run,
+    reproduce,
     evaluate,
     up,
     runs,

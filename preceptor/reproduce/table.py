@@ -2,8 +2,8 @@
 
 A seed has passages, trial seeds and a teacher of its own. All seeds' passages are pooled: an arm's accuracy is the
 share of right answers to all questions, and intervals come from drawing *passages* again (``preceptor.statistics``),
-each of which brings its own fine-tune. That is how far other passages would move a number, these teachers given. How far
-other seeds, and so other teachers, would move it is a second interval, of Student's t over the seeds' own numbers
+each of which brings its own fine-tune: how far other passages would move a number, these teachers given. How far
+other seeds, and so other teachers, would is a second interval, of Student's t over the seeds' own numbers
 (``seeds_ci95``): wide, as three seeds are few.
 
 Pairs are of the same passage of the same seed. What failed is no measurement: it is left out of the arm and of its

@@ -1,0 +1,88 @@
+"""The same run for several seeds and students: what knowledge, fewshot and transfer are made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import preceptor
+from preceptor import arms
+from preceptor.config import RunConfig, load_config
+from preceptor.errors import PreceptorError
+from preceptor.reproduce.cost import run_step
+from preceptor.reproduce.experiment import Options, Step
+from preceptor.reproduce.table import Arm, Section, arms_of, pairs_with
+from preceptor.task_sources import gather_tasks
+
+# Beside the package: where the repository has its configs.
+_CONFIGS = Path(preceptor.__file__).parents[1] / "configs"
+
+
+def config_of(options: Options, shipped: str, student: str, seed: int, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of one run. ``shipped``: the file in configs/ unless the options name another; the options' own
+    overrides come last. Raises PreceptorError(FILE_NOT_FOUND, BAD_CONFIG)."""
+    own = [f"seed={seed}", *([f"student.name={json.dumps(student)}"] if student else [])]
+    if options.tasks is not None:
+        own += ["tasks.world=", f"tasks.path={json.dumps(str(options.tasks))}"]
+    if options.solutions is not None:
+        own.append(f"tasks.solutions_path={json.dumps(str(options.solutions))}")
+    if options.external_teacher:
+        own.append("heldout.external_teacher=true")
+    return load_config(options.config or _CONFIGS / shipped, [*own, *overrides, *options.overrides])
+
+
+def check_full(options: Options) -> None:
+    """With real models there are files to learn from, and names of students. Raises PreceptorError(INVALID_REQUEST)."""
+    if options.full and (options.tasks is None or not options.students):
+        missing = "--tasks FILE" if options.tasks is None else "--students NAME"
+        raise PreceptorError("INVALID_REQUEST", f"--full needs {missing}", field=missing.split()[0].strip("-"))
+    if not options.full and (options.tasks is not None or options.solutions is not None):
+        raise PreceptorError("INVALID_REQUEST", "--tasks and --solutions go with --full", field="tasks")
+
+
+def step_of(words: str, config: RunConfig) -> Step:
+    """A run as a step. Raises PreceptorError for tasks that are wrong."""
+    tasks = gather_tasks(config)
+    return run_step(words, config, tasks.train, tasks.heldout)
+
+
+def section(name: str, title: str, summaries: Mapping[int, Mapping[str, Any]]) -> Section:
+    """All arms of these runs (summaries by seed), the trained teacher against each of them, and the control."""
+    found = in_order(arms_of(summaries))
+    pairs = pairs_with(arms.TRAINED, found)
+    if {arms.SHUFFLED, arms.NO_EDIT} <= {arm.name for arm in found}:
+        pairs.append((arms.SHUFFLED, arms.NO_EDIT))
+    return Section(name, title, found, pairs)
+
+
+def in_order(found: Sequence[Arm]) -> list[Arm]:
+    """From no edit to the controls, as every table has them; formats stand after the passage alone."""
+    order = (
+        arms.NO_EDIT,
+        arms.PASSAGE,
+        arms.FORMAT,
+        arms.UNTRAINED,
+        arms.FIXED,
+        arms.EXTERNAL,
+        arms.TRAINED,
+        arms.IN_CONTEXT,
+        arms.ORACLE,
+        arms.SHUFFLED,
+    )
+
+    def place(arm: Arm) -> int:
+        name = arms.FORMAT if arm.name.startswith(arms.FORMAT) else arm.name
+        return order.index(name) if name in order else len(order)
+
+    return sorted(found, key=place)
+
+
+def notes_of(summaries: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """What the runs' own summaries say that is to be known, once each."""
+    said: dict[str, list[int]] = {}
+    for seed, summary in summaries.items():
+        for note in summary.get("notes") or ():
+            said.setdefault(note, []).append(seed)
+    return [f"{note} (seed {', '.join(map(str, seeds))})" for note, seeds in said.items()]
