@@ -8,12 +8,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from preceptor.config import RunConfig, TrainingConfig
+from preceptor.config import LimitConfig, RunConfig, TrainingConfig
 from preceptor.convert import mask_to_proto
 from preceptor.limits import MAX_EPOCHS
 from preceptor.names import derived_seed
 from preceptor.tasks import LossMask
 from preceptor.v1 import evaluator_pb2 as evaluator
+from preceptor.v1 import teacher_pb2 as teacher
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
 
@@ -46,6 +47,18 @@ def evaluation_protocol(
     )
 
 
+def directive_limits(config: RunConfig) -> teacher.DirectiveLimits | None:
+    """What directives may ask for, where that is not what holds without a word: a request is the same as before. What
+    an edit costs whose directive is silent follows from the config's own training settings."""
+    limits, training = config.teacher.limits, config.training
+    said = {
+        name: value for name, value in limits.model_dump().items() if value != LimitConfig.model_fields[name].default
+    }
+    if limits.max_trained_characters:
+        said |= {"default_epochs": training.epochs, "default_replay_share": training.replay_share}
+    return teacher.DirectiveLimits(**said) if said else None
+
+
 def look_protocol(protocol: evaluator.EvaluationProtocol, steps: int) -> evaluator.EvaluationProtocol:
     """The first look of a race under this protocol: its first seed, so many optimiser steps, and nothing measured but
     the log-probabilities of the gold answers."""
@@ -75,14 +88,19 @@ def chosen_probes(config: RunConfig, probes: Sequence[types.Question]) -> tuple[
 
 
 def own_text(task: types.Task, training: TrainingConfig) -> types.SelfEdit:
-    """The passage as the only study material, one document a line, under the run's own training settings.
+    """The passage as the only study material, one document a line (see ``repeated``)."""
+    lines = [line.strip() for line in task.passage.text.splitlines()]
+    return repeated([line for line in lines if line], training)
+
+
+def repeated(documents: Sequence[str], training: TrainingConfig) -> types.SelfEdit:
+    """These documents under the run's own training settings.
 
     A passage is often a single line, which the usual number of epochs would show only a few times; where the run has
-    a token budget, the passage is repeated until it is spent, as much training as any other material can get.
+    a token budget, the documents are repeated until it is spent, as much training as any other material can get.
     """
-    lines = [line.strip() for line in task.passage.text.splitlines()]
     directive = types.Directive(epochs=MAX_EPOCHS) if training.max_train_tokens else types.Directive()
-    return types.SelfEdit(documents=[line for line in lines if line], directive=directive)
+    return types.SelfEdit(documents=documents, directive=directive)
 
 
 def as_trained(self_edit: types.SelfEdit, training: TrainingConfig) -> types.SelfEdit:
