@@ -26,6 +26,11 @@ def run(settings: OrchestratorSettings, telemetry: Telemetry) -> None:
             teacher=connect(settings.teacher_address, teacher_pb2_grpc.TeacherServiceStub),
             student=connect(settings.student_address, student_pb2_grpc.StudentServiceStub),
             evaluator=connect(settings.evaluator_address, evaluator_pb2_grpc.EvaluatorServiceStub),
+            external_teacher=(
+                connect(settings.external_teacher_address, teacher_pb2_grpc.TeacherServiceStub)
+                if settings.external_teacher_address
+                else None
+            ),
             evaluator_ahead=lambda: health_of(settings.evaluator_address, deadline=5).seconds_ahead,
         )
         executor = RunExecutor(engine, services, settings, telemetry)

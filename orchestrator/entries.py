@@ -88,6 +88,12 @@ class Entry:
         return self.reward if self.fresh is None else _reward(self.fresh)
 
     @property
+    def student_commit(self) -> str:
+        """Commit of the student that its reward is about; empty where nothing was measured."""
+        measured = self.fresh or self.evaluation or self.look
+        return measured.student.commit if measured is not None else ""
+
+    @property
     def failures(self) -> tuple[evaluator.Evaluation, ...]:
         """Its measurements that ended without a result."""
         known = (self.look, self.evaluation, self.fresh)

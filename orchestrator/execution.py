@@ -35,6 +35,7 @@ class Services:
     student: student_pb2_grpc.StudentServiceStub
     evaluator: evaluator_pb2_grpc.EvaluatorServiceStub
     evaluator_ahead: Callable[[], float] = lambda: 0.0
+    external_teacher: teacher_pb2_grpc.TeacherServiceStub | None = None  # of the arm external_teacher
 
 
 class Execution:
@@ -64,6 +65,11 @@ class Execution:
         self._ledger = Ledger(engine, record.id, began, self._changed)
         hindered = self.progress.hindered
         self._teacher = TeacherClient(services.teacher, patience_seconds, self.stop, hindered)
+        self._external = (
+            TeacherClient(services.external_teacher, patience_seconds, self.stop, hindered, "external teacher")
+            if services.external_teacher is not None
+            else None
+        )
         self._evaluator = EvaluatorClient(
             services.evaluator, patience_seconds, self.stop, self._ledger.opened, hindered
         )
@@ -84,9 +90,12 @@ class Execution:
         base = self._base_policy()
         self._plan = QuestionWriting(self._plan, self._teacher, self._ledger, self.progress).plan(base)
         parts = (self._plan, self._teacher, self._evaluator, self._ledger, self._clock, self.progress)
-        trained = Loop(*parts, self._sight).run(base)
-        HeldoutMeasurement(*parts, self.stop).measure(base, trained)
-        if trained != base:
+        start = self._plan.config.teacher.policy or base
+        if start != base:
+            self._teacher.check_start(start, base)
+        trained = Loop(*parts, self._sight).run(start)
+        HeldoutMeasurement(*parts, self.stop, self._external).measure(base, trained)
+        if trained not in (base, start):  # what was not learnt here is not this run's to activate
             self._teacher.activate(trained, f"{self._record.id}.activate")
         self._report()
 
@@ -100,7 +109,8 @@ class Execution:
     def _base_policy(self) -> str:
         if self._record.base_policy:
             return self._record.base_policy
-        base = self._teacher.base_policy(learns=self._plan.config.update.algorithm != "none")
+        config = self._plan.config
+        base = self._teacher.base_policy(learns=config.update.algorithm != "none" and config.rounds.count > 0)
         self._store.set_base_policy(self._record.id, base)
         return base
 

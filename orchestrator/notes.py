@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from preceptor.arms import EXTERNAL, FORMAT, SHUFFLED, words
+
 # Below this many passages a bootstrap says little.
 FEW_PASSAGES = 10
 # Below this, most of what tells the self-edits of a passage apart is the luck of a seed.
@@ -17,16 +19,23 @@ def notes(summary: Mapping[str, Any], failed: int) -> list[str]:
     """The notes of a summary that has all its other keys; ``failed`` evaluations, in all stages."""
     heldout, rounds = summary["heldout"], summary["rounds"]
     said = _label_notes(summary)
+    few_shot = summary["kind"] == "few_shot"
     if heldout is None:
         said.append("There were no held-out tasks, so nothing was measured on passages the teacher never saw.")
     else:
         said += _comparison_notes(heldout["differences"])
-        said += _control_notes(heldout)
-        said += _material_notes(heldout)
+        said += _control_notes(heldout, few_shot)
+        said += _material_notes(heldout, few_shot)
     if any(of["evaluations"]["succeeded"] for of in rounds):
         said += _noise_notes(summary["reliability"])
         said += _race_notes(rounds)
-        said += _overlap_notes(rounds, written=summary["questions_written"] is not None)
+        if not few_shot:
+            said += _overlap_notes(rounds, written=summary["questions_written"] is not None)
+    if costly := sum(of["evaluations"]["too_costly"] for of in rounds):
+        said.append(
+            f"{costly} self-edits of the rounds would have cost more to train than the run allows. They were not "
+            "trained, have no reward, and nothing was learnt from them."
+        )
     for of in rounds:
         if not of["evaluations"]["succeeded"]:
             said.append(f"Round {of['round']} gave no reward at all, so the teacher did not learn from it.")
@@ -69,27 +78,32 @@ def _label_notes(summary: Mapping[str, Any]) -> list[str]:
 
 def _comparison_notes(differences: Mapping[str, Any]) -> list[str]:
     said = []
-    for name, words in (
+    for name, other in (
         ("trained_minus_untrained", "the untrained teacher"),
         ("trained_minus_fixed", "the best fixed strategy"),
+        ("trained_minus_external", "the external teacher"),
+        *((name, words(name.partition("_minus_")[2])) for name in differences if f"_minus_{FORMAT}" in name),
     ):
+        if name not in differences:
+            continue
         difference = differences[name]
         if difference is None:
-            said.append(f"The trained teacher could not be compared with {words}.")
+            said.append(f"The trained teacher could not be compared with {other}.")
             continue
         low, high = difference["ci95"]
         if low > 0:
-            said.append(f"The trained teacher is better than {words}: the interval of the difference is above 0.")
+            said.append(f"The trained teacher is better than {other}: the interval of the difference is above 0.")
         elif high < 0:
-            said.append(f"The trained teacher is worse than {words}: the interval of the difference is below 0.")
+            said.append(f"The trained teacher is worse than {other}: the interval of the difference is below 0.")
         else:
-            said.append(f"Nothing was gained over {words}: the interval of the difference includes 0.")
+            said.append(f"Nothing was gained over {other}: the interval of the difference includes 0.")
     return said
 
 
-def _control_notes(heldout: Mapping[str, Any]) -> list[str]:
+def _control_notes(heldout: Mapping[str, Any], few_shot: bool) -> list[str]:
     """What the controls say about the measurement itself."""
     said = []
+    wrong = "The wrong edits" if few_shot else "Shuffled facts"
     arms = heldout["arms"]
     control = heldout["differences"]["shuffled_minus_no_edit"]
     if control is None:
@@ -101,30 +115,50 @@ def _control_notes(heldout: Mapping[str, Any]) -> list[str]:
         numbers = f"{_percent(arms['shuffled_facts'])}, the untouched student {_percent(arms['no_edit'])}"
         if control["ci95"][0] > 0:
             said.append(
-                f"Shuffled facts teach something ({numbers}; the interval of the difference is above 0): part of every "
-                "gain does not come from the facts."
+                f"{wrong} teach something ({numbers}; the interval of the difference is above 0): part of every "
+                "gain does not come from what the edits say."
             )
         else:
-            said.append(f"Shuffled facts stay at chance: {numbers}.")
+            said.append(f"{wrong} stay at chance: {numbers}.")
     trained, fixed = arms["trained_teacher"], arms["fixed_strategy"]
     if trained and fixed and trained["trained_tokens"] and fixed["trained_tokens"]:
         ours, theirs = trained["trained_tokens"], fixed["trained_tokens"]
-        if abs(ours - theirs) > EQUAL_TOKENS * max(ours, theirs):
+        if _unequal(ours, theirs):
             said.append(
                 f"The trained teacher and the fixed strategy are not compared at equal tokens: {ours:.0f} and "
                 f"{theirs:.0f} trained tokens a fine-tune."
             )
+    others = [
+        f"{words(name)} {arm['trained_tokens']:.0f}"
+        for name, arm in arms.items()
+        if (name.startswith(FORMAT) or name == EXTERNAL)
+        and arm
+        and arm["trained_tokens"]
+        and trained
+        and trained["trained_tokens"]
+        and _unequal(trained["trained_tokens"], arm["trained_tokens"])
+    ]
+    if others:
+        said.append(
+            f"Not at the trained teacher's {trained['trained_tokens']:.0f} trained tokens a fine-tune: "
+            f"{', '.join(others)}."
+        )
     return said
 
 
-def _material_notes(heldout: Mapping[str, Any]) -> list[str]:
+def _unequal(ours: float, theirs: float) -> bool:
+    return abs(ours - theirs) > EQUAL_TOKENS * max(ours, theirs)
+
+
+def _material_notes(heldout: Mapping[str, Any], few_shot: bool) -> list[str]:
     said = []
+    of = "tasks" if few_shot else "passages"
     if heldout["passages"] < FEW_PASSAGES:
-        said.append(f"With {heldout['passages']} held-out passages the intervals mean little.")
-    if heldout["bank"] != "sealed":
-        of = "The" if heldout["bank"] == "reward" else "Some"
+        said.append(f"With {heldout['passages']} held-out {of} the intervals mean little.")
+    if heldout["bank"] not in ("sealed", "queries"):
+        which = "The" if heldout["bank"] == "reward" else "Some"
         said.append(
-            f"{of} held-out tasks have no sealed questions, so their reward questions were asked. The teacher never "
+            f"{which} held-out tasks have no sealed questions, so their reward questions were asked. The teacher never "
             "saw those passages, but the questions' wording is that of training."
         )
     if (opened := heldout["sealed_openings_before"]) and opened["most"]:
@@ -134,20 +168,25 @@ def _material_notes(heldout: Mapping[str, Any]) -> list[str]:
             f"The sealed questions of these passages had been opened by {times} before this one. Settings that were "
             "chosen by what was seen then are tuned to them."
         )
-    # The shuffled facts have a sentence of their own.
-    missing = [name for name, arm in heldout["arms"].items() if arm is None and name != "shuffled_facts"]
+    # The shuffled facts have a sentence of their own, and so has what was left out.
+    missing = [
+        name
+        for name, arm in heldout["arms"].items()
+        if arm is None and name != SHUFFLED and name not in heldout["left_out"]
+    ]
     if missing:
         said.append(
-            f"Not measured, since the tasks or the config bring nothing for them: {', '.join(map(_words, missing))}."
+            "Not measured, since the tasks or the config bring nothing for them: "
+            f"{', '.join(words(name, few_shot) for name in missing)}."
         )
-    malformed = [
-        f"{arm['malformed']} of {_words(name)}" for name, arm in heldout["arms"].items() if arm and arm["malformed"]
+    said += [
+        f"The arm {words(name)} could not be had and was left out: {why['reason']}, {why['message']}"
+        for name, why in heldout["left_out"].items()
     ]
-    if malformed:
-        said.append(
-            f"Malformed held-out self-edits: {', '.join(malformed)}. On those passages the arm counts as the untouched "
-            "student."
-        )
+    for key, what in (("malformed", "Malformed held-out self-edits"), ("too_costly", "Held-out self-edits too costly")):
+        found = [f"{arm[key]} of {words(name)}" for name, arm in heldout["arms"].items() if arm and arm[key]]
+        if found:
+            said.append(f"{what}: {', '.join(found)}. On those {of} the arm counts as the untouched student.")
     return said
 
 
@@ -155,10 +194,10 @@ def _noise_notes(reliability: Mapping[str, Any]) -> list[str]:
     share = reliability["value"]
     if share is None:
         return ["How reliable a reward is was not measured: with one seed nothing tells a good self-edit from luck."]
-    words = f"Reliability of the rewards: {share:.2f} of the variance between self-edits of a passage is not seed noise"
+    found = f"Reliability of the rewards: {share:.2f} of the variance between self-edits of a passage is not seed noise"
     if share < LOW_RELIABILITY:
-        return [f"{words}, so most of what the teacher was told apart by was luck. More seeds would help."]
-    return [f"{words} ({reliability['groups']} groups)."]
+        return [f"{found}, so most of what the teacher was told apart by was luck. More seeds would help."]
+    return [f"{found} ({reliability['groups']} groups)."]
 
 
 def _race_notes(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -197,7 +236,3 @@ def _overlap_notes(rounds: Sequence[Mapping[str, Any]], *, written: bool) -> lis
 
 def _percent(arm: Mapping[str, Any] | None) -> str:
     return f"{arm['accuracy'] * 100:.1f}%" if arm and arm["accuracy"] is not None else "not measured"
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")

@@ -50,8 +50,10 @@ class Dots:
     rewards: Sequence[tuple[float, float, bool]]
 
 
-def by_round(lines: Sequence[Line], label: str) -> str:
-    """Means by round with their 95% intervals; the first line is stressed. ``label``: what the numbers are."""
+def by_round(lines: Sequence[Line], label: str, *, signed: bool = True) -> str:
+    """Means by round with their 95% intervals; the first line is stressed. ``label``: what the numbers are;
+    ``signed``: they may be below 0."""
+    form = "+.2f" if signed else ".2f"
     with matplotlib.rc_context(STYLE):
         several = len(lines) > 1
         figure, axes = new_axes(2.8 if several else 2.5)
@@ -77,7 +79,7 @@ def by_round(lines: Sequence[Line], label: str) -> str:
             sign = -1 if several and below else 1
             for number, mean, error in zip(numbers, means, errors, strict=True):
                 axes.annotate(
-                    f"{mean:+.2f}",
+                    f"{mean:{form}}",
                     (number, mean + sign * error),
                     (0, 6 * sign),
                     textcoords="offset points",

@@ -16,19 +16,19 @@ from orchestrator.entries import Entry, Kind, round_stage
 from orchestrator.evaluator_client import Submission
 from orchestrator.heats import GroupSettings, Measurement
 from orchestrator.run_store import RunRecord
-from preceptor.config import FixedStrategy, RunConfig
-from preceptor.convert import for_teacher
+from preceptor import arms
+from preceptor.config import FixedStrategy, LimitConfig, RunConfig
+from preceptor.convert import directive_to_proto, for_teacher
 from preceptor.groups import advantages
 from preceptor.limits import MAX_SELF_EDITS, MAX_TRIALS
 from preceptor.names import content_id, derived_seed
 from preceptor.protocols import as_trained, chosen_probes, evaluation_protocol, look_protocol
 from preceptor.racing import RaceSettings
+from preceptor.tasks import Augmentations, Directive, LossMask
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import teacher_pb2 as teacher
 from preceptor.v1 import types_pb2 as types
 
-# Arms whose edits need no teacher; those of Task.reference_edits are left out where the tasks bring none.
-REFERENCE_ARMS = ("oracle", "shuffled_facts")
 # How the untrained teacher is asked for questions.
 QUESTION_FORMAT = "self_qa"
 
@@ -65,6 +65,11 @@ class RunPlan:
         )
 
     @cached_property
+    def few_shot(self) -> bool:
+        """Whether the tasks are few-shot tasks; all of a run are of one kind."""
+        return any(task.HasField("few_shot") for task in (*self.heldout_tasks, *self.tasks, *self.canary_tasks))
+
+    @cached_property
     def _order(self) -> list[int]:
         order = list(range(len(self.tasks)))
         random.Random(self._seed("tasks")).shuffle(order)
@@ -75,6 +80,16 @@ class RunPlan:
         count = min(self.config.rounds.tasks, len(self.tasks))
         start = (number - 1) * count
         return [self.tasks[self._order[i % len(self.tasks)]] for i in range(start, start + count)]
+
+    def writer_of(self, number: int) -> int:
+        """The round after which the policy was that writes this round; 0: before the first. By the config alone, never
+        by time."""
+        return max(0, number - 1 - self.config.rounds.staleness)
+
+    def written_ahead(self, number: int) -> range:
+        """The rounds that can be written while this one is measured."""
+        rounds = self.config.rounds
+        return range(number + 1, min(number + rounds.staleness, rounds.count) + 1)
 
     @cached_property
     def selection_tasks(self) -> list[types.Task]:
@@ -89,7 +104,25 @@ class RunPlan:
     def reference_arms(self) -> list[str]:
         """The reference arms that every held-out task can fill."""
         tasks = self.heldout_tasks
-        return [arm for arm in REFERENCE_ARMS if tasks and all(arm in task.reference_edits for task in tasks)]
+        return [arm for arm in arms.REFERENCES if tasks and all(arm in task.reference_edits for task in tasks)]
+
+    @cached_property
+    def arms(self) -> list[str]:
+        """The arms of the held-out measurement in the order of every table: those that each run has (of which the tasks
+        may bring nothing), and those that this one asks for. A few-shot task has no text of its own to train on, and
+        its demonstrations stand in every prompt: the untouched student is the in-context baseline."""
+        asked = self.config.heldout
+        found = [
+            arms.NO_EDIT,
+            *([] if self.few_shot else [arms.PASSAGE]),
+            *map(arms.format_arm, asked.formats),
+            arms.UNTRAINED,
+            arms.FIXED,
+            *([arms.EXTERNAL] if asked.external_teacher else []),
+            arms.TRAINED,
+            *([arms.IN_CONTEXT] if asked.in_context else []),
+        ]
+        return [*found, *arms.REFERENCES]
 
     @property
     def planned_self_edits(self) -> int:
@@ -97,9 +130,10 @@ class RunPlan:
         rounds = self.config.rounds
         trained = rounds.count * min(rounds.tasks, len(self.tasks)) * rounds.self_edits
         selection = len(self.selection_tasks) * len(self.config.heldout.fixed_strategies)
-        arms = 3 + len(self.reference_arms) + bool(self.selection_tasks)
+        nothing = [arm for arm in arms.REFERENCES if arm not in self.reference_arms]
+        nothing += [arms.NO_EDIT] + ([] if self.selection_tasks else [arms.FIXED])
         watched = (rounds.count + 1) * len(self.canary_tasks) * self.config.labels.canary_self_edits
-        return trained + selection + watched + arms * len(self.heldout_tasks)
+        return trained + selection + watched + (len(self.arms) - len(nothing)) * len(self.heldout_tasks)
 
     # What is asked of the teacher
 
@@ -118,7 +152,22 @@ class RunPlan:
             ),
             seed=seed,
             max_resamples=settings.max_resamples,
+            limits=self._limits,
         )
+
+    @cached_property
+    def _limits(self) -> teacher.DirectiveLimits | None:
+        """What directives may ask for, where that is not what holds without a word: a request is the same as before.
+        What an edit costs whose directive is silent follows from the run's own training settings."""
+        limits, training = self.config.teacher.limits, self.config.training
+        said = {
+            name: value
+            for name, value in limits.model_dump().items()
+            if value != LimitConfig.model_fields[name].default
+        }
+        if limits.max_trained_characters:
+            said |= {"default_epochs": training.epochs, "default_replay_share": training.replay_share}
+        return teacher.DirectiveLimits(**said) if said else None
 
     def round_generation(self, number: int, policy_id: str) -> teacher.GenerateSelfEditsRequest:
         """The round's request to the teacher."""
@@ -191,6 +240,8 @@ class RunPlan:
                     reward=entry.earned.value,
                     reward_stderr=entry.earned.stderr,
                     only_compared=bool(self.config.reward.fresh_seeds) and entry.fresh is None,
+                    policy_id=entry.policy_id,
+                    student_commit=entry.student_commit,
                 )
                 if len(group) > 1:  # one alone has nothing to be compared with
                     example.advantage, example.advantage_stderr = advantage, stderr
@@ -251,8 +302,11 @@ class RunPlan:
             if _unsettled(some):
                 yield self._submission(str(candidate), self.selection_tasks, some, protocol)
 
-    def heldout_submissions(self, name: str, groups: Iterable[Sequence[Entry]]) -> Iterator[Submission]:
-        """Each held-out task's self-edits of some arms; ``name`` tells apart the requests of one task."""
+    def heldout_submissions(
+        self, name: str, groups: Iterable[Sequence[Entry]], *, in_context: bool = False
+    ) -> Iterator[Submission]:
+        """Each held-out task's self-edits of some arms; ``name`` tells apart the requests of one task. ``in_context``:
+        the task's text stands before each of its questions."""
         seeds = self.config.heldout.seeds
 
         def bank(group: Sequence[Entry]) -> types.QuestionBank.ValueType:
@@ -260,7 +314,9 @@ class RunPlan:
 
         for some in self._together(groups, lambda group: len(group) * seeds, bank):
             if _unsettled(some):
-                yield self._submission(name, self.heldout_tasks, some, self._heldout_protocol(bank(some[0])))
+                protocol = self._heldout_protocol(bank(some[0]))
+                protocol.in_context = in_context
+                yield self._submission(name, self.heldout_tasks, some, protocol)
 
     def canary_submissions(self, groups: Iterable[Sequence[Entry]]) -> Iterator[Submission]:
         """Each canary task's self-edits: labelled questions, plain weights, the same seeds after every round."""
@@ -366,24 +422,34 @@ def canary_places(config: RunConfig, tasks: Sequence[types.Task]) -> list[int]:
 
 
 def labelled_places(tasks: Sequence[types.Task]) -> list[int]:
-    """Which tasks have a reward question with an answer."""
+    """Which tasks have a reward question with an answer, or a query with its output."""
+    return [place for place, task in enumerate(tasks) if _is_labelled(task)]
+
+
+def _is_labelled(task: types.Task) -> bool:
+    if task.HasField("few_shot"):
+        return any(pair.output.rows for pair in task.few_shot.queries)
     rewarding = (types.QUESTION_BANK_REWARD, types.QUESTION_BANK_UNSPECIFIED)
-    return [
-        place
-        for place, task in enumerate(tasks)
-        if any(question.bank in rewarding and question.answer.strip() for question in task.passage.questions)
-    ]
+    return any(question.bank in rewarding and question.answer.strip() for question in task.passage.questions)
 
 
 def heldout_bank(task: types.Task) -> types.QuestionBank.ValueType:
-    """The bank of the final measurement: sealed questions, or the reward questions of a task that has no others."""
+    """The bank of the final measurement: sealed questions, or the reward questions of a task that has no others. A
+    few-shot task has no banks, but its queries."""
     sealed = any(question.bank == types.QUESTION_BANK_SEALED for question in task.passage.questions)
     return types.QUESTION_BANK_SEALED if sealed else types.QUESTION_BANK_REWARD
 
 
 def under(strategy: FixedStrategy, self_edit: types.SelfEdit) -> types.SelfEdit:
     """The documents of a self-edit under the strategy's directive."""
-    directive = types.Directive(
-        learning_rate=strategy.learning_rate, epochs=strategy.epochs, replay_share=strategy.replay_share
+    asked = strategy.augmentations
+    directive = Directive(
+        learning_rate=strategy.learning_rate,
+        epochs=strategy.epochs,
+        replay_share=strategy.replay_share,
+        rank=strategy.rank,
+        targets=strategy.targets,
+        loss_mask=LossMask(strategy.loss_mask) if strategy.loss_mask else None,
+        augmentations=None if asked is None else Augmentations(**asked.model_dump()),
     )
-    return types.SelfEdit(documents=self_edit.documents, directive=directive)
+    return types.SelfEdit(documents=self_edit.documents, directive=directive_to_proto(directive))

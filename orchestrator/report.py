@@ -17,28 +17,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from orchestrator.entries import HELDOUT, SELECTION, Entry
-from orchestrator.heldout import TRAINED
 from orchestrator.report_examples import examples
 from orchestrator.results import Results
 from orchestrator.round_summary import PHASES, distinct
 from orchestrator.round_summary import groups as groups_of
-from orchestrator.summary import DIFFERENCES
+from orchestrator.summary import differences
 from orchestrator.timing import RUN
 from preceptor import __version__
+from preceptor.arms import CONTROL, TRAINED, words
 from preceptor.groups import advantages
+from preceptor.names import task_title
 
-ARM_WORDS = {
-    "no_edit": "no edit",
-    "passage_only": "raw passage only",
-    "untrained_teacher": "untrained teacher",
-    "fixed_strategy": "best fixed strategy",
-    "trained_teacher": "trained teacher",
-    "oracle": "oracle",
-    "shuffled_facts": "shuffled facts",
-}
-DIFFERENCE_WORDS = {name: f"{ARM_WORDS[first]} − {ARM_WORDS[second]}" for name, (first, second) in DIFFERENCES.items()}
-# A difference of which no side is better: it is to be none.
-CONTROL = "shuffled_minus_no_edit"
 REWARD_OF = {
     "all": "all self-edits",
     "first_seed": "all self-edits, first seed",
@@ -46,6 +35,8 @@ REWARD_OF = {
 }
 # Terms that are subtracted from a reward.
 COSTS = ("retention_loss", "overlap", "tokens", "seconds")
+# What else is drawn by round where the updates say it.
+DRIFT = {"diversity": "diversity of a group", "kl": "KL from the untrained teacher, nats a token"}
 # Passages in the picture of the last round, and letters of a passage's name there.
 MAX_ROWS, MAX_ROW_NAME = 24, 22
 
@@ -77,9 +68,11 @@ class ReportRenderer:
         return self._environment.get_template("report.html.j2").render(
             summary=summary,
             pictures=pictures,
-            arm_words=ARM_WORDS,
-            difference_words=DIFFERENCE_WORDS,
+            arm_words=_arm_words(results),
+            difference_words=_difference_words(results),
             control=CONTROL,
+            passages="tasks" if results.plan.few_shot else "passages",
+            strategy=_strategy(summary),
             reward_of=REWARD_OF[_reward_of(summary)],
             unlabelled=_unlabelled(summary),
             formula=_formula(summary["reward"]["weights"]),
@@ -88,7 +81,8 @@ class ReportRenderer:
             best=examples(results, best=True),
             worst=examples(results, best=False),
             failures=_failures(results.all_entries),
-            malformed=_malformed(results.all_entries),
+            malformed=_complaints(results.all_entries, "malformed"),
+            too_costly=_complaints(results.all_entries, "too_costly"),
             stages=_stages(results),
             phases=PHASES,
             config=json.dumps(results.plan.config.model_dump(mode="json"), indent=2, ensure_ascii=False),
@@ -101,19 +95,24 @@ def _pictures(summary: Mapping[str, Any], results: Results) -> dict[str, Markup 
     # Imported when the first report is made: it takes a second that no service start should wait for.
     from orchestrator import pictures
 
-    drawn: dict[str, Markup | None] = dict.fromkeys(("rewards", "looks", "groups", "arms", "differences"))
+    names = ("rewards", "looks", "diversity", "kl", "groups", "arms", "differences")
+    drawn: dict[str, Markup | None] = dict.fromkeys(names)
     if lines := _reward_lines(summary, pictures.Line):
         drawn["rewards"] = Markup(
             pictures.by_round(lines, "mean label-free reward" if _unlabelled(summary) else "mean reward")
         )
     if looks := _points(summary, lambda of: of["look"]):
         drawn["looks"] = Markup(pictures.by_round([pictures.Line("all", looks)], "mean first look, nats"))
+    for key, words_of in DRIFT.items():
+        if points := [(of["round"], of[key], None) for of in summary["rounds"] if of[key] is not None]:
+            drawn[key] = Markup(pictures.by_round([pictures.Line("all", points)], words_of, signed=False))
     if groups := _last_groups(results, pictures.Dots):
         drawn["groups"] = Markup(pictures.rewards_by_group(groups))
     if summary["heldout"]:
+        named, pairs = _arm_words(results), differences(results.plan.arms)
         arms = [
             (
-                ARM_WORDS[name] + " (label-free)" * bool(arm["label_free"]),
+                named[name] + " (label-free)" * bool(arm["label_free"]),
                 arm["accuracy"],
                 (arm["ci95"][0], arm["ci95"][1]),
                 name == TRAINED,
@@ -124,7 +123,7 @@ def _pictures(summary: Mapping[str, Any], results: Results) -> dict[str, Markup 
         if arms:
             drawn["arms"] = Markup(pictures.accuracy_by_arm(arms))
         rows = [
-            (_row_name(name), of["mean"], (of["ci95"][0], of["ci95"][1]), name != CONTROL)
+            (_row_name(*pairs[name], named), of["mean"], (of["ci95"][0], of["ci95"][1]), name != CONTROL)
             for name, of in summary["heldout"]["differences"].items()
             if of
         ]
@@ -134,10 +133,37 @@ def _pictures(summary: Mapping[str, Any], results: Results) -> dict[str, Markup 
     return drawn
 
 
-def _row_name(difference: str) -> str:
+def _arm_words(results: Results) -> dict[str, str]:
+    return {arm: words(arm, results.plan.few_shot) for arm in results.plan.arms}
+
+
+def _difference_words(results: Results) -> dict[str, str]:
+    named = _arm_words(results)
+    return {
+        name: f"{named[first]} − {named[second]}" for name, (first, second) in differences(results.plan.arms).items()
+    }
+
+
+def _row_name(first: str, second: str, named: Mapping[str, str]) -> str:
     """Short, since the picture is narrow and says that they are the trained teacher's."""
-    first, second = DIFFERENCES[difference]
-    return f"− {ARM_WORDS[second]}" if first == TRAINED else DIFFERENCE_WORDS[difference]
+    return f"− {named[second]}" if first == TRAINED else f"{named[first]} − {named[second]}"
+
+
+def _strategy(summary: Mapping[str, Any]) -> str:
+    """The fixed strategy in words; empty where none was chosen."""
+    chosen = (summary["heldout"] or {}).get("fixed_strategy")
+    if not chosen:
+        return ""
+    said = [f"format {chosen['prompt_format']}"] if chosen["prompt_format"] else []
+    said += [
+        f"learning rate {chosen['learning_rate']}",
+        f"{chosen['epochs']} epochs",
+        f"replay {chosen['replay_share']}",
+    ]
+    said += [f"{name.replace('_', ' ')} {chosen[name]}" for name in ("rank", "targets", "loss_mask") if chosen[name]]
+    if asked := chosen["augmentations"]:
+        said.append(f"augmentations {', '.join(name for name, wanted in asked.items() if wanted) or 'none'}")
+    return ", ".join(said)
 
 
 def _reward_lines(summary: Mapping[str, Any], line: Callable[..., Any]) -> list[Any]:
@@ -174,7 +200,7 @@ def _unlabelled(summary: Mapping[str, Any]) -> bool:
 
 def _last_groups(results: Results, dots: Callable[..., Any]) -> list[Any]:
     """The groups of the last round that has any reward, the best first."""
-    tasks = {task.id: task.passage.title for task in results.plan.tasks}
+    tasks = {task.id: task_title(task) for task in results.plan.tasks}
     for of in reversed(results.rounds):
         found = []
         for entries in groups_of(of.entries).values():
@@ -194,10 +220,10 @@ def _last_groups(results: Results, dots: Callable[..., Any]) -> list[Any]:
 def _stages(results: Results) -> list[tuple[str, dict[str, float]]]:
     """Seconds by phase of every round, of the measurement and of the rest."""
     stages = [(f"round {of.number}", dict(of.seconds)) for of in results.rounds]
-    for stage, words in ((HELDOUT, "held-out"), (RUN, "start, end")):
+    for stage, shown in ((HELDOUT, "held-out"), (RUN, "start, end")):
         seconds = {phase: value for (of, phase), value in results.seconds.items() if of == stage}
         if seconds:
-            stages.append((words, seconds))
+            stages.append((shown, seconds))
     return stages
 
 
@@ -246,8 +272,9 @@ def _failures(entries: Sequence[Entry]) -> list[tuple[str, str, int]]:
     return [(reason, messages[reason], number) for reason, number in count.most_common()]
 
 
-def _malformed(entries: Sequence[Entry]) -> list[tuple[str, int]]:
-    """The usual complaints, and how often. Selection uses one completion under several directives; counted once."""
+def _complaints(entries: Sequence[Entry], field: str) -> list[tuple[str, int]]:
+    """What was usually said in this field of the self-edits that could not be trained on, and how often. Selection uses
+    one completion under several directives; counted once."""
     written = {
         (
             entry.key.stage,
@@ -256,9 +283,9 @@ def _malformed(entries: Sequence[Entry]) -> list[tuple[str, int]]:
             entry.key.index if entry.key.stage != SELECTION else 0,
         ): entry
         for entry in entries
-        if entry.malformed
+        if getattr(entry, field)
     }
-    return Counter(entry.malformed for entry in written.values()).most_common(10)
+    return Counter(str(getattr(entry, field)) for entry in written.values()).most_common(10)
 
 
 def _percent(value: float | None) -> str:

@@ -6,6 +6,10 @@ from typing import Any
 
 from orchestrator.entries import Entry
 from orchestrator.results import Results
+from preceptor.convert import augmentations_from_proto, task_from_proto
+from preceptor.few_shot.text import task_text
+from preceptor.names import task_title
+from preceptor.tasks import FewShotTask
 from preceptor.v1 import types_pb2 as types
 
 # So many of the best and of the worst.
@@ -39,9 +43,9 @@ def _example(entry: Entry, task: types.Task) -> dict[str, Any]:
     graded = "gain" in reward.terms
     audit = entry.evaluation.overlap if entry.evaluation and entry.evaluation.HasField("overlap") else None
     return {
-        "title": task.passage.title,
+        "title": task_title(task),
         "labels": sorted(dict(task.labels).items()),
-        "text": _cut(task.passage.text),
+        "text": _cut(_text(task)),
         "documents": [_cut(document) for document in edit.documents[:40]],
         "more_documents": max(0, len(edit.documents) - 40),
         "directive": _directive(edit.directive),
@@ -60,14 +64,29 @@ def _example(entry: Entry, task: types.Task) -> dict[str, Any]:
     }
 
 
+def _text(task: types.Task) -> str:
+    """What the teacher was shown."""
+    plain = task_from_proto(task)
+    return task_text(plain) if isinstance(plain, FewShotTask) else plain.text
+
+
 def _directive(directive: types.Directive) -> list[tuple[str, str]]:
     """What the directive says, in its order."""
-    said = []
-    for descriptor, value in directive.ListFields():
-        if descriptor.name == "loss_mask":
-            value = types.LossMask.Name(value).removeprefix("LOSS_MASK_").lower()
-        said.append((descriptor.name.replace("_", " "), f"{value:g}" if isinstance(value, float) else str(value)))
-    return said
+    return [
+        (descriptor.name.replace("_", " "), _said(descriptor.name, value))
+        for descriptor, value in directive.ListFields()
+    ]
+
+
+def _said(name: str, value: Any) -> str:
+    if name == "loss_mask":
+        return str(types.LossMask.Name(value).removeprefix("LOSS_MASK_").lower())
+    if name == "fine_tuning":
+        return str(types.FineTuning.Name(value).removeprefix("FINE_TUNING_").lower())
+    if name == "augmentations":
+        asked = augmentations_from_proto(value)
+        return ", ".join(of for of in asked.__dataclass_fields__ if getattr(asked, of)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _cut(text: str) -> str:

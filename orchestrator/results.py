@@ -6,18 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.entries import HELDOUT, SELECTION, Entry, round_stage
-from orchestrator.heldout import FIXED, PASSAGE, TRAINED, UNTRAINED, best_strategy, selection_rewards
+from orchestrator.heldout import best_strategy, selection_rewards
 from orchestrator.label_store import CanaryLook, WrittenQuestions
-from orchestrator.ledger import Ledger
-from orchestrator.plan import REFERENCE_ARMS, RunPlan, heldout_bank
+from orchestrator.ledger import Ledger, LeftOut
+from orchestrator.plan import RunPlan, heldout_bank
 from orchestrator.run_store import RunRecord
+from preceptor.arms import IN_CONTEXT, NO_EDIT
 from preceptor.config import FixedStrategy
 from preceptor.statistics import Cluster
 from preceptor.v1 import types_pb2 as types
-
-NO_EDIT = "no_edit"
-SHUFFLED = "shuffled_facts"
-ARMS = (NO_EDIT, PASSAGE, UNTRAINED, FIXED, TRAINED, *REFERENCE_ARMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +25,6 @@ class Outcome:
     accuracy: float | None
     questions: int
     retention: float | None
-    malformed: bool = False
 
     @property
     def cluster(self) -> Cluster | None:
@@ -45,6 +41,7 @@ class Arm:
     failed: int = 0
     malformed: int = 0
     cached: int = 0
+    too_costly: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +49,10 @@ class Heldout:
     """The held-out measurement. An arm that was not measured is absent."""
 
     arms: Mapping[str, Arm]
-    bank: str  # "sealed", "reward" or "mixed"
+    bank: str  # "sealed", "reward" or "mixed"; of few-shot tasks "queries"
     fixed: FixedStrategy | None
     selection_rewards: tuple[float | None, ...]  # mean reward of each candidate on the selection passages
+    left_out: Mapping[str, LeftOut] = field(default_factory=dict)  # arms that could not be had, and why
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +67,8 @@ class Round:
     offered: int
     groups: int | None = None  # offered to the update, and those of them that taught nothing; None: not said
     groups_dropped: int | None = None
+    diversity: float | None = None  # of the self-edits offered; None: the update does not say
+    kl: float | None = None  # of the policy after it from the untrained teacher, nats a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +104,15 @@ def collect(run: RunRecord, plan: RunPlan, ledger: Ledger, seconds: Mapping[tupl
                 offered=row.offered,
                 groups=row.groups,
                 groups_dropped=row.groups_dropped,
+                diversity=row.diversity,
+                kl=row.kl,
             )
         )
     return Results(
         run=run,
         plan=plan,
         rounds=tuple(rounds),
-        heldout=heldout_results(plan, entries) if plan.heldout_tasks else None,
+        heldout=heldout_results(plan, entries, ledger.left_out()) if plan.heldout_tasks else None,
         seconds=seconds,
         first_reward_seconds=run.first_reward_seconds,
         peak_memory_bytes=run.peak_memory_bytes,
@@ -121,16 +123,17 @@ def collect(run: RunRecord, plan: RunPlan, ledger: Ledger, seconds: Mapping[tupl
     )
 
 
-def heldout_results(plan: RunPlan, entries: Sequence[Entry]) -> Heldout:
-    """The held-out measurement in a run's ledger lines."""
+def heldout_results(plan: RunPlan, entries: Sequence[Entry], left_out: Mapping[str, LeftOut] | None = None) -> Heldout:
+    """The held-out measurement in a run's ledger lines. What is known of an arm that was left out is not counted."""
+    left_out = left_out or {}
     measured = [entry for entry in entries if entry.key.stage == HELDOUT]
     untouched = _untouched(plan, measured)
     arms = {}
     if any(outcome.accuracy is not None for outcome in untouched):
         arms[NO_EDIT] = Arm(tuple(untouched), failed=sum(outcome.accuracy is None for outcome in untouched))
-    for name in ARMS[1:]:
+    for name in plan.arms[1:]:
         by_task = {entry.key.task: entry for entry in measured if entry.key.arm == name}
-        if by_task:
+        if by_task and name not in left_out:
             arms[name] = _arm(plan, by_task, untouched)
     strategies = plan.config.heldout.fixed_strategies
     selection = [entry for entry in entries if entry.key.stage == SELECTION]
@@ -138,19 +141,22 @@ def heldout_results(plan: RunPlan, entries: Sequence[Entry]) -> Heldout:
     chosen = best_strategy(rewards)
     banks = {heldout_bank(task) for task in plan.heldout_tasks}
     only = next(iter(banks)) if len(banks) == 1 else None
+    bank = {types.QUESTION_BANK_SEALED: "sealed", types.QUESTION_BANK_REWARD: "reward", None: "mixed"}[only]
     return Heldout(
         arms=arms,
-        bank={types.QUESTION_BANK_SEALED: "sealed", types.QUESTION_BANK_REWARD: "reward", None: "mixed"}[only],
+        bank="queries" if plan.few_shot else bank,
         fixed=None if chosen is None else strategies[chosen],
         selection_rewards=tuple(rewards),
+        left_out=left_out,
     )
 
 
 def _untouched(plan: RunPlan, measured: Sequence[Entry]) -> list[Outcome]:
-    """The untouched student, by passage: the baseline that any arm's evaluation of the passage carries."""
+    """The untouched student, by passage: the baseline that any arm's evaluation of the passage carries, but for the one
+    in which the text stands in the prompt."""
     baselines: dict[int, types.Reward] = {}
     for entry in measured:
-        if (reward := entry.reward) is not None:
+        if entry.key.arm != IN_CONTEXT and (reward := entry.reward) is not None:
             baselines.setdefault(entry.key.task, reward)
     outcomes = []
     for position, task in enumerate(plan.heldout_tasks):
@@ -169,8 +175,8 @@ def _arm(plan: RunPlan, by_task: Mapping[int, Entry], untouched: Sequence[Outcom
     for position, task in enumerate(plan.heldout_tasks):
         entry = by_task.get(position)
         base = untouched[position]
-        if entry is not None and entry.malformed:
-            outcomes.append(Outcome(base.labels, base.accuracy, base.questions, base.retention, malformed=True))
+        if entry is not None and entry.unusable:
+            outcomes.append(Outcome(base.labels, base.accuracy, base.questions, base.retention))
         elif entry is not None and (reward := entry.reward) is not None:
             retention = reward.retention if reward.HasField("retention") else None
             outcomes.append(Outcome(dict(task.labels), _share(reward), reward.questions, retention))
@@ -182,6 +188,7 @@ def _arm(plan: RunPlan, by_task: Mapping[int, Entry], untouched: Sequence[Outcom
         failed=sum(entry.failed for entry in by_task.values()),
         malformed=sum(bool(entry.malformed) for entry in by_task.values()),
         cached=sum(entry.cached for entry in by_task.values()),
+        too_costly=sum(bool(entry.too_costly) for entry in by_task.values()),
     )
 
 

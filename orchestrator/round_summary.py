@@ -53,6 +53,8 @@ def round_summary(of: Round, race: RaceConfig | None, common_seed: int) -> dict[
         "seconds": {phase: round(of.seconds.get(phase, 0.0), 3) for phase in PHASES},
         "update": {"kept": of.kept, "offered": of.offered},
         "policy": of.policy_id,
+        "diversity": of.diversity,
+        "kl": of.kl,
     }
 
 
@@ -62,6 +64,7 @@ def counts(entries: Sequence[Entry]) -> dict[str, int]:
         "succeeded": sum(entry.reward is not None for entry in entries),
         "failed": sum(entry.failed for entry in entries),
         "malformed": sum(bool(entry.malformed) for entry in entries),
+        "too_costly": sum(bool(entry.too_costly) for entry in entries),
         "cached": sum(entry.cached for entry in entries),
     }
 

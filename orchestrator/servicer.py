@@ -14,11 +14,13 @@ from orchestrator.executor import RunExecutor
 from orchestrator.ledger import Ledger
 from orchestrator.plan import QUESTION_FORMAT
 from orchestrator.run_store import FINAL, SUCCEEDED, RunRecord, RunStore
+from orchestrator.teacher_client import check_start, root_of
 from orchestrator.validation import validated
 from preceptor.channel import call
 from preceptor.config import RunConfig
 from preceptor.errors import PreceptorError
 from preceptor.limits import check_name, page_size, page_token
+from preceptor.names import task_title
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import orchestrator_pb2 as pb
 from preceptor.v1 import orchestrator_pb2_grpc, teacher_pb2
@@ -47,6 +49,8 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         record = self._store.find_request(request.request_id, body)
         if record is None:
             self._check_formats(config)
+            self._check_start(config)
+            self._check_external_teacher(config)
             self._check_grader(config)
             get_student = student.GetStudentRequest(name=config.student.name)
             answer = call(self._services.student.GetStudent, get_student, deadline=CHECK_DEADLINE_SECONDS)
@@ -87,7 +91,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         record = self._store.get(request.run_id)
         offset, size = page_token(request.page_token), page_size(request.page_size)
         entries = Ledger(self._engine, record.id, record.created).page(request.round, offset, size + 1)
-        titles = {task.id: task.passage.title for task in record.request.tasks}
+        titles = {task.id: task_title(task) for task in record.request.tasks}
         return pb.ListSelfEditsResponse(
             self_edits=[_line(entry, titles.get(entry.task_id, "")) for entry in entries[:size]],
             next_page_token=str(offset + size) if len(entries) > size else "",
@@ -120,11 +124,31 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         if config.tasks.questions == "written":
             named["tasks.questions"] = QUESTION_FORMAT
         for number, strategy in enumerate(config.heldout.fixed_strategies):
-            named[f"heldout.fixed_strategies.{number}.prompt_format"] = strategy.prompt_format
+            if strategy.prompt_format:
+                named[f"heldout.fixed_strategies.{number}.prompt_format"] = strategy.prompt_format
+        for number, name in enumerate(config.heldout.formats):
+            named[f"heldout.formats.{number}"] = name
         for field, name in named.items():
             if name not in known:
                 message = f"no prompt format named {name!r}; there are: {', '.join(known)}"
                 raise PreceptorError("UNKNOWN_PROMPT_FORMAT", message, field=field)
+
+    def _check_start(self, config: RunConfig) -> None:
+        """Asks the teacher now whether the rounds can begin with the policy that is named."""
+        if not config.teacher.policy:
+            return
+
+        def get(policy_id: str) -> teacher_pb2.Policy:
+            request = teacher_pb2.GetPolicyRequest(policy_id=policy_id)
+            return call(self._services.teacher.GetPolicy, request, deadline=CHECK_DEADLINE_SECONDS).policy
+
+        check_start(config.teacher.policy, root_of(get(""), get).id, get)
+
+    def _check_external_teacher(self, config: RunConfig) -> None:
+        """Whether it is there is not asked: one that goes away costs its arm alone."""
+        if config.heldout.external_teacher and self._services.external_teacher is None:
+            problem = "there is no external teacher: PRECEPTOR_EXTERNAL_TEACHER_ADDRESS is not set"
+            raise PreceptorError("EXTERNAL_TEACHER_NOT_SET", problem, field="heldout.external_teacher")
 
     def _check_grader(self, config: RunConfig) -> None:
         """Asks the evaluator now, so that a judge that is not set is not found after the first self-edits. Whether the

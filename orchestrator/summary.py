@@ -13,26 +13,23 @@ from statistics import fmean
 from typing import Any
 
 from orchestrator.entries import HELDOUT, SELECTION
-from orchestrator.heldout import FIXED, PASSAGE, TRAINED, UNTRAINED
 from orchestrator.notes import notes
-from orchestrator.results import ARMS, NO_EDIT, SHUFFLED, Arm, Heldout, Outcome, Results
+from orchestrator.results import Arm, Heldout, Outcome, Results
 from orchestrator.round_summary import counts, label_free, overlap, reliability, round_summary, trials, worker_seconds
+from preceptor.arms import NO_EDIT, SHUFFLED, TRAINED, difference_of
 from preceptor.names import derived_seed
 from preceptor.statistics import Cluster, Estimate, accuracy, needed_passages, needed_questions, paired_difference
 from preceptor.v1 import evaluator_pb2 as evaluator
 
 SCHEMA = "preceptor.summary/1"
-DIFFERENCES = {
-    "trained_minus_untrained": (TRAINED, UNTRAINED),
-    "trained_minus_fixed": (TRAINED, FIXED),
-    "trained_minus_passage": (TRAINED, PASSAGE),
-    "trained_minus_no_edit": (TRAINED, NO_EDIT),
-    "trained_minus_shuffled": (TRAINED, SHUFFLED),
-    # The control of the measurement itself: wrong facts in right form must teach nothing.
-    "shuffled_minus_no_edit": (SHUFFLED, NO_EDIT),
-}
 # Above it a label is a name rather than a group.
 MAX_LABEL_VALUES = 8
+
+
+def differences(arms: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The paired differences that are looked at: the trained teacher's to every other arm, and that of the control."""
+    found = {difference_of(TRAINED, arm): (TRAINED, arm) for arm in arms if arm != TRAINED}
+    return found | {difference_of(SHUFFLED, NO_EDIT): (SHUFFLED, NO_EDIT)}
 
 
 def build_summary(results: Results) -> dict[str, Any]:
@@ -45,9 +42,10 @@ def build_summary(results: Results) -> dict[str, Any]:
         "run": results.run.id,
         "name": results.run.name,
         "seed": config.seed,
+        "kind": "few_shot" if plan.few_shot else "passages",
         "config_sha256": results.run.config_sha256,
         "student": {"name": plan.student.name, "commit": plan.student.commit},
-        "policies": [results.run.base_policy, *(of.policy_id for of in results.rounds)],
+        "policies": _policies(results),
         "reward": _how_rewarded(results),
         "label_free": label_free(results.all_entries),
         "questions_written": _written(results),
@@ -61,6 +59,12 @@ def build_summary(results: Results) -> dict[str, Any]:
         "peak_memory_bytes": results.peak_memory_bytes,
     }
     return {**summary, "notes": notes(summary, sum(entry.failed for entry in results.all_entries))}
+
+
+def _policies(results: Results) -> list[str]:
+    """The untrained teacher, the one that the rounds began with, and the one after each round."""
+    base, start = results.run.base_policy, results.plan.config.teacher.policy
+    return [base, *([start] if start not in ("", base) else []), *(of.policy_id for of in results.rounds)]
 
 
 def _how_rewarded(results: Results) -> dict[str, Any]:
@@ -85,15 +89,17 @@ def _heldout(results: Results, heldout: Heldout) -> dict[str, Any]:
     settings = results.plan.config.heldout
     seed = derived_seed(results.plan.config.seed, "bootstrap")
     arms: dict[str, Any] = {}
-    for name in ARMS:
+    for name in results.plan.arms:
         arm = heldout.arms.get(name)
         arms[name] = _arm(arm, seed, settings.bootstrap_resamples) if arm else None
-    differences = {}
-    for name, (first, second) in DIFFERENCES.items():
+    found = {}
+    for name, (first, second) in differences(results.plan.arms).items():
         pairs = paired(heldout, first, second)
-        differences[name] = _difference(pairs, seed, settings.bootstrap_resamples)
+        found[name] = _difference(pairs, seed, settings.bootstrap_resamples)
     asked = heldout.arms[NO_EDIT].outcomes if NO_EDIT in heldout.arms else ()
-    entries = [entry for entry in results.all_entries if entry.key.stage == HELDOUT]
+    entries = [
+        entry for entry in results.all_entries if entry.key.stage == HELDOUT and entry.key.arm not in heldout.left_out
+    ]
     selection = [entry for entry in results.all_entries if entry.key.stage == SELECTION]
     return {
         "passages": len(results.plan.heldout_tasks),
@@ -103,7 +109,8 @@ def _heldout(results: Results, heldout: Heldout) -> dict[str, Any]:
         "banks_made": results.run.request.banks or None,
         "sealed_openings_before": _openings_before(results),
         "arms": arms,
-        "differences": differences,
+        "differences": found,
+        "left_out": {name: asdict(why) for name, why in heldout.left_out.items()},
         "evaluations": counts(entries),
         "fixed_strategy": heldout.fixed.model_dump() if heldout.fixed else None,
         "selection_rewards": list(heldout.selection_rewards),
@@ -143,6 +150,7 @@ def _arm(arm: Arm, seed: int, resamples: int) -> dict[str, Any]:
         "passages": sum(outcome.accuracy is not None for outcome in arm.outcomes),
         "failed": arm.failed,
         "malformed": arm.malformed,
+        "too_costly": arm.too_costly,
         "cached": arm.cached,
         "trials": trials(arm.entries)["full"],
         "trained_tokens": _mean_of_trials(arm, "trained_tokens"),

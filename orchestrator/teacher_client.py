@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from orchestrator.remote import Hindered, Remote
 from orchestrator.stop import Stop
@@ -24,7 +24,10 @@ class TeacherClient:
         patience_seconds: float,
         stop: Stop,
         hindered: Hindered = lambda _name, _words: None,
+        name: str = "teacher service",
     ) -> None:
+        """``name``: what it is called in errors and progress."""
+        self._name = name
         self._stub = stub
         self._patience = patience_seconds
         self._stop = stop
@@ -36,10 +39,7 @@ class TeacherClient:
 
         Raises PreceptorError: TEACHER_IS_FIXED where it ``learns`` in this run and cannot, and what the call raises.
         """
-        policy = self._remote().call(self._stub.GetPolicy, teacher.GetPolicyRequest()).policy
-        while policy.parent_id:
-            request = teacher.GetPolicyRequest(policy_id=policy.parent_id)
-            policy = self._remote().call(self._stub.GetPolicy, request).policy
+        policy = root_of(self._get(""), self._get)
         if learns and policy.fixed:
             raise PreceptorError(
                 "TEACHER_IS_FIXED",
@@ -47,6 +47,13 @@ class TeacherClient:
                 field="update.algorithm",
             )
         return policy.id
+
+    def check_start(self, policy_id: str, base_id: str) -> None:
+        """Raises what ``check_start`` raises."""
+        check_start(policy_id, base_id, self._get)
+
+    def _get(self, policy_id: str) -> teacher.Policy:
+        return self._remote().call(self._stub.GetPolicy, teacher.GetPolicyRequest(policy_id=policy_id)).policy
 
     def generate(self, request: teacher.GenerateSelfEditsRequest) -> Iterator[teacher.GenerateSelfEditsResponse]:
         """Each task's group once, in the order of the tasks, however often the stream breaks."""
@@ -94,4 +101,29 @@ class TeacherClient:
         self._remote().call(self._stub.ActivatePolicy, request)
 
     def _remote(self) -> Remote:
-        return Remote("teacher service", self._patience, self._stop, self._hindered)
+        return Remote(self._name, self._patience, self._stop, self._hindered)
+
+
+def root_of(policy: teacher.Policy, get: Callable[[str], teacher.Policy]) -> teacher.Policy:
+    """The untouched teacher that a policy comes from; ``get`` gives a policy by its id."""
+    while policy.parent_id:
+        policy = get(policy.parent_id)
+    return policy
+
+
+def check_start(policy_id: str, base_id: str, get: Callable[[str], teacher.Policy]) -> None:
+    """Raises PreceptorError where rounds cannot begin with this policy: POLICY_NOT_FOUND, POLICY_NOT_READY (it trains,
+    or has failed), POLICY_OF_ANOTHER_BASE."""
+    field = "teacher.policy"
+    try:
+        policy = get(policy_id)
+    except PreceptorError as error:
+        if error.reason != "POLICY_NOT_FOUND":
+            raise
+        raise PreceptorError(error.reason, error.message, field=field) from None
+    if policy.state != teacher.POLICY_STATE_READY:
+        state = teacher.PolicyState.Name(policy.state).removeprefix("POLICY_STATE_")
+        raise PreceptorError("POLICY_NOT_READY", f"policy {policy_id} is {state}", field=field)
+    if (root := root_of(policy, get).id) != base_id:
+        problem = f"policy {policy_id} comes from {root}; the teacher is {base_id} now"
+        raise PreceptorError("POLICY_OF_ANOTHER_BASE", problem, field=field)

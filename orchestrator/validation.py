@@ -9,6 +9,7 @@ from orchestrator.plan import labelled_places
 from preceptor.config import RunConfig, parse_config_json
 from preceptor.convert import directive_from_proto, questions_from_proto
 from preceptor.errors import PreceptorError
+from preceptor.few_shot.grids import grid_fault
 from preceptor.limits import (
     MAX_DOCUMENTS,
     MAX_LABELS,
@@ -22,7 +23,7 @@ from preceptor.limits import (
     MAX_TITLE_CHARACTERS,
     check_name,
 )
-from preceptor.names import task_id
+from preceptor.names import canonical_json, message_json, task_id, task_title
 from preceptor.question_faults import answer_fault, question_faults
 from preceptor.self_edit_files import directive_fault
 from preceptor.tasks import Bank
@@ -38,6 +39,7 @@ def validated(request: pb.CreateRunRequest) -> RunConfig:
     check_name("request_id", request.request_id)
     config = parse_config_json(request.config_json)
     _check_sizes(request)
+    _check_kinds(request, config)
     needs_training = config.rounds.count > 0 or (request.heldout_tasks and config.heldout.fixed_strategies)
     if needs_training and not request.tasks:
         raise PreceptorError("INVALID_REQUEST", "there are no tasks to train on", field="tasks")
@@ -48,9 +50,9 @@ def validated(request: pb.CreateRunRequest) -> RunConfig:
     _check_tasks("tasks", request.tasks, _REWARD, needed, config, config.reward.needs_answers)
     config.tasks.check_canary(len(labelled_places(request.tasks)), len(request.tasks))
     _check_tasks("heldout_tasks", request.heldout_tasks, _SEALED, "sealed or reward", config, True)
-    seen = {(task.passage.title, task.passage.text) for task in request.tasks}
+    seen = {_material(task) for task in request.tasks}
     for position, task in enumerate(request.heldout_tasks):
-        if (task.passage.title, task.passage.text) in seen:
+        if _material(task) in seen:
             raise _bad("heldout_tasks", position, task, "is among the training tasks, too", "")
     for position, probe in enumerate(questions_from_proto(request.probes, "probes")):
         if not probe.text.strip() or not probe.answer.strip():
@@ -60,6 +62,49 @@ def validated(request: pb.CreateRunRequest) -> RunConfig:
         if fault := answer_fault(probe, config.answers.max_new_tokens):
             raise PreceptorError("BAD_TASK_FILE", f"probe {position + 1}: {fault}", field=f"probes[{position}]")
     return config
+
+
+def _material(task: types.Task) -> tuple[str, str]:
+    """What of a task the student could be trained on; without the questions, which may differ."""
+    if task.HasField("few_shot"):
+        return "", canonical_json([message_json(pair) for pair in task.few_shot.demonstrations])
+    return task.passage.title, task.passage.text
+
+
+def _check_kinds(request: pb.CreateRunRequest, config: RunConfig) -> None:
+    """The tasks of a run are of one kind, and the config asks for nothing that this kind has not."""
+    first: types.Task | None = None
+    for field, tasks in (("tasks", request.tasks), ("heldout_tasks", request.heldout_tasks)):
+        for position, task in enumerate(tasks):
+            if task.WhichOneof("kind") is None:
+                raise _bad(field, position, task, "is neither a passage nor a few-shot task", "kind")
+            first = first or task
+            if task.WhichOneof("kind") != first.WhichOneof("kind"):
+                problem = "is of another kind than the tasks before it; a run has passages or few-shot tasks"
+                raise _bad(field, position, task, problem, "kind")
+    few_shot = first is not None and first.HasField("few_shot")
+    if few_shot:
+        places = {
+            "heldout.in_context": config.heldout.in_context and "in which the untouched student is in context anyway",
+            "heldout.formats": config.heldout.formats and "of which nobody writes documents",
+            "training.include_passage": config.training.include_passage and "which have no text of their own",
+            "tasks.questions": config.tasks.questions == "written" and "whose queries are their questions",
+        }
+        for field, why in places.items():
+            if why:
+                raise PreceptorError(
+                    "BAD_CONFIG", f"{field} is not for few-shot tasks, {why}; leave it out", field=field
+                )
+    else:
+        for number, strategy in enumerate(config.heldout.fixed_strategies):
+            for key, wrong in (
+                ("augmentations", strategy.augmentations is not None),
+                ("loss_mask", strategy.loss_mask == "outputs_only"),
+            ):
+                if wrong:
+                    field = f"heldout.fixed_strategies.{number}.{key}"
+                    said = f"{key} = outputs_only" if key == "loss_mask" else key
+                    raise PreceptorError("BAD_CONFIG", f"{said} is for few-shot tasks alone", field=field)
 
 
 def _check_sizes(request: pb.CreateRunRequest) -> None:
@@ -91,30 +136,12 @@ def _check_tasks(
     """``banks``: those that are asked; ``bank_words``: what a task must have of them, empty where nothing."""
     seen: dict[str, int] = {}
     for position, task in enumerate(tasks):
-        if not task.HasField("passage"):
-            raise _bad(field, position, task, "is no passage; only passages are trained on as yet", "kind")
-        if not task.passage.text.strip():
-            raise _bad(field, position, task, "has an empty text", "passage.text")
         if too_much := _size_fault(task):
             raise _bad(field, position, task, too_much, "")
-        try:
-            questions = questions_from_proto(task.passage.questions, "passage.questions")
-        except PreceptorError as error:
-            raise _bad(field, position, task, f"has a bad question: {error.message}", error.metadata["field"]) from None
-        for number, question in enumerate(questions):
-            where = f"passage.questions[{number}]"
-            if not question.text.strip():
-                raise _bad(field, position, task, f"has an empty question (number {number + 1})", where)
-            if answers_needed and not question.answer.strip():
-                raise _bad(field, position, task, f"has a question without an answer: {question.text[:80]!r}", where)
-            asked = answers_needed and task.passage.questions[number].bank in banks
-            if asked and (problem := answer_fault(question, config.answers.max_new_tokens)):
-                raise _bad(field, position, task, f"has a question that cannot be answered: {problem}", where)
-        for fault in question_faults(task.passage.title, task.passage.text, questions):
-            where = f"passage.questions[{fault.index}]"
-            raise _bad(field, position, task, f"has a bad question: {fault.message}", where)
-        if bank_words and not any(question.bank in banks for question in task.passage.questions):
-            raise _bad(field, position, task, f"has no {bank_words} question", "passage.questions")
+        if task.HasField("few_shot"):
+            _check_few_shot(field, position, task)
+        else:
+            _check_passage(field, position, task, banks, bank_words, config, answers_needed)
         if task.id != task_id(task):
             raise _bad(field, position, task, "has an id that is not its content's", "id")
         if task.id in seen:
@@ -122,12 +149,58 @@ def _check_tasks(
         seen[task.id] = position
 
 
+def _check_passage(
+    field: str,
+    position: int,
+    task: types.Task,
+    banks: tuple[int, ...],
+    bank_words: str,
+    config: RunConfig,
+    answers_needed: bool,
+) -> None:
+    if not task.passage.text.strip():
+        raise _bad(field, position, task, "has an empty text", "passage.text")
+    try:
+        questions = questions_from_proto(task.passage.questions, "passage.questions")
+    except PreceptorError as error:
+        raise _bad(field, position, task, f"has a bad question: {error.message}", error.metadata["field"]) from None
+    for number, question in enumerate(questions):
+        where = f"passage.questions[{number}]"
+        if not question.text.strip():
+            raise _bad(field, position, task, f"has an empty question (number {number + 1})", where)
+        if answers_needed and not question.answer.strip():
+            raise _bad(field, position, task, f"has a question without an answer: {question.text[:80]!r}", where)
+        asked = answers_needed and task.passage.questions[number].bank in banks
+        if asked and (problem := answer_fault(question, config.answers.max_new_tokens)):
+            raise _bad(field, position, task, f"has a question that cannot be answered: {problem}", where)
+    for fault in question_faults(task.passage.title, task.passage.text, questions):
+        where = f"passage.questions[{fault.index}]"
+        raise _bad(field, position, task, f"has a bad question: {fault.message}", where)
+    if bank_words and not any(question.bank in banks for question in task.passage.questions):
+        raise _bad(field, position, task, f"has no {bank_words} question", "passage.questions")
+
+
+def _check_few_shot(field: str, position: int, task: types.Task) -> None:
+    """Demonstrations to learn from, queries whose outputs are known, and grids that are grids."""
+    for part in ("demonstrations", "queries"):
+        pairs = getattr(task.few_shot, part)
+        if not 1 <= len(pairs) <= MAX_QUESTIONS:
+            problem = f"has {len(pairs)} {part}; it needs 1..{MAX_QUESTIONS}"
+            raise _bad(field, position, task, problem, f"few_shot.{part}")
+        for number, pair in enumerate(pairs):
+            for side in ("input", "output"):
+                fault = grid_fault([list(row.cells) for row in getattr(pair, side).rows])
+                if fault:
+                    where = f"few_shot.{part}[{number}].{side}"
+                    raise _bad(field, position, task, f"has a bad grid: {where} {fault}", where)
+
+
 def _size_fault(task: types.Task) -> str:
     """What of a task is more than any service takes, or of its reference edits no self-edit; empty if nothing is."""
     passage = task.passage
     banks = Counter(question.bank for question in passage.questions)
     labels = [part for label in task.labels.items() for part in label]
-    if len(passage.title) > MAX_TITLE_CHARACTERS or len(passage.text) > MAX_TEXT_CHARACTERS:
+    if len(task_title(task)) > MAX_TITLE_CHARACTERS or len(passage.text) > MAX_TEXT_CHARACTERS:
         return f"has more than {MAX_TITLE_CHARACTERS} characters of title or {MAX_TEXT_CHARACTERS} of text"
     if banks.total() > MAX_QUESTIONS * len(Bank) or any(count > MAX_QUESTIONS for count in banks.values()):
         return f"has more than {MAX_QUESTIONS} questions in a bank"
@@ -158,5 +231,5 @@ def _edit_fault(edit: types.SelfEdit) -> str:
 
 def _bad(field: str, position: int, task: types.Task, problem: str, part: str) -> PreceptorError:
     place = f"{field}[{position}]" + (f".{part}" if part else "")
-    title = f" ({task.passage.title[:60]!r})" if task.passage.title else ""
+    title = f" ({task_title(task)[:60]!r})" if task_title(task) else ""
     return PreceptorError("BAD_TASK_FILE", f"task {position + 1}{title} {problem}", field=place)

@@ -22,6 +22,7 @@ from preceptor.limits import (
     MAX_CONFIG_CHARACTERS,
     MAX_DOCUMENTS,
     MAX_EPOCHS,
+    MAX_KL,
     MAX_NAME_CHARACTERS,
     MAX_NEW_TOKENS,
     MAX_PROBES,
@@ -57,6 +58,9 @@ Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 Alpha = Annotated[float, Field(gt=0, le=MAX_ALPHA)]
 BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)]
 ReplayShare = Annotated[float, Field(ge=0, le=MAX_REPLAY_SHARE)]
+Targets = Literal["qv", "attention", "mlp", "all"]  # preceptor.tasks.TARGETS
+# With "format:" before it, the name of an arm (64 characters in a database).
+FormatName = Annotated[str, Field(min_length=1, max_length=57)]
 
 # An error message stays readable.
 SHOWN_PROBLEMS = 20
@@ -131,7 +135,7 @@ class LimitConfig(Section):
     max_replay_share: ReplayShare = 0.9
     max_rank: Rank = 128
     max_documents: int = Field(512, ge=1, le=MAX_DOCUMENTS)
-    targets: tuple[Literal["qv", "attention", "mlp", "all"], ...] = Field(("qv", "attention", "mlp", "all"), min_length=1)
+    targets: tuple[Targets, ...] = Field(("qv", "attention", "mlp", "all"), min_length=1)
     allow_full: bool = Field(False, description="a directive may ask for a full fine-tune (fine_tuning=full)")
     max_trained_characters: int = Field(
         0, ge=0, lt=2**63, description="of the documents, times epochs, replay included; 0: no limit"
@@ -166,7 +170,7 @@ class RoundsConfig(Section):
     self_edits: int = Field(8, ge=1, le=MAX_SELF_EDITS, description="self-edits per task")
     max_failed_share: Share = Field(0.5, description="a round in which more evaluations fail ends the run")
     staleness: int = Field(
-        0, ge=0, le=8, description="a round is written by the policy of so many rounds before; 1: writing never waits"
+        0, ge=0, le=8, description="so many rounds are written ahead, by an older policy, while one is measured"
     )
 
 
@@ -187,8 +191,14 @@ class UpdateConfig(Section):
     epochs: Epochs = 2
     batch_size: BatchSize = 8
     clip: float = Field(0.2, gt=0, le=1, description="grpo, rloo: bounds of the ratio to the policy that wrote")
-    kl: float = Field(0.0, ge=0, le=100, description="grpo, rloo: weight of the divergence from the untrained teacher")
+    kl: float = Field(0.0, ge=0, le=MAX_KL, description="grpo, rloo: weight of divergence from the untrained teacher")
     diversity: float = Field(0.0, ge=0, le=MAX_WEIGHT, description="earned for being unlike the others of the group")
+
+    @model_validator(mode="after")
+    def _divergence_is_of_gradients(self) -> UpdateConfig:
+        if self.kl and self.algorithm not in ("grpo", "rloo"):
+            raise ValueError(f"kl = {self.kl:g} means nothing to {self.algorithm}; leave it out")
+        return self
 
 
 class TrainingConfig(Section):
@@ -319,13 +329,27 @@ class LabelConfig(Section):
     canary_self_edits: int = Field(4, ge=1, le=64, description="self-edits per canary task and look")
 
 
-class FixedStrategy(Section):
-    """One prompt format and one directive, for every passage."""
+class AugmentationConfig(Section):
+    """Variants of the demonstrations that a few-shot task is trained on (``preceptor.tasks.Augmentations``)."""
 
-    prompt_format: Name
+    basic: bool = Field(False, description="rotations, flips, reflections, transposition, translation")
+    size: bool = Field(False, description="cells doubled and tripled in size")
+    chain: bool = Field(False, description="two of the others, one after the other")
+    repeat: bool = Field(False, description="grids repeated along an axis")
+    colours: bool = Field(True, description="permuted colours")
+
+
+class FixedStrategy(Section):
+    """One prompt format and one directive, for every passage; of few-shot tasks a directive alone."""
+
+    prompt_format: Name = Field("", description="of passages; empty: teacher.prompt_format")
     learning_rate: float = Field(gt=0, le=1)
     epochs: Epochs
     replay_share: ReplayShare = 0.0
+    rank: Rank | None = None
+    targets: Targets | None = None
+    loss_mask: Literal["all", "after_marker", "outputs_only"] | None = None
+    augmentations: AugmentationConfig | None = Field(None, description="of few-shot tasks alone")
 
 
 class FewShotConfig(Section):
@@ -340,7 +364,7 @@ class HeldoutConfig(Section):
     """The final measurement."""
 
     seeds: Seeds = Field(1, description="fine-tunes per self-edit")
-    formats: tuple[Name, ...] = Field(
+    formats: tuple[FormatName, ...] = Field(
         (), max_length=64, description="prompt formats, each an arm `format:NAME` of the untrained teacher"
     )
     in_context: bool = Field(False, description="an arm that has the text before each question: the ceiling")

@@ -139,6 +139,12 @@ CATALOGUE: dict[str, Entry] = {
     "NO_QUESTIONS": Entry(
         _STATE, "lower labels.agreement, use a teacher that writes better questions, or give questions"
     ),
+    # adapting a student
+    "NOTHING_HELPED": Entry(
+        _STATE,
+        "the student is as it was; see lineage.json for every self-edit's reward, then let the policy write more "
+        "(--self-edits), train it (`preceptor run`), or lower --min-z",
+    ),
     # the house
     "STACK_NOT_UP": Entry(_DOWN, "start it with `preceptor up`, or leave out --connect"),
     "WRONG_TEACHER": Entry(

@@ -45,6 +45,11 @@ def task_id(task: types.Task) -> str:
     return content_id("task", message_json(bare))
 
 
+def task_title(task: types.Task) -> str:
+    """What people call a task: the passage's title, a few-shot task's name; may be empty."""
+    return task.few_shot.name if task.HasField("few_shot") else task.passage.title
+
+
 def student_identity(student: types.PinnedStudent) -> list[str]:
     """What makes two pinned students the same model: the commit and the adapters, not the name or the place."""
     return [student.commit, *(adapter.sha256 for adapter in student.adapters)]

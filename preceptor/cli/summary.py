@@ -4,21 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from preceptor.arms import CONTROL, words
 from preceptor.cli.follow import Results
 from preceptor.cli.live import duration
 from preceptor.cli.output import console, plain, print_table
-
-_NAMES = {
-    "no_edit": "no edit",
-    "passage_only": "raw passage only",
-    "untrained_teacher": "untrained teacher",
-    "fixed_strategy": "best fixed strategy",
-    "trained_teacher": "trained teacher",
-    "oracle": "oracle (edits from the facts)",
-    "shuffled_facts": "shuffled facts",
-}
-
-CONTROL = "shuffled_minus_no_edit"
 
 
 def print_results(results: Results) -> None:
@@ -26,19 +15,23 @@ def print_results(results: Results) -> None:
     summary = results.summary
     heldout = summary.get("heldout") or {}
     if arms := heldout.get("arms"):
+        few_shot = summary.get("kind") == "few_shot"
         print_table(
-            ["arm", "accuracy", "95% interval", "retention"],
+            ["arm", "accuracy", "95% interval", "retention", "tokens", "seconds"],
             [
                 [
-                    _NAMES.get(name, name),
+                    words(name, few_shot),
                     percent((arm or {}).get("accuracy")),
                     interval((arm or {}).get("ci95"), signed=False),
                     percent((arm or {}).get("retention")),
+                    _amount((arm or {}).get("trained_tokens"), 0),
+                    _amount((arm or {}).get("worker_seconds"), 2),
                 ]
                 for name, arm in arms.items()  # an arm that was not measured is null
             ],
             title=(
-                f"held-out: {heldout.get('passages')} passages, {heldout.get('questions')} questions"
+                f"held-out: {heldout.get('passages')} {'tasks' if few_shot else 'passages'},"
+                f" {heldout.get('questions')} questions"
                 + (f" (bank: {heldout['bank']})" if heldout.get("bank") else "")
             ),
         )
@@ -91,6 +84,11 @@ def verdicts(differences: dict[str, Any]) -> list[str]:
 def percent(value: float | None) -> str:
     """A share as a percentage; ``-`` where it was not measured."""
     return "-" if value is None else f"{value * 100:.1f}%"
+
+
+def _amount(value: float | None, digits: int) -> str:
+    """A mean of the fine-tunes of an arm; ``-`` where there was none."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def interval(bounds: list[float] | None, signed: bool) -> str:

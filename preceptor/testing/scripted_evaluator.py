@@ -2,7 +2,8 @@
 
 It keeps the contract: evaluations are content-addressed, take a moment, are cancelled by owner, and can fail; a look
 (``AnswerSettings.logprobs_only``) has log-probabilities and no answers, and a trial with the same seed is the same. A
-student "knows" as many answers as documents begin with ``good`` (or are an oracle's). Its state outlives a restart of
+student "knows" as many answers as documents begin with ``good`` (or are an oracle's), all of them where the text stands
+in the prompt, and of a few-shot task those of a directive with basic augmentations. Its state outlives a restart of
 the server that serves it.
 """
 
@@ -227,9 +228,11 @@ def _measure(result: pb.Evaluation, request: pb.CreateEvaluationsRequest, task: 
     """One trial's answers depend on task, self-edit and seed alone, so a trial is the same in any evaluation."""
     protocol = request.protocol
     bank = protocol.bank or types.QUESTION_BANK_REWARD
-    questions = sum(question.bank == bank for question in task.passage.questions)
+    questions = sum(question.bank == bank for question in task.passage.questions) or len(task.few_shot.queries)
     documents = result.self_edit.documents
-    good = sum(document.startswith(("good", "right")) for document in documents) / len(documents)
+    good = sum(document.startswith(("good", "right")) for document in documents) / max(1, len(documents))
+    if protocol.in_context or result.self_edit.directive.augmentations.basic:
+        good = 1.0
     look = protocol.answers.logprobs_only
     lost = 0.0 if look or not protocol.probes else 0.3 * random.Random(result.task_id + str(result.self_edit)).random()
     for seed in sorted(protocol.seeds):
@@ -244,7 +247,7 @@ def _measure(result: pb.Evaluation, request: pb.CreateEvaluationsRequest, task: 
             value=sum(values) / questions - protocol.weights.retention_loss * lost,
             values=values,
             steps=protocol.training.max_steps if look else 10,
-            trained_tokens=100 if look else 500,
+            trained_tokens=100 if look else 500 * bool(documents or task.few_shot.queries),
         )
         trial.accuracy = sum(correct) / questions
     result.baseline.CopyFrom(pb.TrialReport(correct=[False] * (0 if look else questions)))

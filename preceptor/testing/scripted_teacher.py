@@ -2,7 +2,8 @@
 
 It keeps the contract (the same request streams the same groups, updates are content-addressed and take a moment) and
 its state outlives a restart of the server that serves it. What it writes: documents that begin with ``good`` or
-``poor``; the share of good ones rises with every update, so that a loop has something to find.
+``poor``, of a few-shot task a directive with or without basic augmentations; the share of good ones rises with every
+update, so that a loop has something to find.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ class ScriptedTeacher(teacher_pb2_grpc.TeacherServiceServicer):
         *,
         documents: int = 4,
         malformed_share: float = 0.1,
+        too_costly_share: float = 0.0,
         group_seconds: float = 0.0,
         update_seconds: float = 0.0,
     ) -> None:
         self._documents = documents
         self._malformed_share = malformed_share
+        self._too_costly_share = too_costly_share
         self.group_seconds = group_seconds
         self.update_seconds = update_seconds
         self._lock = threading.Lock()
@@ -52,7 +55,7 @@ class ScriptedTeacher(teacher_pb2_grpc.TeacherServiceServicer):
     ) -> Iterator[pb.GenerateSelfEditsResponse]:
         """One group per task."""
         policy = self._policy(request.policy_id)
-        if any(task.passage.questions or task.reference_edits for task in request.tasks):
+        if any(_shows_too_much(task) for task in request.tasks):
             raise PreceptorError("INVALID_REQUEST", "the teacher was shown questions or reference edits")
         with self._lock:
             self.generations.append(request)
@@ -84,6 +87,8 @@ class ScriptedTeacher(teacher_pb2_grpc.TeacherServiceServicer):
                     offered=len(offered),
                     groups=len(groups),
                     groups_dropped=len(groups - {example.group_id for example in good}),
+                    diversity=1 / (1 + len(self.updates)),
+                    kl=0.1 * len(self.updates),
                 )
                 self._ready_at[policy_id] = time.monotonic() + self.update_seconds
                 self.updates.append(request)
@@ -162,7 +167,25 @@ class ScriptedTeacher(teacher_pb2_grpc.TeacherServiceServicer):
                 malformed_reason="directive: lr=often has no valid value",
                 draws=1 + request.max_resamples,
             )
+        if self._too_costly_share and dice.random() < self._too_costly_share:
+            return pb.WrittenSelfEdit(
+                index=index,
+                status=pb.SELF_EDIT_STATUS_TOO_COSTLY,
+                completion="directive: epochs=64",
+                malformed_reason="too costly: 64 epochs of 90 characters",
+                draws=1,
+            )
         good = 0.25 + 0.2 * self._generation(policy) + 0.2 * (request.prompt_format == "self_qa")
+        if task.HasField("few_shot"):
+            basic = types.Augmentations(basic=dice.random() < good)
+            directive = types.Directive(learning_rate=dice.choice((1e-3, 3e-3)), epochs=4, augmentations=basic)
+            return pb.WrittenSelfEdit(
+                index=index,
+                status=pb.SELF_EDIT_STATUS_VALID,
+                self_edit=types.SelfEdit(directive=directive),
+                completion=str(directive),
+                draws=1,
+            )
         documents = [
             f"{'good' if dice.random() < good else 'poor'} fact {number} of {task.passage.title}."
             for number in range(self._documents)
@@ -176,3 +199,8 @@ class ScriptedTeacher(teacher_pb2_grpc.TeacherServiceServicer):
             completion=completion,
             draws=1,
         )
+
+
+def _shows_too_much(task: types.Task) -> bool:
+    answers = any(pair.output.rows for pair in task.few_shot.queries)
+    return bool(task.passage.questions or task.reference_edits or answers)

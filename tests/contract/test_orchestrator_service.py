@@ -90,7 +90,7 @@ def test_a_bad_config_is_named_by_its_key(orchestrator: Orchestrator) -> None:
         (asked(("Which colour is it?", "red"), ("Which colour is it?", "red", SEALED)), "in bank reward, too"),
         (asked(("What is all about it?", "x")), "stands in the passage, which the teacher reads"),
         (asked(("Which words?", "word " * 40)), "the gold answer has 40 words, and an answer may have 32 tokens"),
-        (types.Task(few_shot=types.FewShotTask(name="f")), "is no passage"),
+        (types.Task(few_shot=types.FewShotTask(name="f")), "is of another kind"),
         (passage("town 0"), "is the same as task 1"),
     ],
 )

@@ -105,7 +105,13 @@ SUMMARY = {
         "arms": {
             "no_edit": {"accuracy": 0.02, "ci95": [0.01, 0.04], "retention": 0.9},
             "oracle": None,
-            "trained_teacher": {"accuracy": 0.55, "ci95": [0.45, 0.64], "retention": None},
+            "trained_teacher": {
+                "accuracy": 0.55,
+                "ci95": [0.45, 0.64],
+                "retention": None,
+                "trained_tokens": 1499.7,
+                "worker_seconds": 0.2061,
+            },
         },
         "differences": {
             "trained_minus_untrained": {"mean": 0.25, "ci95": [0.15, 0.35]},
@@ -128,7 +134,7 @@ def test_the_end_shows_arms_with_intervals_differences_and_paths(capsys: pytest.
     assert "held-out: 32 passages, 300 questions (bank: sealed)" in text
     assert "note: The oracle was not measured." in text
     row = next(line for line in text.splitlines() if line.startswith("trained teacher"))
-    assert row.split() == ["trained", "teacher", "55.0%", "[45.0,", "64.0]", "-"]
+    assert row.split() == ["trained", "teacher", "55.0%", "[45.0,", "64.0]", "-", "1500", "0.21"]
     assert "trained is better than untrained: +25.0 points, 95% interval [+15.0, +35.0]" in text
     assert (
         "trained is not told apart from fixed: +1.0 points, 95% interval [-3.0, +5.0]; to see a difference of "

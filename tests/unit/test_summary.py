@@ -135,7 +135,7 @@ def test_every_key_of_the_contract_is_there() -> None:
     (of,) = summary["rounds"]
     assert set(of) >= {"round", "tasks", "self_edits", "reward", "evaluations", "seconds"}
     assert set(of["reward"]) >= {"mean", "stderr"}
-    assert set(of["evaluations"]) == {"succeeded", "failed", "malformed", "cached"}
+    assert set(of["evaluations"]) == {"succeeded", "failed", "malformed", "too_costly", "cached"}
     assert set(of["seconds"]) == {"generate", "evaluate", "update", "other"}
     heldout = summary["heldout"]
     assert set(heldout) >= {"passages", "questions", "arms", "differences"}
@@ -158,7 +158,7 @@ def test_every_key_of_the_contract_is_there() -> None:
 def test_the_numbers_are_those_of_the_ledger() -> None:
     summary = build_summary(full())
     (of,) = summary["rounds"]
-    assert of["evaluations"] == {"succeeded": 2, "failed": 1, "malformed": 1, "cached": 1}
+    assert of["evaluations"] == {"succeeded": 2, "failed": 1, "malformed": 1, "too_costly": 0, "cached": 1}
     assert (of["tasks"], of["self_edits"]) == (2, 4)
     assert of["reward"]["mean"] == 0.0  # (0.5 - 0.5) / 2: the failure is not a third value of zero
     assert of["reward"]["count"] == 2
