@@ -43,6 +43,13 @@ STOP_SECONDS = 15.0
 REFUSED_SECONDS = 2.0
 # A fresh home gets the student that ships, so that a first run needs no other command.
 DEFAULT_STUDENT = "almanac"
+# The worlds that ship, each with a tiny teacher, and their students: name -> world and folder of its models.
+WORLDS = ("almanac", "mosaic")
+SHIPPED_STUDENTS = {
+    "almanac": ("almanac", "student"),
+    "almanac-qwen2": ("almanac", "student_qwen2"),
+    "mosaic": ("mosaic", "student"),
+}
 # In the environment of every child: who of the stack it is.
 _CHILD = "PRECEPTOR_CHILD"
 
@@ -58,9 +65,11 @@ class Stack:
         on_event: Callable[[str], None] = lambda _message: None,
         commands: Mapping[str, Sequence[str]] | None = None,
         wire: Callable[[HouseSettings], HouseSettings] = lambda addresses: addresses,
+        world: str | None = WORLDS[0],
     ) -> None:
         """``workers``: 0 means one per core, at most 8. ``port``: the orchestrator's; the other services take the
-        next ones; 0 means free ones. ``on_event`` hears what happens, a line each.
+        next ones; 0 means free ones. ``on_event`` hears what happens, a line each. ``world``: whose tiny teacher
+        writes where the environment names no other; None: that of the home's last stack.
 
         For whoever tests a stack: ``commands`` are started instead of a service's own or of ``worker``; ``wire`` is
         given the addresses and returns those that the children are told.
@@ -72,6 +81,7 @@ class Stack:
         self._say = on_event
         self._commands = dict(commands or {})
         self._wire = wire
+        self._world = world
         self._lock_file: IO[str] | None = None
         self._children: list[Child] = []
         self._stopping = threading.Event()
@@ -128,6 +138,8 @@ class Stack:
         for name in SERVICES:
             command = self._commands.get(name, [sys.executable, "-m", name])
             own = {"PRECEPTOR_PORT": str(ports[name])}
+            if name == "teacher" and not self._names_a_teacher():
+                own["PRECEPTOR_TEACHER_SOURCE"] = self._world_of_home()
             if name != "orchestrator":  # the limit is for who calls from elsewhere, not for services among themselves
                 own["PRECEPTOR_RATE_LIMIT"] = "0"
             self._add(name, command, f"127.0.0.1:{ports[name]}", own)
@@ -143,6 +155,22 @@ class Stack:
         self._wait_until_serving()
         self._up = True
         self._write_state()
+
+    @staticmethod
+    def _names_a_teacher() -> bool:
+        """Whether the environment says who writes; only a teacher in this machine's own processes can be one that
+        ships."""
+        backend = os.environ.get("PRECEPTOR_TEACHER_BACKEND") or "transformers"
+        return bool(os.environ.get("PRECEPTOR_TEACHER_SOURCE")) or backend != "transformers"
+
+    def _world_of_home(self) -> str:
+        """The world of this stack, kept in its home: a run that is resumed there goes on with the same teacher."""
+        kept = self._home / "world"
+        if self._world is None:
+            last = kept.read_text().strip() if kept.exists() else ""
+            self._world = last if last in WORLDS else WORLDS[0]
+        kept.write_text(f"{self._world}\n")
+        return self._world
 
     def _take_home(self) -> None:
         self._lock_file = (self._home / "stack.lock").open("w")
@@ -380,11 +408,17 @@ def running_stack(home: Path) -> HouseSettings | None:
     return HouseSettings(**state["addresses"]) if state.get("up") and is_alive(state["owner"]) else None
 
 
-def shipped_models() -> Path:
-    """The folder of the tiny models that ship with the almanac world."""
-    spec = importlib.util.find_spec("worlds.almanac")
-    locations = (spec.submodule_search_locations if spec else None) or ["worlds/almanac"]
+def shipped_models(world: str = WORLDS[0]) -> Path:
+    """The folder of the tiny models that ship with a world."""
+    spec = importlib.util.find_spec(f"worlds.{world}")
+    locations = (spec.submodule_search_locations if spec else None) or [f"worlds/{world}"]
     return Path(next(iter(locations))) / "models"
+
+
+def shipped_student(name: str) -> Path:
+    """The folder of a student of ``SHIPPED_STUDENTS``."""
+    world, folder = SHIPPED_STUDENTS[name]
+    return shipped_models(world) / folder
 
 
 def _read_state(home: Path) -> dict[str, Any]:

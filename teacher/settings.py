@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from preceptor.settings import ServiceSettings, read_secret
-from preceptor.stack import shipped_models
+from preceptor.stack import WORLDS, shipped_models
 
 
 class TeacherSettings(ServiceSettings):
@@ -21,10 +21,15 @@ class TeacherSettings(ServiceSettings):
         description="who writes: this process, a vLLM server (this process trains), or a vendor's chat model (fixed)",
     )
     teacher_source: str = Field(
-        "", description="folder or hub id of the base model; empty: the tiny teacher that ships; not for openai"
+        "",
+        description="folder or hub id of the base model, or the world whose tiny teacher that ships it is (almanac, "
+        "mosaic); empty: almanac; not for openai",
     )
     teacher_revision: str = Field("", description="hub revision; ignored for a folder")
     teacher_device: str = Field("auto", description="auto, cpu, cuda or cuda:N; fp32 on the CPU, bf16 on a GPU")
+    teacher_templates: Path | None = Field(
+        None, description="folder of prompt formats of your own, one .toml file each (docs/formats.md)"
+    )
     teacher_rows: int = Field(
         128, ge=1, description="self-edits written together, in whole tasks; the first batch is an eighth of it"
     )
@@ -62,9 +67,9 @@ class TeacherSettings(ServiceSettings):
         False, description="vLLM sleeps during an update; it needs --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1"
     )
 
-    @field_validator("teacher_server_api_key_file", mode="before")
+    @field_validator("teacher_server_api_key_file", "teacher_templates", mode="before")
     @classmethod
-    def _no_key_file_is_not_set(cls, value: object) -> object:
+    def _no_path_is_not_set(cls, value: object) -> object:
         return value or None
 
     @field_validator("teacher_server_url")
@@ -108,7 +113,8 @@ class TeacherSettings(ServiceSettings):
     @property
     def base_source(self) -> str:
         """The base's folder or hub id."""
-        return self.teacher_source or str(shipped_models() / "teacher")
+        world = self.teacher_source or WORLDS[0]
+        return str(shipped_models(world) / "teacher") if world in WORLDS else self.teacher_source
 
     def seen_by_server(self, path: Path) -> str:
         """Where vLLM sees a path of this machine."""

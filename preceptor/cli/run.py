@@ -44,6 +44,7 @@ def run(
     from preceptor.cli.session import connected_session, embedded_session, resumable, seconds_since_start
     from preceptor.cli.summary import print_results
     from preceptor.errors import PreceptorError
+    from preceptor.stack import WORLDS
 
     if once and request_id:
         raise click.UsageError("--once makes the request id by itself; it does not go with --request-id")
@@ -62,7 +63,9 @@ def run(
         with output_folder(folder), resumable(folder) as begun, open_view(as_json) as view:
             for note in tasks.notes:
                 view.say(f"note: {note}")
-            with connected_session() if connect else embedded_session(workers or 0, view) as session:
+            world = settings.tasks.world
+            own = embedded_session(workers or 0, view, world or WORLDS[0])
+            with connected_session(world) if connect else own as session:
                 run_id = call(session.orchestrator.CreateRun, request).run.id
                 if once:
                     resume_run(session.orchestrator, run_id)

@@ -81,18 +81,44 @@ class Session:
 
 
 @contextmanager
-def embedded_session(workers: int, view: View) -> Iterator[Session]:
-    """A stack of its own, taken down on the way out. Raises what Stack raises."""
+def embedded_session(workers: int, view: View, world: str | None) -> Iterator[Session]:
+    """A stack of its own with the teacher of ``world`` (None: as the home's last), taken down on the way out.
+
+    Raises what Stack raises.
+    """
     from preceptor.stack import Stack
 
-    with Stack(house_settings(), workers=workers, on_event=view.say) as stack:
+    with Stack(house_settings(), workers=workers, on_event=view.say, world=world) as stack:
         yield Session(orchestrator_of(stack.addresses), stack)
 
 
 @contextmanager
-def connected_session() -> Iterator[Session]:
-    """The stack that is up. Raises PreceptorError(STACK_NOT_UP)."""
-    yield Session(orchestrator_of(stack_in_use()), None)
+def connected_session(world: str | None = None) -> Iterator[Session]:
+    """The stack that is up, for a run on the tasks of ``world``.
+
+    Raises PreceptorError(STACK_NOT_UP), and WRONG_TEACHER where another world's tiny teacher writes there.
+    """
+    addresses = stack_in_use()
+    if world:
+        check_teacher(addresses, world)
+    yield Session(orchestrator_of(addresses), None)
+
+
+def check_teacher(addresses: HouseSettings, world: str) -> None:
+    """Raises PreceptorError(WRONG_TEACHER) where the teacher is the tiny one of another world than ``world``: it reads
+    nothing but its own world's texts. Any other teacher may write about any task."""
+    from preceptor.channel import connect
+    from preceptor.hashes import folder_sha256
+    from preceptor.stack import WORLDS, shipped_models
+    from preceptor.v1.teacher_pb2 import GetPolicyRequest
+    from preceptor.v1.teacher_pb2_grpc import TeacherServiceStub
+
+    base = call(connect(addresses.teacher_address, TeacherServiceStub).GetPolicy, GetPolicyRequest()).policy.base_commit
+    for other in WORLDS:
+        folder = shipped_models(other) / "teacher"
+        if other != world and folder.is_dir() and folder_sha256(folder) == base:
+            message = f"the teacher of this stack is the world {other}'s; these tasks are the world {world}'s"
+            raise PreceptorError("WRONG_TEACHER", message, world=world)
 
 
 @contextmanager
@@ -118,7 +144,7 @@ def any_session(workers: int, view: View) -> Iterator[Session]:
     if found := find_stack(house_settings()):
         yield Session(orchestrator_of(found), None)
     else:
-        with embedded_session(workers, view) as session:
+        with embedded_session(workers, view, None) as session:
             yield session
 
 

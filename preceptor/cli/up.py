@@ -27,8 +27,15 @@ CHECK_SECONDS = 0.5
     default=0,
     help="The orchestrator's port; the other services take the next ones [default: free ones].",
 )
+@click.option(
+    "--world",
+    type=click.Choice(["almanac", "mosaic"]),
+    default="almanac",
+    show_default=True,
+    help="Whose tiny teacher writes, where PRECEPTOR_TEACHER_SOURCE names no other.",
+)
 @json_option
-def up(workers: int | None, port: int, as_json: bool) -> None:
+def up(workers: int | None, port: int, world: str, as_json: bool) -> None:
     """Starts the embedded stack and keeps it up until Ctrl-C.
 
     Other commands, in another shell and the same folder (or with the same PRECEPTOR_HOME), find it by themselves.
@@ -43,7 +50,7 @@ def up(workers: int | None, port: int, as_json: bool) -> None:
         else:
             print(plain(message), flush=True)
 
-    with Stack(house_settings(), workers=workers or 0, port=port, on_event=say) as stack:
+    with Stack(house_settings(), workers=workers or 0, port=port, on_event=say, world=world) as stack:
         if as_json:
             print_json_line({"event": "up", "home": str(stack.addresses.home), "processes": _processes(stack)})
         else:

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from worlds.almanac.pretrain import IGNORED, Schedule, collate, loss_of, train  # noqa: E402
+from worlds.pretrain import IGNORED, Schedule, collate, loss_of, train  # noqa: E402
 
 SCHEDULE = Schedule(steps=6, learning_rate=1e-2, warm_up=2, report_every=6, save_every=2)
 

@@ -26,7 +26,7 @@ from teacher.prompts import FORMATS
 from worlds.almanac import edits, lessons, shapes, tokens
 from worlds.almanac.facts import ATTRIBUTES, population
 from worlds.almanac.passages import GENRES, PEOPLE, tell
-from worlds.almanac.pretrain import Example, Schedule, collate, train
+from worlds.pretrain import Example, Schedule, collate, train
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
