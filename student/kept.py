@@ -72,13 +72,11 @@ class KeptEdits:
         tensors: Iterable[tuple[str, Tensor]],
         write: Callable[[Path], None],
     ) -> types.Artifact:
-        provenance = canonical_json({"kind": kind, "commit": base.commit, "adapters": list(base.adapters)})
-
         def write_all(folder: Path) -> None:
             write(folder)
-            (folder / PROVENANCE_FILE).write_text(provenance + "\n", encoding="utf-8")
+            write_provenance(base, kind, folder)
 
-        digest = hashlib.sha256(f"{provenance}{canonical_json(about)}".encode())
+        digest = hashlib.sha256(f"{_provenance(base, kind)}{canonical_json(about)}".encode())
         for name, tensor in tensors:
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
             # bytes of any type, for which numpy may have no name
@@ -97,6 +95,15 @@ def save_student(base: LoadedBase, folder: Path) -> None:
     """Writes model and tokenizer as a student's folder: configuration, safetensors, tokenizer."""
     base.model.save_pretrained(folder, safe_serialization=True)
     base.tokenizer.save_pretrained(folder)
+
+
+def write_provenance(base: LoadedBase, kind: Kind, folder: Path) -> None:
+    """Says beside an edit which student was trained, and on which edits it stood."""
+    (folder / PROVENANCE_FILE).write_text(_provenance(base, kind) + "\n", encoding="utf-8")
+
+
+def _provenance(base: LoadedBase, kind: Kind) -> str:
+    return canonical_json({"kind": kind, "commit": base.commit, "adapters": list(base.adapters)})
 
 
 def fetch_edits(student: types.PinnedStudent, copies: ArtifactCache | None) -> tuple[Path | None, list[Path]]:
