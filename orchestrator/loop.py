@@ -7,6 +7,9 @@
         the rewarded self-edits train the next policy
         where labelled tasks keep watch, a policy that clearly fell ends the rounds (orchestrator/canary.py)
 
+With ``rounds.staleness`` = s, round n is written by the policy after round max(0, n - 1 - s), so that the next s rounds
+are written while this one is measured; the update corrects for it where its algorithm asks who wrote.
+
 Promises
 - The outcome of every step is in the ledger before the next one; a loop that starts again after any crash asks again
   for what its unfinished round needs, pays only for what is missing, and ends with the same result.
@@ -17,11 +20,12 @@ Promises
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from orchestrator.canary import Canary
 from orchestrator.entries import Entry, round_stage
-from orchestrator.evaluator_client import EvaluatorClient
+from orchestrator.evaluator_client import EvaluatorClient, Submission
 from orchestrator.heats import Heats
 from orchestrator.ledger import Ledger
 from orchestrator.plan import RunPlan
@@ -63,25 +67,26 @@ class Loop:
 
         Raises PreceptorError (TOO_MANY_FAILURES, SERVICE_UNREACHABLE and what the services refuse), Stopped.
         """
-        policy_id = base_policy
-        self._canary.look(0, policy_id)
+        policies = [base_policy]  # by the number of rounds before
+        best = self._canary.look(0, base_policy)
         finished = self._ledger.finished_rounds()
         for number in range(1, self._plan.config.rounds.count + 1):
             if number in finished:
-                policy_id = finished[number].policy_id
+                policies.append(finished[number].policy_id)
             else:
                 with self._sight.round(number):
-                    policy_id = self._round(number, policy_id)
-            if (best := self._canary.look(number, policy_id)) is not None:
-                policy_id = best
+                    policies.append(self._round(number, policies))
+            if (best := self._canary.look(number, policies[-1])) is not None:
                 break
         self._clock.switch(RUN, "other")
-        return policy_id
+        return best or policies[-1]
 
-    def _round(self, number: int, policy_id: str) -> str:
+    def _round(self, number: int, policies: Sequence[str]) -> str:
         heats = Heats(self._plan, number)
         with self._evaluator.flow() as flow:
-            flow.feed(heats.start(self._written(number, policy_id)))
+            self._enter(number, "generate", "writing and evaluating")
+            written = self._written(number, policies)
+            flow.feed(chain(heats.start(written), self._write_ahead(number, policies)))
             for reports in flow.reports():
                 self._ledger.record(*reports)
                 self._sight.reported(number, reports)
@@ -92,16 +97,24 @@ class Loop:
                         flow.submit(submission)
         entries = self._ledger.entries(round_stage(number))
         self._refuse_too_many_failures(number, entries)
-        policy = self._learn(number, policy_id, entries)
+        policy = self._learn(number, policies[-1], entries)
         self._ledger.finish_round(number, policy)
         return policy.id
 
-    def _written(self, number: int, policy_id: str) -> Iterator[list[Entry]]:
+    def _written(self, number: int, policies: Sequence[str]) -> Iterator[list[Entry]]:
         """The round's groups as they are written. Runs beside the evaluations that they lead to."""
-        self._enter(number, "generate", "writing and evaluating")
-        request = self._plan.round_generation(number, policy_id)
-        yield from self._writer.groups(round_stage(number), request, {"": unchanged})
+        request = self._plan.round_generation(number, policies[self._plan.writer_of(number)])
+        return self._writer.groups(round_stage(number), request, {"": unchanged})
+
+    def _write_ahead(self, number: int, policies: Sequence[str]) -> Iterator[Submission]:
+        """Has the next rounds written whose policies are known, beside the evaluations of this one; they are measured
+        when it is their turn, so there is nothing to submit."""
+        for later in self._plan.written_ahead(number):
+            self._progress.enter(f"round {number}: evaluating, and writing round {later}", number)
+            for _ in self._written(later, policies):
+                pass
         self._enter(number, "evaluate", "evaluating")
+        yield from ()
 
     def _refuse_too_many_failures(self, number: int, entries: list[Entry]) -> None:
         failed = [entry for entry in entries if entry.failed]
