@@ -4,7 +4,9 @@ A **trial** id stands for all that a worker's answers depend on: the student's c
 settings, seed, questions with their gold answers (their log-probability is scored), probes, replay documents, how
 questions are put, and the protocol's version. The **baseline** is the trial without documents, whose id depends on
 student, questions, probes and answer settings alone, so it is shared by everything asked about a task.
-An **exam** is how answers become a reward: questions with aliases, probes, grader and its version, weights.
+In context the trials are asked other questions than their baseline, which has no text before them.
+An **exam** is how answers become a reward: questions with aliases, probes, grader and its version, weights; of a
+few-shot task also how its views are turned back.
 An **evaluation** id stands for its trials, its baseline and its exam. Names, titles, labels, the question's bank and
 the place where a student lies are in none of them.
 
@@ -19,11 +21,14 @@ from dataclasses import asdict, dataclass
 
 from google.protobuf.json_format import MessageToDict
 
+from evaluator.asking import Asking, in_context, of_views
 from evaluator.graders.grader import grader_label
+from evaluator.graders.grid import GridMatch
 from evaluator.overlap import audit
 from evaluator.request import EvaluationRequest, TaskEdits
 from evaluator.resolve import resolve_training
 from evaluator.reward import Weights
+from preceptor.few_shot.views import Way
 from preceptor.names import content_id, student_identity
 from preceptor.queue import PROTOCOL_VERSION
 from preceptor.tasks import Question
@@ -52,6 +57,7 @@ class Exam:
     weights: Weights
     certainty: bool = False  # whether the answers carry it
     samples: int = 0  # sampled answers per question
+    ways: tuple[Way, ...] = ()  # of a few-shot task: the way back from each view of a question, one answer for each
 
     @property
     def graded(self) -> bool:
@@ -73,8 +79,11 @@ class Exam:
             "grader": self.grader_label,
             "weights": {name: weight for name, weight in asdict(self.weights).items() if weight},
         }
-        confidence = {"certainty": self.certainty, "samples": self.samples}
-        return content_id("exam", asked | {name: value for name, value in confidence.items() if value})
+        ways = [[way.symmetry, way.colours] for way in self.ways]
+        further = {"certainty": self.certainty, "samples": self.samples, "ways": ways}
+        if ways:
+            further["queries"] = grader_label(GridMatch())
+        return content_id("exam", asked | {name: value for name, value in further.items() if value})
 
 
 def _as_list(question: Question) -> list[object]:
@@ -94,7 +103,7 @@ class PlannedEvaluation:
     exam_id: str
     baseline: trial.Trial
     trials: tuple[trial.Trial, ...]  # one per seed, ascending
-    overlap: pb.OverlapAudit
+    overlap: pb.OverlapAudit | None  # None: there are no questions to copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,27 +112,26 @@ class Plan:
 
     student: types.PinnedStudent
     evaluations: tuple[PlannedEvaluation, ...]  # in the order of the self-edits, repeated ones repeated
-    evaluation_of: Mapping[str, PlannedEvaluation]  # one that the trial is for, by the trial's id; baselines too
-    probes: tuple[Question, ...]
+    asking_of: Mapping[str, Asking]  # what a trial is asked, by its id; baselines too
     replay_documents: tuple[str, ...]
-    answers: trial.AnswerSettings
 
     def batch(self, trials: Sequence[trial.Trial]) -> trial.TrialBatch:
-        """The payload that has a worker run ``trials`` together."""
+        """The payload that has a worker run ``trials`` together: trained ones of this plan, or baselines."""
+        first = self.asking_of[trials[0].id]
         batch = trial.TrialBatch(
             student=self.student,
             trials=trials,
-            probes=_asked(self.probes),
-            answers=self.answers,
+            probes=_asked(first.probes),
+            answers=first.answers,
             protocol_version=PROTOCOL_VERSION,
         )
-        sets: dict[str, int] = {}  # by exam
+        sets: dict[tuple[Question, ...], int] = {}
         for item in batch.trials:
-            evaluation = self.evaluation_of[item.id]
-            if evaluation.exam_id not in sets:
-                sets[evaluation.exam_id] = len(sets)
-                batch.question_sets.add(questions=_asked(evaluation.exam.questions))
-            item.question_set = sets[evaluation.exam_id]
+            questions = self.asking_of[item.id].questions
+            if questions not in sets:
+                sets[questions] = len(sets)
+                batch.question_sets.add(questions=_asked(questions))
+            item.question_set = sets[questions]
         if any(item.settings.replay_share > 0 for item in trials):
             batch.replay_documents.extend(self.replay_documents)
         batch.id = batch_id(item.id for item in trials)
@@ -132,39 +140,46 @@ class Plan:
 
 def plan(request: EvaluationRequest, student: types.PinnedStudent) -> Plan:
     """What is to be done for a request about a pinned student."""
-    evaluations = tuple(item for group in request.tasks for item in _plan_task(request, group, student))
-    evaluation_of = {one.id: item for item in evaluations for one in (item.baseline, *item.trials)}
-    return Plan(student, evaluations, evaluation_of, _probes(request), request.replay_documents, request.answers)
+    evaluations: list[PlannedEvaluation] = []
+    asking_of: dict[str, Asking] = {}
+    for group in request.tasks:
+        asking, untouched = _askings(request, group)
+        planned = _plan_task(request, group, student, asking, untouched)
+        evaluations += planned
+        asking_of |= {planned[0].baseline.id: untouched}
+        asking_of |= {one.id: asking for item in planned for one in item.trials}
+    return Plan(student, tuple(evaluations), asking_of, request.replay_documents)
 
 
-def _probes(request: EvaluationRequest) -> tuple[Question, ...]:
-    """Those that are asked: a look at log-probabilities asks none."""
-    return () if request.answers.logprobs_only else request.probes
+def _askings(request: EvaluationRequest, group: TaskEdits) -> tuple[Asking, Asking]:
+    """What trained students are asked about a task, and the untouched one."""
+    # A look at log-probabilities asks no probes.
+    plain = Asking(group.questions, () if request.answers.logprobs_only else request.probes, request.answers)
+    if group.views:
+        seen = of_views(group.views, plain)
+        return seen, seen
+    return in_context(group.text, plain) if request.in_context else plain, plain
 
 
-def _plan_task(request: EvaluationRequest, group: TaskEdits, student: types.PinnedStudent) -> list[PlannedEvaluation]:
+def _plan_task(
+    request: EvaluationRequest, group: TaskEdits, student: types.PinnedStudent, asking: Asking, untouched: Asking
+) -> list[PlannedEvaluation]:
     looking, answers = request.answers.logprobs_only, request.answers
     exam = Exam(
         questions=group.questions,
-        probes=_probes(request),
+        probes=() if looking else request.probes,
         grader="" if looking else request.grader.name,
         grader_label="" if looking else grader_label(request.grader),
         weights=request.weights,
         certainty=answers.certainty,
         samples=answers.samples,
+        ways=tuple(view.way for view in group.views[0]) if group.views else (),
     )
     exam_id = exam.id
-    shared = {
-        "protocol": PROTOCOL_VERSION,
-        "student": student_identity(student),
-        "questions": [[q.text, q.answer] for q in group.questions],
-        "probes": [[q.text, q.answer] for q in exam.probes],
-        "answers": _values(request.answers),
-    }
     # Hashed once: the replay corpus can be a thousand times longer than a self-edit.
-    scope = content_id("scope", shared | {"replay_documents": list(request.replay_documents)})
+    scope = content_id("scope", _shared(student, asking) | {"replay_documents": list(request.replay_documents)})
     baseline = trial.Trial(
-        id=content_id("baseline", shared),
+        id=content_id("baseline", _shared(student, untouched)),
         settings=resolve_training(trial.TrainingSettings(), types.Directive(), "baseline"),
     )
     evaluations = []
@@ -179,15 +194,26 @@ def _plan_task(request: EvaluationRequest, group: TaskEdits, student: types.Pinn
             )
             for seed in request.seeds
         )
-        overlap = audit(edit.self_edit.documents, group.text, group.questions)
+        overlap = None if group.views else audit(edit.self_edit.documents, group.text, group.questions)
         identity: dict[str, object] = {"trials": [item.id for item in trials], "baseline": baseline.id, "exam": exam_id}
-        if request.weights.overlap:  # the one term that depends on the task's text
+        if request.weights.overlap and overlap is not None:  # the one term that depends on the task's text
             identity["copied"] = overlap.copied
         name = content_id("eval", identity)
         evaluations.append(
             PlannedEvaluation(name, group.task_id, edit.self_edit, exam, exam_id, baseline, trials, overlap)
         )
     return evaluations
+
+
+def _shared(student: types.PinnedStudent, asking: Asking) -> dict[str, object]:
+    """What the answers of any trial depend on that is asked so."""
+    return {
+        "protocol": PROTOCOL_VERSION,
+        "student": student_identity(student),
+        "questions": [[q.text, q.answer] for q in asking.questions],
+        "probes": [[q.text, q.answer] for q in asking.probes],
+        "answers": _values(asking.answers),
+    }
 
 
 def batch_id(trial_ids: Iterable[str]) -> str:

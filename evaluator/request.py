@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from evaluator.asking import check_prompts
+from evaluator.few_shot import Material, read_settings, read_task
 from evaluator.graders.grader import Given, Grader
 from evaluator.graders.grid import GridMatch
 from evaluator.graders.rack import WITHOUT_A_JUDGE, Graders
@@ -16,6 +18,7 @@ from evaluator.reward import Weights
 from preceptor.convert import bank_from_proto, questions_from_proto
 from preceptor.errors import PreceptorError
 from preceptor.few_shot.text import read_grid
+from preceptor.few_shot.views import View
 from preceptor.limits import (
     MAX_ADAPTERS,
     MAX_DOCUMENTS,
@@ -51,7 +54,8 @@ class PlannedEdit:
     """A self-edit as it will be trained on."""
 
     self_edit: types.SelfEdit  # as it was given
-    documents: tuple[str, ...]  # with the passage before them where the protocol asks for it
+    # With the passage before them where the protocol asks for it; of a few-shot task those that are made of it.
+    documents: tuple[str, ...]
     settings: trial.TrainingSettings
 
 
@@ -60,9 +64,10 @@ class TaskEdits:
     """A task and its self-edits."""
 
     task_id: str
-    text: str
+    text: str  # of a passage
     edits: tuple[PlannedEdit, ...]
-    questions: tuple[Question, ...]  # of the protocol's bank
+    questions: tuple[Question, ...]  # of the protocol's bank; of a few-shot task its queries
+    views: tuple[tuple[View, ...], ...] = ()  # how each query of a few-shot task is asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,7 @@ class EvaluationRequest:
     grader: Grader
     weights: Weights
     seeds: tuple[int, ...]  # ascending
+    in_context: bool = False  # a trained student has the passage before each question
 
 
 def read_request(message: pb.CreateEvaluationsRequest, graders: Graders = WITHOUT_A_JUDGE) -> EvaluationRequest:
@@ -97,20 +103,23 @@ def read_request(message: pb.CreateEvaluationsRequest, graders: Graders = WITHOU
         raise _invalid("self_edits", f"must be 1..{MAX_SELF_EDITS} (given: {edits})")
     _check_count("more", len(message.more), MAX_SELF_EDITS)
     first = pb.TaskSelfEdits(task=message.task, self_edits=message.self_edits)
+    groups = [("", first), *((f"more[{index}].", group) for index, group in enumerate(message.more))]
+    few_shot = message.task.HasField("few_shot")
+    tasks = []
+    for place, group in groups:
+        if group.task.HasField("few_shot") != few_shot:
+            raise _invalid(f"{place}task", "a request has passages or few-shot tasks, not both: they are asked apart")
+        read = _read_few_shot if few_shot else _read_group
+        tasks.append(read(group, protocol, answers, weights, place))
     return EvaluationRequest(
-        tasks=(
-            _read_group(first, protocol, answers, weights, ""),
-            *(
-                _read_group(group, protocol, answers, weights, f"more[{index}].")
-                for index, group in enumerate(message.more)
-            ),
-        ),
+        tasks=tuple(tasks),
         probes=probes,
         replay_documents=tuple(protocol.replay_documents),
         answers=answers,
         grader=graders.named(protocol.grader),
         weights=weights,
         seeds=_read_seeds(protocol.seeds, edits),
+        in_context=protocol.in_context,
     )
 
 
@@ -149,8 +158,6 @@ def _read_group(
     place: str,
 ) -> TaskEdits:
     task = group.task
-    if task.HasField("few_shot"):
-        raise _invalid(f"{place}task.few_shot", "few-shot tasks are not evaluated yet")
     if not task.HasField("passage"):
         raise _invalid(f"{place}task", "the task has no passage")
     _check_task(task, f"{place}task")
@@ -184,10 +191,40 @@ def _read_group(
     return TaskEdits(name, task.passage.text, tuple(edits), questions)
 
 
+def _read_few_shot(
+    group: pb.TaskSelfEdits,
+    protocol: pb.EvaluationProtocol,
+    answers: trial.AnswerSettings,
+    weights: Weights,
+    place: str,
+) -> TaskEdits:
+    """Neither banks nor gold answers that may be missing: a query has its output, or is no query."""
+    _check_task(group.task, f"{place}task")
+    for name in ("include_passage", "in_context"):
+        if getattr(protocol, name):
+            raise _invalid(f"protocol.{name}", "is for passages: demonstrations stand in every prompt as it is")
+    task = read_task(group.task, f"{place}task", answers.max_new_tokens)
+    material = Material(task, read_settings(protocol.few_shot))
+    views = material.views
+    check_prompts(f"{place}task.few_shot", [Question(view.prompt, "") for of_query in views for view in of_query])
+    if not group.self_edits:
+        raise _invalid(f"{place}self_edits", f"must be 1..{MAX_SELF_EDITS} (given: 0)")
+    edits = []
+    for index, edit in enumerate(group.self_edits):
+        place_of_edit = f"{place}self_edits[{index}]"
+        if edit.documents:
+            raise _invalid(f"{place_of_edit}.documents", "are made of the demonstrations where the task is few-shot")
+        settings = resolve_training(protocol.training, edit.directive, place_of_edit, few_shot=True)
+        edits.append(PlannedEdit(edit, material.documents(edit.directive), settings))
+    questions = tuple(Question(of_query[0].prompt, of_query[0].gold) for of_query in views)
+    return TaskEdits(group.task.id or task_id(group.task), "", tuple(edits), questions, views)
+
+
 def _check_task(task: types.Task, place: str) -> None:
     """What is not asked, trained on or graded must still be stored."""
     if task.id:
         check_name(f"{place}.id", task.id)
+    _check_length(f"{place}.few_shot.name", task.few_shot.name, MAX_TITLE_CHARACTERS)
     _check_length(f"{place}.passage.title", task.passage.title, MAX_TITLE_CHARACTERS)
     _check_length(f"{place}.passage.text", task.passage.text, MAX_TEXT_CHARACTERS)
     # Of every bank as many as of the one that is asked.

@@ -12,6 +12,7 @@ from typing import get_args
 
 from evaluator.reward import Weights
 from preceptor.errors import PreceptorError
+from preceptor.few_shot.text import MARKER
 from preceptor.limits import (
     MAX_ALPHA,
     MAX_BATCH_SIZE,
@@ -30,11 +31,14 @@ from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
 
 
-def resolve_training(given: trial.TrainingSettings, directive: types.Directive, place: str) -> trial.TrainingSettings:
+def resolve_training(
+    given: trial.TrainingSettings, directive: types.Directive, place: str, *, few_shot: bool = False
+) -> trial.TrainingSettings:
     """The settings of one trial: ``given``, defaults where it says nothing, the directive over both.
 
     A directive's rank keeps alpha / rank, so that the rank alone does not change the size of a step. ``place`` names
-    the self-edit in errors. Raises PreceptorError(INVALID_REQUEST) for a value out of range.
+    the self-edit in errors. ``few_shot``: it is for documents that are made of a few-shot task, which have a marker of
+    their own, all of them. Raises PreceptorError(INVALID_REQUEST) for a value out of range.
     """
     settings = trial.TrainingSettings(
         rank=given.rank or 8,
@@ -49,7 +53,7 @@ def resolve_training(given: trial.TrainingSettings, directive: types.Directive, 
         max_grad_norm=given.max_grad_norm or 1.0,
         replay_share=given.replay_share,
         loss_mask=given.loss_mask or types.LOSS_MASK_ALL,
-        loss_marker=given.loss_marker or "Answer:",
+        loss_marker=MARKER if few_shot else given.loss_marker or "Answer:",
         max_train_tokens=given.max_train_tokens,
         max_document_tokens=given.max_document_tokens,
         gradient_accumulation=given.gradient_accumulation or 1,
@@ -67,6 +71,8 @@ def resolve_training(given: trial.TrainingSettings, directive: types.Directive, 
         demand = f"must be one of {', '.join(TARGETS)}"
         _check(directive.targets in TARGETS, f"{place}.directive.targets", demand, directive.targets)
         settings.target_modules[:] = sorted(TARGETS[directive.targets])
+    follows = few_shot or not directive.HasField("augmentations")
+    _check(follows, f"{place}.directive.augmentations", "are of few-shot tasks alone", directive.augmentations)
     if directive.HasField("rank"):
         _check(1 <= directive.rank <= MAX_RANK, f"{place}.directive.rank", f"must be 1..{MAX_RANK}", directive.rank)
         settings.alpha *= directive.rank / settings.rank
@@ -80,6 +86,7 @@ def resolve_training(given: trial.TrainingSettings, directive: types.Directive, 
     if directive.loss_mask:
         # Not OUTPUTS_ONLY: where a document lacks the marker, the choice would be a failure instead of a bad score.
         known = directive.loss_mask in (types.LOSS_MASK_ALL, types.LOSS_MASK_AFTER_MARKER)
+        known = known or (few_shot and directive.loss_mask == types.LOSS_MASK_OUTPUTS_ONLY)
         _check(known, f"{place}.directive.loss_mask", "must be all or after_marker", directive.loss_mask)
         settings.loss_mask = directive.loss_mask
     _check_training(settings, f"{place}.directive")

@@ -1,22 +1,28 @@
 """From the answers of an evaluation's trials to its final state. Pure, but for graders that ask a judge.
 
 An evaluation succeeds only if every trial and the baseline have a full set of answers with finite log-probabilities;
-otherwise it FAILED with the first trial's reason and has no reward.
+otherwise it FAILED with the first trial's reason and has no reward. A query of a few-shot task was asked in several
+views: their answers are turned back and vote, and the two grids with most votes are its two attempts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
+from statistics import fmean
 
 from evaluator.graders.exact import normalise
-from evaluator.graders.grader import Given, Grader, grader_label
+from evaluator.graders.grader import Given, Grader, Verdict, grader_label
+from evaluator.graders.grid import BETWEEN_ATTEMPTS, GridMatch
 from evaluator.graders.rack import Graders
 from evaluator.identity import Exam
 from evaluator.reward import Marks, measure
 from evaluator.store import Sitting
 from preceptor.errors import PreceptorError
+from preceptor.few_shot.text import grid_text
+from preceptor.few_shot.views import vote
 from preceptor.tasks import Question
 from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import trial_pb2 as trial
@@ -105,9 +111,17 @@ def mark(exam: Exam, grader: Grader | None, results: Sequence[trial.TrialResult]
     Without a grader no answer is right or wrong. Questions without gold answers are not graded, probes are.
     """
     questions = exam.questions if exam.labelled else ()
-    given = [item for result in results for item in _given(questions, result.answers)]
-    given += [item for result in results for item in _given(exam.probes, result.probe_answers)]
-    verdicts = iter(grader.grade(given) if grader else ())
+    said = [_said(exam, result.answers) for result in results]
+    asked = [item for of_result in said for item in _given(questions, [one.text for one in of_result])]
+    probed = [
+        item for result in results for item in _given(exam.probes, [answer.text for answer in result.probe_answers])
+    ]
+    if grader is None:
+        verdicts: Iterator[Verdict] = iter(())
+    elif exam.ways:  # grids, whatever the probes are
+        verdicts = iter([*GridMatch().grade(asked), *grader.grade(probed)])
+    else:
+        verdicts = iter(grader.grade([*asked, *probed]))
 
     def verdicts_on(asked: Sequence[Question]) -> list[tuple[bool, ...]]:
         return [tuple(verdict.right for verdict in islice(verdicts, len(asked))) for _ in results]
@@ -115,16 +129,45 @@ def mark(exam: Exam, grader: Grader | None, results: Sequence[trial.TrialResult]
     return [
         Marks(
             correct=correct,
-            gold_logprobs=tuple(answer.gold_logprob for answer in result.answers) if exam.labelled else (),
+            gold_logprobs=tuple(one.gold_logprob for one in of_result) if exam.labelled else (),
             probes_correct=probes_correct,
-            certainties=tuple(answer.certainty for answer in result.answers) if exam.certainty else (),
-            agreements=tuple(map(agreement, result.answers)) if exam.samples else (),
+            certainties=tuple(one.certainty for one in of_result) if exam.certainty else (),
+            agreements=tuple(one.agreement for one in of_result) if exam.samples else (),
             tokens=result.trained_tokens,
             seconds=result.seconds,
         )
-        for result, correct, probes_correct in zip(
-            results, verdicts_on(questions), verdicts_on(exam.probes), strict=True
+        for result, of_result, correct, probes_correct in zip(
+            results, said, verdicts_on(questions), verdicts_on(exam.probes), strict=True
         )
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What a student said to one question, over all its views."""
+
+    text: str
+    gold_logprob: float
+    certainty: float
+    agreement: float
+
+
+def _said(exam: Exam, answers: Sequence[trial.Answer]) -> list[_Said]:
+    """Per question. Of views the text is the two grids that are said most often, the rest a mean."""
+    each = [
+        _Said(one.text, one.gold_logprob, one.certainty, agreement(one) if exam.samples else 0.0) for one in answers
+    ]
+    if not exam.ways:
+        return each
+    grouped = [each[start : start + len(exam.ways)] for start in range(0, len(each), len(exam.ways))]
+    return [
+        _Said(
+            BETWEEN_ATTEMPTS.join(
+                grid_text(grid) for grid in vote([way.read(one.text) for way, one in zip(exam.ways, seen, strict=True)])
+            ),
+            *(fmean(getattr(one, name) for one in seen) for name in ("gold_logprob", "certainty", "agreement")),
+        )
+        for seen in grouped
     ]
 
 
@@ -134,8 +177,8 @@ def agreement(answer: trial.Answer) -> float:
     return sum(normalise(sample) == greedy for sample in answer.samples) / len(answer.samples)
 
 
-def _given(asked: Sequence[Question], answers: Sequence[trial.Answer]) -> list[Given]:
-    return [Given(question, answer.text) for question, answer in zip(asked, answers, strict=bool(asked))]
+def _given(asked: Sequence[Question], answers: Sequence[str]) -> list[Given]:
+    return [Given(question, answer) for question, answer in zip(asked, answers, strict=bool(asked))]
 
 
 def _first_failure(sitting: Sitting) -> types.Failure | None:
@@ -148,11 +191,12 @@ def _first_failure(sitting: Sitting) -> types.Failure | None:
             failure.CopyFrom(result.failure)
             failure.message = f"{name}: {failure.message}"
             return failure
-        if (len(result.answers), len(result.probe_answers)) != (len(exam.questions), len(exam.probes)):
+        asked = len(exam.questions) * max(len(exam.ways), 1)
+        if (len(result.answers), len(result.probe_answers)) != (asked, len(exam.probes)):
             return _failure(
                 "TRIAL_FAILED",
                 f"{name}: the worker answered {len(result.answers)} questions and "
-                f"{len(result.probe_answers)} probes of {len(exam.questions)} and {len(exam.probes)}",
+                f"{len(result.probe_answers)} probes of {asked} and {len(exam.probes)}",
             )
         if any(len(answer.samples) != exam.samples for answer in result.answers):
             return _failure("TRIAL_FAILED", f"{name}: the worker did not sample {exam.samples} answers per question")

@@ -14,10 +14,12 @@ from preceptor.v1 import types_pb2 as types
 
 
 def sealed_banks(message: pb.CreateEvaluationsRequest) -> dict[str, str]:
-    """The id of the sealed bank of each task, by the task's id; nothing where another bank is asked."""
+    """The id of the sealed bank of each task, by the task's id; nothing where another bank is asked, and
+    for few-shot tasks, which have no banks."""
     if bank_from_proto(message.protocol.bank) is not Bank.SEALED:
         return {}
-    return {task.id or task_id(task): _bank_id(task) for task in (message.task, *(more.task for more in message.more))}
+    tasks = (message.task, *(more.task for more in message.more))
+    return {task.id or task_id(task): _bank_id(task) for task in tasks if task.HasField("passage")}
 
 
 def _bank_id(task: types.Task) -> str:

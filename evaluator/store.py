@@ -43,6 +43,7 @@ from evaluator.demand import AT_ONCE, ask_for, drop_unwanted
 from evaluator.identity import Exam, Plan, PlannedEvaluation, group_trials
 from evaluator.reward import Weights
 from preceptor.errors import PreceptorError
+from preceptor.few_shot.views import Way
 from preceptor.names import canonical_json
 from preceptor.tasks import Question
 from preceptor.v1 import evaluator_pb2 as pb
@@ -354,6 +355,7 @@ def _read_exam(body: str) -> Exam:
         values["grader_label"],
         Weights(**values["weights"]),
         **{name: values[name] for name in ("certainty", "samples") if name in values},
+        ways=tuple(Way(**way) for way in values.get("ways", ())),
     )
 
 

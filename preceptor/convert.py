@@ -72,8 +72,10 @@ def question_to_proto(question: Question) -> types.Question:
     )
 
 
-def question_from_proto(message: types.Question, place: str = "question") -> Question:
-    """A question from a message; ``place`` names it in errors.
+def question_from_proto(
+    message: types.Question, place: str = "question", most: int = MAX_QUESTION_CHARACTERS
+) -> Question:
+    """A question from a message; ``place`` names it in errors, ``most``: characters of its text.
 
     Raises PreceptorError(INVALID_REQUEST) for a bank that is not known, and for what is too long or too much.
     """
@@ -81,16 +83,19 @@ def question_from_proto(message: types.Question, place: str = "question") -> Que
     if len(message.aliases) > MAX_ALIASES:
         problem = f"must be at most {MAX_ALIASES} (given: {len(message.aliases)})"
         raise PreceptorError("INVALID_REQUEST", f"{place}.aliases {problem}", field=f"{place}.aliases")
-    for text in (message.text, message.answer, *message.aliases):
-        if len(text) > MAX_QUESTION_CHARACTERS:
-            problem = f"has a text of {len(text)} characters; at most {MAX_QUESTION_CHARACTERS} are allowed"
+    golds = (message.answer, *message.aliases)
+    for text, allowed in ((message.text, most), *((gold, MAX_QUESTION_CHARACTERS) for gold in golds)):
+        if len(text) > allowed:
+            problem = f"has a text of {len(text)} characters; at most {allowed} are allowed"
             raise PreceptorError("INVALID_REQUEST", f"{place} {problem}", field=place)
     return Question(message.text, message.answer, bank, tuple(message.aliases), message.written)
 
 
-def questions_from_proto(messages: Iterable[types.Question], place: str) -> list[Question]:
+def questions_from_proto(
+    messages: Iterable[types.Question], place: str, most: int = MAX_QUESTION_CHARACTERS
+) -> list[Question]:
     """Questions from the messages at a place. Raises PreceptorError(INVALID_REQUEST) naming it."""
-    return [question_from_proto(message, f"{place}[{index}]") for index, message in enumerate(messages)]
+    return [question_from_proto(message, f"{place}[{index}]", most) for index, message in enumerate(messages)]
 
 
 def directive_to_proto(directive: Directive) -> types.Directive:

@@ -25,10 +25,18 @@ MAX_REPLAY_DOCUMENTS = 100_000
 MAX_TITLE_CHARACTERS = 1000
 # A question, an answer, a prompt's frame: students' contexts are not larger.
 MAX_QUESTION_CHARACTERS = 20_000
+# A question with all that stands before it: a passage, demonstrations.
+MAX_PROMPT_CHARACTERS = 200_000
 MAX_ALIASES = 64
 # Of one bank. Each is asked of every trial.
 MAX_QUESTIONS = 2000
 MAX_PROBES = 10_000
+# Demonstrations or queries of a few-shot task: real ones have up to ten.
+MAX_PAIRS = 100
+# Views of a query: each is asked.
+MAX_VOTES = 64
+# Of the documents that are made of a few-shot task for one trial: eight of them still fit into a message.
+MAX_MADE_CHARACTERS = 4_000_000
 MAX_LABELS = 64
 MAX_REFERENCE_EDITS = 16
 # More do not fit into one message, and the tasks of a run travel in one.

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from preceptor.tasks import Question
+from preceptor.tasks import Grid, Question
 
 # A question of fewer words ("Who was he?") may stand in a passage by chance.
 LEAST_WORDS = 4
@@ -56,6 +56,20 @@ def answer_fault(question: Question, max_new_tokens: int) -> str:
     return (
         f"the gold answer has {words} words, and an answer may have {max_new_tokens} tokens"
         f" (answers.max_new_tokens); raise that or shorten the answer: {_short(question.answer)}"
+    )
+
+
+def grid_answer_fault(grid: Grid, max_new_tokens: int) -> str:
+    """Why this grid is no answer that a student could give; empty if it is one.
+
+    Students' tokenizers mostly take a token for a digit; one that merges them gets along with fewer.
+    """
+    needed = sum(map(len, grid)) + len(grid) - 1
+    if needed <= max_new_tokens:
+        return ""
+    return (
+        f"the gold answer is a grid of {len(grid)} x {len(grid[0])}, {needed} tokens with one for a cell and one"
+        f" between rows, and an answer may have {max_new_tokens} (answers.max_new_tokens); raise that"
     )
 
 

@@ -14,6 +14,7 @@ from preceptor.limits import (
     MAX_BATCH_SIZE,
     MAX_EPOCHS,
     MAX_NEW_TOKENS,
+    MAX_PROMPT_CHARACTERS,
     MAX_RANK,
     MAX_REPLAY_SHARE,
     MAX_SAMPLES,
@@ -54,7 +55,7 @@ def trials_of(batch: wire.TrialBatch) -> tuple[list[Trial], list[list[Question]]
     if len({trial.id for trial in batch.trials}) < len(batch.trials):
         raise _invalid("trials", "hold an id twice")
     sets = [
-        questions_from_proto(one.questions, f"question_sets[{number}].questions")
+        questions_from_proto(one.questions, f"question_sets[{number}].questions", MAX_PROMPT_CHARACTERS)
         for number, one in enumerate(batch.question_sets)
     ]
     trials, questions = [], []
@@ -128,7 +129,7 @@ def probes_of(batch: wire.TrialBatch) -> list[Question]:
     """The retention probes; none are asked where only log-probabilities are measured."""
     if batch.answers.logprobs_only:
         return []
-    return questions_from_proto(batch.probes, "probes")
+    return questions_from_proto(batch.probes, "probes", MAX_PROMPT_CHARACTERS)
 
 
 def result_of(batch_id: str, outcomes: Sequence[TrialOutcome], worker: str, attempt: int) -> wire.TrialBatchResult:

@@ -21,7 +21,9 @@ from preceptor.few_shot.text import read_grid
 from preceptor.few_shot.views import ATTEMPTS
 from preceptor.tasks import Grid
 
-_BETWEEN_ATTEMPTS = re.compile(r"^[ \t]*---[ \t]*$", re.MULTILINE)
+BETWEEN_ATTEMPTS = "\n---\n"
+
+_BETWEEN = re.compile(r"^[ \t]*---[ \t]*$", re.MULTILINE)
 
 
 class GridMatch:
@@ -41,7 +43,7 @@ class GridMatch:
 
 def attempts(answer: str) -> list[Grid]:
     """The grids of an answer, in order; none where one is unreadable or there are too many."""
-    found = [read_grid(part) for part in _BETWEEN_ATTEMPTS.split(answer)]
+    found = [read_grid(part) for part in _BETWEEN.split(answer)]
     return [grid for grid in found if grid is not None] if None not in found and len(found) <= ATTEMPTS else []
 
 

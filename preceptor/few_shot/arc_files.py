@@ -18,7 +18,7 @@ from typing import Any
 
 from preceptor.few_shot.grids import grid_fault
 from preceptor.json_places import JsonPlaces
-from preceptor.limits import MAX_NAME_CHARACTERS, MAX_TASKS
+from preceptor.limits import MAX_NAME_CHARACTERS, MAX_PAIRS, MAX_TASKS
 from preceptor.task_problems import (
     InvalidJson,
     Place,
@@ -31,9 +31,6 @@ from preceptor.task_problems import (
     shown,
 )
 from preceptor.tasks import FewShotTask, Grid, GridPair
-
-# Of one task: real ones have up to ten demonstrations and four queries.
-MOST_PAIRS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +217,8 @@ def _list(value: Mapping[str, Any], key: str) -> list[Any]:
             "is missing" if key not in value else "is empty" if found == [] else f"must be a list, is {kind(found)}"
         )
         raise _Fault((key,), problem)
-    if len(found) > MOST_PAIRS:
-        raise _Fault((key,), f"has {len(found)} pairs; at most {MOST_PAIRS} are allowed")
+    if len(found) > MAX_PAIRS:
+        raise _Fault((key,), f"has {len(found)} pairs; at most {MAX_PAIRS} are allowed")
     return found
 
 

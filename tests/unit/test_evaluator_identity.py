@@ -207,7 +207,7 @@ def test_the_passage_comes_before_the_documents() -> None:
 
 def cut(found: Plan, most: int, *known: str) -> list[str]:
     """The first letters of the documents of each batch; "-" is a baseline."""
-    needed = {name: name not in known for name in found.evaluation_of}
+    needed = {name: name not in known for name in found.asking_of}
     batches = group_trials(found.evaluations, needed, most)
     return ["".join(item.documents[0][0] if item.documents else "-" for item in one) for one in batches]
 
@@ -223,7 +223,7 @@ def test_batches_are_even_and_keep_evaluations_whole() -> None:
     many = plan(read_request(group(*"abcdefghi")), STUDENT)
     assert cut(many, 8) == ["-", "abcde", "fghi"]
     assert cut(many, 4) == ["-", "abc", "def", "ghi"]
-    assert cut(many, 9, *many.evaluation_of) == []
+    assert cut(many, 9, *many.asking_of) == []
 
 
 def test_the_same_work_makes_the_same_batch() -> None:
@@ -238,7 +238,7 @@ def test_the_tasks_of_a_request_are_trained_together_each_with_its_questions() -
     assert cut(found, 9) == ["--", "AATB"]
     assert cut(found, 2) == ["--", "AA", "TB"]
     baselines, trained = (
-        found.batch(one) for one in group_trials(found.evaluations, dict.fromkeys(found.evaluation_of, True), 9)
+        found.batch(one) for one in group_trials(found.evaluations, dict.fromkeys(found.asking_of, True), 9)
     )
     assert [item.question_set for item in baselines.trials] == [0, 1]
     assert [item.question_set for item in trained.trials] == [0, 0, 1, 0]
@@ -269,7 +269,6 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
         "task.passage.questions",
         "task-ada.*sealed",
     ),
-    "few-shot": (lambda r: r.task.few_shot.SetInParent(), "task.few_shot", "few-shot tasks are not evaluated yet"),
     "no task": (lambda r: r.ClearField("task"), "task", "no passage"),
     "no seeds": (lambda r: r.protocol.ClearField("seeds"), "protocol.seeds", "1..64"),
     "a seed twice": (lambda r: r.protocol.seeds.append(1), "protocol.seeds", "same trial"),
