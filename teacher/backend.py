@@ -28,12 +28,14 @@ class SamplingSettings:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One completion to draw: which of a task's samples, and for which time."""
+    """One completion to draw: which of a task's samples, and for which time. ``explained``: the prompt itself says what
+    shape the answer must have."""
 
     task_id: str
     prompt: str
     sample: int
     draw: int
+    explained: bool = False
 
 
 @dataclass(frozen=True, slots=True)

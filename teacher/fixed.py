@@ -1,7 +1,7 @@
 """The backend `openai`: a vendor's chat model writes and does not learn. Needs no torch.
 
-The prompt is the prompt format's, unchanged; a system message says what shape the answer must have, which a model that
-was not trained on it cannot know. Its tokens are the vendor's to count.
+The prompt is the prompt format's, unchanged. Where that is one of the tiny teacher's, a system message says what shape
+the answer must have, which a model that was not trained on it cannot know. Its tokens are the vendor's to count.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _ChatAuthor:
         self, rows: Sequence[Row], seed: int, settings: SamplingSettings, stopped: Callable[[], bool]
     ) -> list[Drawn]:
         said = self._server.chat(
-            [(("system", SYSTEM), ("user", row.prompt)) for row in rows],
+            [(("user", row.prompt),) if row.explained else (("system", SYSTEM), ("user", row.prompt)) for row in rows],
             max_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,

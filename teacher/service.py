@@ -16,6 +16,7 @@ from teacher.backend import Backend
 from teacher.garbage import TeacherGarbage
 from teacher.policies import Policies
 from teacher.policy_store import PolicyStore
+from teacher.prompts import Formats
 from teacher.servicer import TeacherServicer
 from teacher.settings import TeacherSettings
 from teacher.sight import TeacherSight
@@ -31,6 +32,7 @@ class Teacher:
 
     def __init__(self, backend: Backend, settings: TeacherSettings, telemetry: Telemetry = OFF) -> None:
         sight = TeacherSight(telemetry)
+        self._formats = Formats(settings.teacher_templates)
         self.store = PolicyStore(settings.database("teacher"))
         artifacts = UsedStore(artifact_store(f"{settings.artifacts}/policies", settings.artifact_cache))
         _tidy(artifacts)
@@ -43,12 +45,13 @@ class Teacher:
             rows=settings.teacher_rows,
             answer_room=settings.teacher_answer_room,
             sight=sight,
+            formats=self._formats,
         )
         self.policies.start()
 
     def add_to(self, server: grpc.Server) -> None:
         """Adds the servicer."""
-        servicer = TeacherServicer(self.policies, self.writer, self._garbage)
+        servicer = TeacherServicer(self.policies, self.writer, self._garbage, self._formats)
         teacher_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, server)
 
     def stop(self) -> None:
@@ -68,7 +71,11 @@ def _tidy(artifacts: ArtifactStore) -> None:
 
 
 def run(settings: TeacherSettings, telemetry: Telemetry) -> None:
-    """Serves until SIGTERM. Raises PreceptorError: what ``make_backend`` raises, PORT_IN_USE."""
+    """Serves until SIGTERM.
+
+    Raises PreceptorError: what ``Formats`` and ``make_backend`` raise, PORT_IN_USE.
+    """
+    Formats(settings.teacher_templates)  # a template that is wrong is said before a model is loaded
     backend = make_backend(settings)
     try:
         with own_database(settings.database("teacher"), settings.grace_seconds + HAND_OVER_SECONDS):

@@ -9,8 +9,9 @@ from typing import Any
 import grpc
 
 from preceptor import convert
-from preceptor.completions import Limits, parse
+from preceptor.completions import Limits
 from preceptor.errors import PreceptorError
+from preceptor.few_shot import text as grids
 from preceptor.limits import (
     MAX_ALPHA,
     MAX_BATCH_SIZE,
@@ -37,6 +38,8 @@ from preceptor.limits import (
     page_size,
     page_token,
 )
+from preceptor.prompt_formats import PromptFormat
+from preceptor.tasks import TARGETS, FewShotTask
 from preceptor.v1 import teacher_pb2 as pb
 from preceptor.v1 import teacher_pb2_grpc, types_pb2
 from teacher.algorithms import ALGORITHMS
@@ -45,9 +48,9 @@ from teacher.backend import SamplingSettings
 from teacher.garbage import TeacherGarbage
 from teacher.policies import Policies
 from teacher.policy_store import Policy, PolicyState
-from teacher.prompts import FORMATS
+from teacher.prompts import Formats
 from teacher.recipe import FineTuning, Rewarded, Update, UpdateSettings
-from teacher.writing import TaskText, Writer, WritingRequest, Written, WrittenGroup
+from teacher.writing import TaskText, Writer, WritingRequest, Written, WrittenGroup, read
 
 _STATES = {
     PolicyState.TRAINING: pb.POLICY_STATE_TRAINING,
@@ -75,35 +78,45 @@ _LIMITS = {
     "max_replay_share": MAX_REPLAY_SHARE,
     "max_rank": MAX_RANK,
     "max_documents": MAX_DOCUMENTS,
+    "min_learning_rate": 1.0,
+    "min_epochs": MAX_EPOCHS,
+    "default_epochs": MAX_EPOCHS,
+    "default_replay_share": MAX_REPLAY_SHARE,
 }
 
 
 class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     """See teacher.proto; its comments are the documentation of the methods."""
 
-    def __init__(self, policies: Policies, writer: Writer, garbage: TeacherGarbage) -> None:
+    def __init__(
+        self, policies: Policies, writer: Writer, garbage: TeacherGarbage, formats: Formats | None = None
+    ) -> None:
         self._policies = policies
         self._writer = writer
         self._garbage = garbage
+        self._formats = formats or Formats()
 
     def GenerateSelfEdits(
         self, request: pb.GenerateSelfEditsRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateSelfEditsResponse]:
-        wanted = writing_request(request)
+        wanted = writing_request(request, self._formats)
+        form = self._formats.find(wanted.prompt_format)
 
         def stopped() -> bool:
             if self._policies.stopping:
                 raise PreceptorError("SHUTTING_DOWN", "the teacher is going down")
             return not context.is_active()
 
-        for group in self._writer.write(wanted, stopped):
-            yield _group(group, wanted.limits)
+        for task, group in zip(wanted.tasks, self._writer.write(wanted, stopped), strict=True):
+            yield _group(group, form, task.title, wanted.limits)
 
     def UpdatePolicy(self, request: pb.UpdatePolicyRequest, context: grpc.ServicerContext) -> pb.UpdatePolicyResponse:
         check_name("request_id", request.request_id)
         if request.owner:
             check_name("owner", request.owner)
-        policy = self._policies.update(update(request), request.request_id, _body(request), request.owner)
+        policy = self._policies.update(
+            update(request, self._formats), request.request_id, _body(request), request.owner
+        )
         return pb.UpdatePolicyResponse(policy=self._policy(policy))
 
     def CancelUpdates(
@@ -140,8 +153,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     def ListPromptFormats(
         self, request: pb.ListPromptFormatsRequest, context: grpc.ServicerContext
     ) -> pb.ListPromptFormatsResponse:
-        formats = [pb.PromptFormat(name=f.name, version=f.version, instruction=f.instruction) for f in FORMATS.values()]
-        return pb.ListPromptFormatsResponse(formats=formats)
+        return pb.ListPromptFormatsResponse(formats=map(_format, self._formats))
 
     def CollectGarbage(
         self, request: pb.TeacherServiceCollectGarbageRequest, context: grpc.ServicerContext
@@ -157,9 +169,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         return _policy(policy, self._policies.fixed)
 
 
-def writing_request(request: pb.GenerateSelfEditsRequest) -> WritingRequest:
-    """The request with its defaults filled in. Raises PreceptorError(INVALID_REQUEST)."""
-    sampling, limits, built_in = request.sampling, request.limits, Limits()
+def writing_request(request: pb.GenerateSelfEditsRequest, formats: Formats | None = None) -> WritingRequest:
+    """The request with its defaults filled in. Raises PreceptorError(INVALID_REQUEST, UNKNOWN_PROMPT_FORMAT)."""
+    sampling = request.sampling
     temperature = sampling.temperature or 1.0
     top_p = sampling.top_p or 1.0
     samples = request.samples_per_task or 1
@@ -171,39 +183,83 @@ def writing_request(request: pb.GenerateSelfEditsRequest) -> WritingRequest:
     _at_most(samples, MAX_SELF_EDITS, "samples_per_task")
     _at_most(request.max_resamples, MAX_RESAMPLES, "max_resamples")
     _at_most(len(request.tasks), MAX_TASKS, "tasks")
-    for name, most in _LIMITS.items():
-        value = getattr(limits, name)
-        _need(0 <= value <= most, f"limits.{name}", f"is {value}, must be 0..{most:g}")
+    few_shot = bool(request.tasks) and all(task.HasField("few_shot") for task in request.tasks)
+    form = (formats or Formats()).find(request.prompt_format or ("augmentations" if few_shot else "open"))
     return WritingRequest(
         policy_id=request.policy_id,
-        tasks=tuple(task_text(task, f"tasks[{i}]") for i, task in enumerate(request.tasks)),
+        tasks=tuple(task_text(task, f"tasks[{i}]", form) for i, task in enumerate(request.tasks)),
         samples=samples,
-        prompt_format=request.prompt_format or "open",
+        prompt_format=form.name,
         sampling=SamplingSettings(temperature, top_p, sampling.max_new_tokens or 512),
         seed=request.seed,
-        limits=Limits(
-            learning_rate=(built_in.learning_rate[0], limits.max_learning_rate or built_in.learning_rate[1]),
-            epochs=(built_in.epochs[0], limits.max_epochs or built_in.epochs[1]),
-            replay_share=(built_in.replay_share[0], limits.max_replay_share or built_in.replay_share[1]),
-            rank=(built_in.rank[0], limits.max_rank or built_in.rank[1]),
-            documents=limits.max_documents or built_in.documents,
-        ),
+        limits=_limits(request.limits),
         max_resamples=request.max_resamples,
     )
 
 
-def task_text(task: types_pb2.Task, field: str) -> TaskText:
-    """What the teacher may see of a task: title and text, nothing else. Raises PreceptorError(INVALID_REQUEST)."""
-    _need(task.HasField("passage"), field, "is no passage; this teacher writes for passages only")
+def _limits(limits: pb.DirectiveLimits) -> Limits:
+    for name, most in _LIMITS.items():
+        value = getattr(limits, name)
+        _need(0 <= value <= most, f"limits.{name}", f"is {value}, must be 0..{most:g}")
+    for index, target in enumerate(limits.targets):
+        _need(target in TARGETS, f"limits.targets[{index}]", f"is {target!r}; there are: {', '.join(TARGETS)}")
+    built_in = Limits()
+    made = Limits(
+        learning_rate=(
+            limits.min_learning_rate or built_in.learning_rate[0],
+            limits.max_learning_rate or built_in.learning_rate[1],
+        ),
+        epochs=(limits.min_epochs or built_in.epochs[0], limits.max_epochs or built_in.epochs[1]),
+        replay_share=(built_in.replay_share[0], limits.max_replay_share or built_in.replay_share[1]),
+        rank=(built_in.rank[0], limits.max_rank or built_in.rank[1]),
+        documents=limits.max_documents or built_in.documents,
+        targets=tuple(target for target in TARGETS if target in (limits.targets or TARGETS)),
+        allow_full=limits.allow_full,
+        trained_characters=limits.max_trained_characters,
+        default_epochs=limits.default_epochs or built_in.default_epochs,
+        default_replay_share=limits.default_replay_share,
+    )
+    for name in ("learning_rate", "epochs"):
+        low, high = getattr(made, name)
+        _need(low <= high, f"limits.min_{name}", f"is {low:g}, above the upper bound {high:g}")
+    return made
+
+
+def task_text(task: types_pb2.Task, field: str, form: PromptFormat | None = None) -> TaskText:
+    """What the teacher may see of a task: of a passage title and text, of a few-shot task the demonstrations and the
+    inputs of the queries; nothing else. Raises PreceptorError(INVALID_REQUEST)."""
+    few_shot = task.HasField("few_shot")
+    _need(few_shot or task.HasField("passage"), field, "is neither a passage nor a few-shot task")
+    if form is not None:
+        _need_kind(few_shot, form, field)
     check_name(f"{field}.id", task.id)
+    if few_shot:
+        return TaskText(task.id, task.few_shot.name, _grids(task, field, form.separator if form else ""))
     _need(bool(task.passage.text.strip()), field, "has no text")
     _check_passage(task.passage, field)
     return TaskText(task.id, task.passage.title, task.passage.text)
 
 
-def update(request: pb.UpdatePolicyRequest) -> Update:
-    """The request with its defaults filled in. Raises PreceptorError(INVALID_REQUEST)."""
-    settings = request.settings
+def _need_kind(few_shot: bool, form: PromptFormat, field: str) -> None:
+    kinds = {"passage": "passages", "few_shot": "few-shot tasks"}
+    task = "few-shot task" if few_shot else "passage"
+    wrong = f"is a {task}; the prompt format {form.name!r} is for {kinds[form.kind]}"
+    _need(few_shot == (form.kind == "few_shot"), field, f"{wrong} (`preceptor formats list` shows which is for which)")
+
+
+def _grids(task: types_pb2.Task, field: str, separator: str) -> str:
+    _need(bool(task.few_shot.demonstrations), f"{field}.few_shot.demonstrations", "are none")
+    _at_most(len(task.few_shot.name), MAX_TITLE_CHARACTERS, f"{field}.few_shot.name", "characters")
+    made = convert.task_from_proto(task)
+    assert isinstance(made, FewShotTask)
+    text = grids.task_text(made, separator)
+    _at_most(len(text), MAX_TEXT_CHARACTERS, f"{field}.few_shot", "characters")
+    return text
+
+
+def update(request: pb.UpdatePolicyRequest, formats: Formats | None = None) -> Update:
+    """The request with its defaults filled in. Raises PreceptorError(INVALID_REQUEST, UNKNOWN_PROMPT_FORMAT)."""
+    settings, formats = request.settings, formats or Formats()
     algorithm = settings.algorithm or "rest_em"
     known = ", ".join(ALGORITHMS)
     _need(algorithm in ALGORITHMS, "settings.algorithm", f"is {algorithm!r}; there are: {known}")
@@ -217,7 +273,7 @@ def update(request: pb.UpdatePolicyRequest) -> Update:
     _at_most(len(request.examples), MAX_EXAMPLES, "examples")
     return Update(
         parent_id=request.parent_id,
-        examples=tuple(_rewarded(example, f"examples[{i}]") for i, example in enumerate(request.examples)),
+        examples=tuple(_rewarded(example, f"examples[{i}]", formats) for i, example in enumerate(request.examples)),
         settings=UpdateSettings(
             LearningSettings(
                 top_k=settings.top_k or 2,
@@ -239,7 +295,7 @@ def update(request: pb.UpdatePolicyRequest) -> Update:
     )
 
 
-def _rewarded(example: pb.RewardedSelfEdit, field: str) -> Rewarded:
+def _rewarded(example: pb.RewardedSelfEdit, field: str, formats: Formats) -> Rewarded:
     _need(math.isfinite(example.reward), f"{field}.reward", "is no finite number; leave failures out")
     check_name(f"{field}.group_id", example.group_id)
     for name in ("reward", "reward_stderr", "advantage", "advantage_stderr"):
@@ -249,22 +305,31 @@ def _rewarded(example: pb.RewardedSelfEdit, field: str) -> Rewarded:
     for name in ("policy_id", "student_commit"):
         if getattr(example, name):
             check_name(f"{field}.{name}", getattr(example, name))
-    task = example.task
-    _need(task.HasField("passage"), f"{field}.task", "is no passage")
-    _check_passage(task.passage, f"{field}.task")
     _at_most(len(example.completion), MAX_TEXT_CHARACTERS, f"{field}.completion", "characters")
     _at_most(len(example.prompt_format), MAX_NAME_CHARACTERS, f"{field}.prompt_format", "characters")
+    task, few_shot = example.task, example.task.HasField("few_shot")
+    form = formats.find(example.prompt_format or ("augmentations" if few_shot else "open"))
+    _need(form.asks, f"{field}.prompt_format", f"is {form.name!r}, in which nobody writes: there is nothing to learn")
+    _need(few_shot or task.HasField("passage"), f"{field}.task", "is neither a passage nor a few-shot task")
+    _need_kind(few_shot, form, f"{field}.task")
+    if few_shot:
+        title, text = task.few_shot.name, _grids(task, f"{field}.task", form.separator)
+    else:
+        _check_passage(task.passage, f"{field}.task")
+        title, text = task.passage.title, task.passage.text
     return Rewarded(
         group=example.group_id,
-        title=task.passage.title,
-        text=task.passage.text,
+        title=title,
+        text=text,
         completion=example.completion,
-        prompt_format=example.prompt_format or "open",
+        prompt_format=form.name,
         reward=example.reward,
         stderr=example.reward_stderr,
         advantage=example.advantage if example.HasField("advantage") else None,
         advantage_stderr=example.advantage_stderr if example.HasField("advantage") else 0.0,
         only_compared=example.only_compared,
+        # A template may be changed or taken away before the policy is trained again; what ships stays.
+        prompt=form.render(title, text) if form.file else "",
         policy_id=example.policy_id,
         student_commit=example.student_commit,
     )
@@ -301,19 +366,19 @@ def _body(request: Any) -> bytes:
     return data
 
 
-def _group(group: WrittenGroup, limits: Limits) -> pb.GenerateSelfEditsResponse:
+def _group(group: WrittenGroup, form: PromptFormat, title: str, limits: Limits) -> pb.GenerateSelfEditsResponse:
     return pb.GenerateSelfEditsResponse(
         task_id=group.task_id,
         policy_id=group.policy_id,
-        self_edits=[_written(index, written, limits) for index, written in enumerate(group.written)],
+        self_edits=[_written(index, written, form, title, limits) for index, written in enumerate(group.written)],
         seconds=group.seconds,
     )
 
 
-def _written(index: int, written: Written, limits: Limits) -> pb.WrittenSelfEdit:
+def _written(index: int, written: Written, form: PromptFormat, title: str, limits: Limits) -> pb.WrittenSelfEdit:
     message = pb.WrittenSelfEdit(
         index=index,
-        status=pb.SELF_EDIT_STATUS_MALFORMED,
+        status=pb.SELF_EDIT_STATUS_TOO_COSTLY if written.too_costly else pb.SELF_EDIT_STATUS_MALFORMED,
         completion=written.completion,
         malformed_reason=written.malformed_reason,
         draws=written.draws,
@@ -321,8 +386,23 @@ def _written(index: int, written: Written, limits: Limits) -> pb.WrittenSelfEdit
     )
     if not written.malformed_reason:
         message.status = pb.SELF_EDIT_STATUS_VALID
-        message.self_edit.CopyFrom(convert.self_edit_to_proto(parse(written.completion, limits)))
+        edit = read(written.completion, form, title, limits, finished=written.finished)
+        message.self_edit.CopyFrom(convert.self_edit_to_proto(edit))
     return message
+
+
+def _format(form: PromptFormat) -> pb.PromptFormat:
+    return pb.PromptFormat(
+        name=form.name,
+        version=form.version,
+        instruction=form.instruction,
+        splitting=form.splitting,
+        file=form.file,
+        kind=form.kind,
+        titled=form.titled,
+        about=form.about,
+        template=form.template or form.render("{title}", "{text}"),
+    )
 
 
 def _policy(policy: Policy, fixed: bool) -> pb.Policy:

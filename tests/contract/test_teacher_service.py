@@ -21,7 +21,7 @@ from preceptor.tasks import Passage, Question
 from preceptor.v1 import teacher_pb2 as pb
 from preceptor.v1 import teacher_pb2_grpc
 from teacher.in_process import in_process
-from teacher.prompts import FORMATS
+from teacher.prompts import Formats
 from teacher.service import SERVICE, Teacher
 from teacher.settings import TeacherSettings
 from tests.unit.tiny_teachers import PASSAGE, tiny_teacher
@@ -360,9 +360,10 @@ def test_an_update_cut_short_by_a_drain_is_finished_after_the_restart(tmp_path: 
 
 def test_the_formats_are_listed_as_they_are(running: Running) -> None:
     listed = call(running.stub.ListPromptFormats, pb.ListPromptFormatsRequest()).formats
-    assert {f.name: (f.version, f.instruction) for f in listed} == {
-        f.name: (f.version, f.instruction) for f in FORMATS.values()
+    assert {f.name: (f.version, f.instruction, f.splitting, f.kind) for f in listed} == {
+        f.name: (f.version, f.instruction, f.splitting, f.kind) for f in Formats()
     }
+    assert all("{text}" in f.template and not f.file for f in listed)
 
 
 def test_bad_page_tokens_and_unknown_policies_are_named(running: Running) -> None:

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from preceptor.completions import Limits
 from preceptor.convert import task_to_proto
 from preceptor.errors import PreceptorError
-from preceptor.tasks import Directive, Passage, Question, SelfEdit
+from preceptor.tasks import Augmentations, Directive, FewShotTask, GridPair, LossMask, Passage, Question, SelfEdit
 from preceptor.v1 import teacher_pb2 as pb
 from preceptor.v1 import types_pb2
 from teacher.backend import SamplingSettings
 from teacher.in_process import in_process
-from teacher.prompts import FORMATS
+from teacher.prompts import FORMATS, Formats
 from teacher.service import Teacher
-from teacher.servicer import task_text, writing_request
+from teacher.servicer import task_text, update, writing_request
 from teacher.settings import TeacherSettings
-from teacher.writing import TaskText, WritingRequest, WrittenGroup, batches
+from teacher.writing import TaskText, WritingRequest, Written, WrittenGroup, _from_bytes, _key, batches, read
 from tests.unit.tiny_teachers import PASSAGE, tiny_teacher
 
 TASKS = tuple(TaskText(f"task-{i}", f"Title {i}", f"{PASSAGE} Number {i}.") for i in range(5))
@@ -36,6 +36,11 @@ REQUEST = WritingRequest(
     seed=3,
     limits=Limits(),
     max_resamples=0,
+)
+
+
+GRIDS = task_to_proto(
+    FewShotTask("turn", (GridPair(((0, 1),), ((1, 0),)),) * 2, (GridPair(((2, 3),), ((3, 2),)),), {"hidden": "no"})
 )
 
 
@@ -205,7 +210,18 @@ def test_questions_change_no_completion(teacher: Teacher) -> None:
         ({"tasks": [types_pb2.Task(id="t")]}, "tasks[0]"),
         ({"tasks": [types_pb2.Task(passage=types_pb2.Passage(text="x"))]}, "tasks[0].id"),
         ({"tasks": [types_pb2.Task(id="t", passage=types_pb2.Passage(text=" "))]}, "tasks[0]"),
-        ({"tasks": [types_pb2.Task(id="t", few_shot=types_pb2.FewShotTask(name="x"))]}, "tasks[0]"),
+        (
+            {"tasks": [types_pb2.Task(id="t", few_shot=types_pb2.FewShotTask(name="x"))]},
+            "tasks[0].few_shot.demonstrations",
+        ),
+        ({"tasks": [GRIDS], "prompt_format": "open"}, "tasks[0]"),
+        ({"tasks": [GRIDS, task_to_proto(Passage("T", "x", ()))]}, "tasks[0]"),
+        ({"tasks": [task_to_proto(Passage("T", "x", ()))], "prompt_format": "augmentations"}, "tasks[0]"),
+        ({"limits": pb.DirectiveLimits(targets=["qv", "heads"])}, "limits.targets[1]"),
+        ({"limits": pb.DirectiveLimits(min_epochs=9, max_epochs=8)}, "limits.min_epochs"),
+        ({"limits": pb.DirectiveLimits(min_learning_rate=1e-2, max_learning_rate=1e-3)}, "limits.min_learning_rate"),
+        ({"limits": pb.DirectiveLimits(min_learning_rate=float("nan"))}, "limits.min_learning_rate"),
+        ({"limits": pb.DirectiveLimits(default_replay_share=1.0)}, "limits.default_replay_share"),
     ],
 )
 def test_a_bad_field_is_named(change: dict[str, object], field: str) -> None:
@@ -220,3 +236,118 @@ def test_what_is_left_out_has_the_contracts_defaults() -> None:
     assert request == WritingRequest("", (), 1, "open", SamplingSettings(1.0, 1.0, 512), 0, Limits(), 0)
     bounded = pb.GenerateSelfEditsRequest(limits=pb.DirectiveLimits(max_epochs=3, max_documents=2))
     assert writing_request(bounded).limits == replace(Limits(), epochs=(1, 3), documents=2)
+
+
+def test_of_a_few_shot_task_the_teacher_sees_its_grids_and_no_output_of_a_query() -> None:
+    short = writing_request(pb.GenerateSelfEditsRequest(tasks=[GRIDS]))
+    assert (short.prompt_format, short.tasks[0].title) == ("augmentations", "turn")
+    assert short.tasks[0].text == "Input: 01\nOutput: 10\nInput: 01\nOutput: 10\nQuery: 23"
+    spaced = writing_request(pb.GenerateSelfEditsRequest(tasks=[GRIDS], prompt_format="augmentations_explained"))
+    assert "Query: 2 3" in spaced.tasks[0].text
+    assert "32" not in short.tasks[0].text
+    assert "no" not in Formats().find("augmentations").render("turn", short.tasks[0].text).split()
+
+
+def test_a_few_shot_tasks_completion_is_a_directive_without_documents() -> None:
+    form = Formats().find("augmentations_explained")
+    said = '{"data_generation": {"use_basic_augmentations": true}, "training": {"num_train_epochs": 2}}'
+    said = f"Sure!\n```json\n{said}\n```"
+    edit = read(said, form, "turn", Limits())
+    assert edit == SelfEdit((), Directive(epochs=2, augmentations=Augmentations(basic=True)))
+    outputs = read('{"training": {"strategy": "train_using_output_tokens"}}', form, "turn", Limits())
+    assert outputs.directive.loss_mask is LossMask.AFTER_MARKER
+
+
+def test_limits_at_their_defaults_are_those_of_no_limits() -> None:
+    plain = writing_request(pb.GenerateSelfEditsRequest()).limits
+    said = pb.DirectiveLimits(
+        min_learning_rate=1e-6,
+        max_learning_rate=1e-1,
+        min_epochs=1,
+        max_epochs=64,
+        max_replay_share=0.9,
+        max_rank=128,
+        max_documents=512,
+        targets=["all", "mlp", "attention", "qv"],
+    )
+    assert writing_request(pb.GenerateSelfEditsRequest(limits=said)).limits == plain == Limits()
+
+
+def test_groups_that_were_written_before_there_were_more_limits_keep_their_names() -> None:
+    # As it was named before targets, full fine-tunes and the cost guard: nothing that is not used may change it.
+    known = "group-700431df464bc2e2afd6f28ecbf6925a"
+    assert _key(REQUEST, "policy-x", FORMATS["open"], TASKS[0]) == known
+    for later in ({"allow_full": True}, {"targets": ("qv",)}, {"trained_characters": 9}, {"default_epochs": 3}):
+        other = replace(REQUEST, limits=replace(REQUEST.limits, **later))
+        assert _key(other, "policy-x", FORMATS["open"], TASKS[0]) != known
+
+
+def test_a_template_with_other_words_names_other_groups(tmp_path: Path) -> None:
+    def key(words: str) -> str:
+        (tmp_path / "mine.toml").write_text(f'template = "{words} {{text}}"')
+        return _key(REQUEST, "policy-x", Formats(tmp_path).find("mine"), TASKS[0])
+
+    assert key("List") == key("List") != key("Tell")
+
+
+def test_written_groups_of_an_older_version_are_read() -> None:
+    old = b'[{"completion":"A.","draws":1,"malformed_reason":"","tokens":3}]'
+    assert _from_bytes(old) == (Written("A.", "", 1, 3),)
+
+
+def test_what_is_too_costly_is_told_and_not_drawn_again(teacher: Teacher) -> None:
+    free = [written for group in write(teacher, REQUEST) for written in group.written]
+    guarded = replace(REQUEST, limits=Limits(trained_characters=40, default_epochs=4), max_resamples=2)
+    found = [written for group in write(teacher, guarded) for written in group.written]
+    costly = [written for written in found if written.too_costly]
+    assert len(costly) > 3
+    for before, written in zip(free, found, strict=True):
+        if written.too_costly:
+            assert "too costly: " in written.malformed_reason
+            assert "limit 40" in written.malformed_reason
+        if not before.malformed_reason:
+            assert written.completion == before.completion
+            assert written.draws == 1
+
+
+def test_of_the_format_none_each_passage_is_its_own_self_edit(teacher: Teacher) -> None:
+    groups = write(teacher, replace(REQUEST, prompt_format="none", samples=2))
+    assert [group.task_id for group in groups] == [task.id for task in TASKS]
+    for task, group in zip(TASKS, groups, strict=True):
+        assert group.written == (Written(task.text.strip(), "", 1, 0),) * 2
+        assert read(task.text, Formats().find("none"), task.title, Limits()).documents == (task.text,)
+
+
+def test_a_users_template_is_asked_with_and_learnt_from(tmp_path: Path) -> None:
+    folder = tmp_path / "templates"
+    folder.mkdir()
+    (folder / "mine.toml").write_text('splitting = "whole"\ntemplate = "About {title}: {text} Study:"')
+    made = Teacher(in_process(tiny_teacher()), settings(tmp_path / "home", teacher_templates=folder))
+    try:
+        [group] = write(made, replace(REQUEST, prompt_format="mine", tasks=TASKS[:1]))
+        assert any(not written.malformed_reason for written in group.written)
+        with pytest.raises(PreceptorError, match=r"no prompt format named 'yours'; there are: open, .*mine"):
+            write(made, replace(REQUEST, prompt_format="yours"))
+        task = task_to_proto(Passage("T", "x", ()))
+        example = pb.RewardedSelfEdit(group_id="g", task=task, completion="A.", prompt_format="mine", reward=1)
+        learnt = update(pb.UpdatePolicyRequest(examples=[example]), Formats(folder)).examples[0]
+        assert (learnt.prompt, learnt.prompt_format) == ("About T: x Study:\n", "mine")
+    finally:
+        made.stop()
+        made.store.close()
+
+
+def test_there_is_nothing_to_learn_where_nobody_writes() -> None:
+    example = pb.RewardedSelfEdit(
+        group_id="g", task=task_to_proto(Passage("T", "x", ())), prompt_format="none", reward=1
+    )
+    with pytest.raises(PreceptorError, match=r"examples\[0\].prompt_format is 'none', in which nobody writes"):
+        update(pb.UpdatePolicyRequest(examples=[example]))
+
+
+def test_an_update_takes_few_shot_tasks_and_says_their_prompt_as_it_was() -> None:
+    said = '{"training": {"num_train_epochs": 2}}'
+    example = pb.RewardedSelfEdit(group_id="g", task=GRIDS, completion=said, reward=1)
+    learnt = update(pb.UpdatePolicyRequest(examples=[example])).examples[0]
+    written = writing_request(pb.GenerateSelfEditsRequest(tasks=[GRIDS])).tasks[0]
+    assert (learnt.title, learnt.text, learnt.prompt_format) == (written.title, written.text, "augmentations")
