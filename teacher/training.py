@@ -23,7 +23,7 @@ from teacher.language import Language
 from teacher.model import TeacherBase, adapter_files
 from teacher.prompts import prompt_format
 from teacher.recipe import Lesson, UpdateSettings
-from teacher.update import Example, fine_tune, token_logprobs
+from teacher.update import Example, fine_tune, mean_divergence, token_logprobs
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -130,7 +130,8 @@ def _train(
     )
     files = adapter_files(model, base.source)
     files[PROBE_FILE] = _probe(model, examples[0])
-    return TrainedPolicy(files, trained.first_loss, trained.final_loss, trained.steps, trained.kl)
+    kl = mean_divergence(model, base.model, examples, stopped) if settings.learns_by.needs_history else None
+    return TrainedPolicy(files, trained.first_loss, trained.final_loss, trained.steps, kl)
 
 
 def _probe(model: PeftModel, example: Example) -> bytes:

@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from preceptor.errors import PreceptorError
 from teacher.algorithms.interface import Algorithm, LearningSettings
-from teacher.algorithms.policy_gradient import divergence
 from teacher.algorithms.rest_em import ALGORITHM as REST_EM
 from teacher.recipe import FineTuning
 
@@ -46,13 +45,11 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Mean loss per completion token over all examples, before and after, in nats for ReST-EM; ``kl``: mean divergence
-    of what was trained from the untouched teacher on their tokens, None where the algorithm has no history."""
+    """Mean loss per completion token over all examples, before and after (ReST-EM: in nats)."""
 
     first_loss: float
     final_loss: float
     steps: int
-    kl: float | None = None
 
 
 def fine_tune(
@@ -80,7 +77,7 @@ def fine_tune(
     )
     model.eval()  # throughout: dropout of the base would be noise
     learning = learning or LearningSettings()
-    first, _ = _measure(model, examples, settings.batch_size, algorithm, learning, stopped)
+    first = _mean_loss(model, examples, settings.batch_size, algorithm, learning, stopped)
     step = 0
     for epoch in range(settings.epochs):
         for batch in _batches(examples, settings.batch_size, random.Random(f"{seed}/{epoch}")):
@@ -95,10 +92,10 @@ def fine_tune(
             optimiser.zero_grad()
             step += 1
             on_step(step)
-    final, kl = _measure(model, examples, settings.batch_size, algorithm, learning, stopped)
+    final = _mean_loss(model, examples, settings.batch_size, algorithm, learning, stopped)
     if not math.isfinite(final):
         raise PreceptorError("UPDATE_DIVERGED", f"the loss is {final} after {total} steps")
-    return Trained(first, final, step, kl)
+    return Trained(first, final, step)
 
 
 def token_logprobs(
@@ -112,6 +109,21 @@ def token_logprobs(
             rows = _logprobs(model, [examples[i] for i in places]).tolist()
             found |= {i: tuple(row[-len(examples[i].completion) :]) for i, row in zip(places, rows, strict=True)}
     return [found[i] for i in range(len(examples))]
+
+
+def mean_divergence(
+    model: nn.Module, start: nn.Module, examples: Sequence[Example], stopped: Callable[[], bool] = lambda: False
+) -> float:
+    """KL divergence of ``model`` from ``start``, mean over the completions' tokens, in nats: over the whole vocabulary,
+    for an estimate from the tokens alone is nothing but noise where the model would no longer write them. One sequence
+    at a time, for two models' predictions stand side by side. Raises SHUTTING_DOWN."""
+    total = 0.0
+    with torch.no_grad():
+        for example in examples:
+            _check(stopped)
+            now, then = (_logits(of, [example]).log_softmax(-1) for of in (model, start))
+            total += float((now.exp() * (now - then)).sum())
+    return total / _tokens(examples)
 
 
 def _check(stopped: Callable[[], bool]) -> None:
@@ -137,7 +149,17 @@ def _places(examples: Sequence[Example], size: int, rng: random.Random | None) -
 
 
 def _logprobs(model: nn.Module, batch: Sequence[Example]) -> Tensor:
-    """(B, C): log-probability of each token of the completions, which end in the last column; 0 before they begin.
+    """(B, C): log-probability of each token of the completions, which end in the last column; 0 before they begin."""
+    logits = _logits(model, batch)
+    labels = torch.full(logits.shape[:2], -100)
+    for row, example in enumerate(batch):
+        labels[row, labels.shape[1] - len(example.completion) :] = torch.tensor(example.completion)
+    labels = labels.to(logits.device)
+    return -functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+
+
+def _logits(model: nn.Module, batch: Sequence[Example]) -> Tensor:
+    """(B, C, V): what is predicted of each token of the completions.
 
     Sequences end in the same column (padded on the left), so the logits of the last C + 1 columns are all that is
     needed: on a model with a large vocabulary, logits of the prompts would be most of the memory.
@@ -146,12 +168,10 @@ def _logprobs(model: nn.Module, batch: Sequence[Example]) -> Tensor:
     answer = max(len(e.completion) for e in batch)
     ids = torch.zeros((len(batch), longest), dtype=torch.long)
     mask = torch.zeros((len(batch), longest), dtype=torch.long)
-    labels = torch.full((len(batch), answer), -100)
     for row, example in enumerate(batch):
         tokens = [*example.prompt, *example.completion]
         ids[row, longest - len(tokens) :] = torch.tensor(tokens)
         mask[row, longest - len(tokens) :] = 1
-        labels[row, answer - len(example.completion) :] = torch.tensor(example.completion)
     device = next(model.parameters()).device
     out: Any = model(
         input_ids=ids.to(device),
@@ -160,9 +180,8 @@ def _logprobs(model: nn.Module, batch: Sequence[Example]) -> Tensor:
         logits_to_keep=answer + 1,
         use_cache=False,
     )
-    logits = out.logits[:, -answer - 1 : -1].float()
-    losses = functional.cross_entropy(logits.flatten(0, 1), labels.to(device).flatten(), reduction="none")
-    return -losses.view(len(batch), answer)
+    logits: Tensor = out.logits[:, -answer - 1 : -1].float()
+    return logits
 
 
 def _losses(now: Tensor, batch: Sequence[Example], algorithm: Algorithm, learning: LearningSettings) -> Tensor:
@@ -182,22 +201,17 @@ def _tokens(batch: Sequence[Example]) -> int:
     return sum(len(e.completion) for e in batch)
 
 
-def _measure(
+def _mean_loss(
     model: nn.Module,
     examples: Sequence[Example],
     size: int,
     algorithm: Algorithm,
     learning: LearningSettings,
     stopped: Callable[[], bool],
-) -> tuple[float, float | None]:
-    """Mean loss and, where there is history, mean divergence from the start, per token."""
-    loss, apart = 0.0, 0.0
+) -> float:
+    total = 0.0
     with torch.no_grad():
         for batch in _batches(examples, size, None):
             _check(stopped)
-            now = _logprobs(model, batch)
-            loss += _losses(now, batch, algorithm, learning).sum().item()
-            if algorithm.needs_history:
-                apart += divergence(now, _columns([e.start for e in batch], now)).sum().item()
-    tokens = _tokens(examples)
-    return loss / tokens, apart / tokens if algorithm.needs_history else None
+            total += _losses(_logprobs(model, batch), batch, algorithm, learning).sum().item()
+    return total / _tokens(examples)
