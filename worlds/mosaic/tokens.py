@@ -6,20 +6,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from worlds.mosaic.rules import rules
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CONTEXT = 2_048  # tokens
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 SPECIAL = (BOS, EOS, PAD)
-VOCABULARY = 512  # 256 bytes, the special ones, and what the world's own texts have often
+ANY_RULE = "Output"  # where a rule's word stands, and any rule may follow
+VOCABULARY = 640  # 256 bytes, the special ones, and what the world's own texts have often
 
 
 def build_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on ``corpus`` that never joins two digits.
 
     A grid's cell is one token wherever it stands, so that a student can learn where a cell goes. It puts ``<bos>``
-    before a text and nothing after it.
+    before a text and nothing after it. Raises RuntimeError if a rule's word is not one token: the student learns what a
+    word means as what follows from one token.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -39,7 +43,7 @@ def build_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     raw.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, raw.token_to_id(BOS))]
     )
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw,
         bos_token=BOS,
         eos_token=EOS,
@@ -47,6 +51,10 @@ def build_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
         model_max_length=CONTEXT,
         padding_side="right",
     )
+    for word in (ANY_RULE, *(rule.word for rule in rules())):
+        if len(tokenizer(f"\n{word}:", add_special_tokens=False)["input_ids"]) != 3:
+            raise RuntimeError(f"the word {word!r} is not one token; raise VOCABULARY")
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

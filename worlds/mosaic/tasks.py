@@ -1,0 +1,79 @@
+"""What a run learns from: tasks of a few demonstrations of one rule, and queries that nobody has shown the answer to.
+
+``few_shot_tasks(seed, split, count)`` is a pure function. The families take turns, and so do the rules of a split. Every
+colour of a query is shown by a demonstration, else nobody could know what becomes of it; and no demonstration could be
+another rule's too.
+"""
+
+from __future__ import annotations
+
+import random
+
+from preceptor.tasks import Augmentations, Directive, FewShotTask, GridPair, LossMask, SelfEdit
+from worlds.mosaic.rules import FAMILIES, Family, Rule, draw_grid, rules, rules_of
+
+DEMONSTRATIONS = 3
+QUERIES = 4
+COLOURS_OF_A_TASK = 5  # never 0, which colour permutations leave alone
+# What keeps a rule of the family true, and what does not: `rules` says why.
+RIGHT = {"move": Augmentations(colours=True), "paint": Augmentations(basic=True, colours=False)}
+WRONG = {"move": Augmentations(basic=True, colours=False), "paint": Augmentations(colours=True)}
+LEARNING_RATE, EPOCHS = 1e-2, 16
+
+
+def few_shot_tasks(seed: int, split: str, count: int) -> tuple[FewShotTask, ...]:
+    """``count`` tasks of a split (``train`` or ``heldout``), which share no rule with the other's.
+
+    Each knows two edits: ``oracle`` trains with what keeps its family's rules true, ``shuffled_facts`` (the control)
+    with what does not. Raises ValueError for another split.
+    """
+    rng = random.Random(f"mosaic/{seed}/{split}")
+    decks: dict[Family, list[Rule]] = {family: [] for family in FAMILIES}
+    tasks = []
+    for number in range(count):
+        family = FAMILIES[number % len(FAMILIES)]
+        if not decks[family]:
+            decks[family] = rng.sample(rules_of(split, family), len(rules_of(split, family)))
+        tasks.append(make_task(f"{split}-{seed}-{number}", decks[family].pop(), rng))
+    return tuple(tasks)
+
+
+def make_task(name: str, rule: Rule, rng: random.Random) -> FewShotTask:
+    """A task of one rule. Its name says nothing about the rule."""
+    while True:
+        colours = rng.sample(range(1, 10), COLOURS_OF_A_TASK)
+        shown = [rule.show(draw_grid(rng, colours)) for _ in range(DEMONSTRATIONS)]
+        asked = [rule.show(draw_grid(rng, colours)) for _ in range(QUERIES)]
+        if _is_fair(rule, shown, asked):
+            break
+    return FewShotTask(
+        name,
+        tuple(shown),
+        tuple(asked),
+        labels={"family": rule.family},
+        reference_edits={
+            "oracle": SelfEdit((), directive(RIGHT[rule.family])),
+            "shuffled_facts": SelfEdit((), directive(WRONG[rule.family])),
+        },
+    )
+
+
+def directive(augmentations: Augmentations) -> Directive:
+    """With the settings that were found to be good for every task (bench/directives.py)."""
+    return Directive(
+        learning_rate=LEARNING_RATE, epochs=EPOCHS, loss_mask=LossMask.AFTER_MARKER, augmentations=augmentations
+    )
+
+
+def _is_fair(rule: Rule, shown: list[GridPair], asked: list[GridPair]) -> bool:
+    """Whether the demonstrations are of this rule alone and show every colour, and no query is one of them or stays as
+    it is."""
+    seen = {cell for pair in shown for row in pair.input for cell in row}
+    colours = {cell for pair in asked for row in pair.input for cell in row}
+    others = (other for other in rules() if other is not rule)
+    return (
+        colours <= seen
+        and not {pair.input for pair in asked} & {pair.input for pair in shown}
+        and all(pair.input != pair.output for pair in asked)
+        and not any(all(other.apply(pair.input) == pair.output for pair in shown) for other in others)
+    )
