@@ -17,12 +17,12 @@ from orchestrator.evaluator_client import Submission
 from orchestrator.heats import GroupSettings, Measurement
 from orchestrator.run_store import RunRecord
 from preceptor import arms
-from preceptor.config import FixedStrategy, LimitConfig, RunConfig
+from preceptor.config import FixedStrategy, RunConfig
 from preceptor.convert import directive_to_proto, for_teacher
 from preceptor.groups import advantages
 from preceptor.limits import MAX_SELF_EDITS, MAX_TRIALS
 from preceptor.names import content_id, derived_seed
-from preceptor.protocols import as_trained, chosen_probes, evaluation_protocol, look_protocol
+from preceptor.protocols import as_trained, chosen_probes, directive_limits, evaluation_protocol, look_protocol
 from preceptor.racing import RaceSettings
 from preceptor.tasks import Augmentations, Directive, LossMask
 from preceptor.v1 import evaluator_pb2 as evaluator
@@ -152,22 +152,8 @@ class RunPlan:
             ),
             seed=seed,
             max_resamples=settings.max_resamples,
-            limits=self._limits,
+            limits=directive_limits(self.config),
         )
-
-    @cached_property
-    def _limits(self) -> teacher.DirectiveLimits | None:
-        """What directives may ask for, where that is not what holds without a word: a request is the same as before.
-        What an edit costs whose directive is silent follows from the run's own training settings."""
-        limits, training = self.config.teacher.limits, self.config.training
-        said = {
-            name: value
-            for name, value in limits.model_dump().items()
-            if value != LimitConfig.model_fields[name].default
-        }
-        if limits.max_trained_characters:
-            said |= {"default_epochs": training.epochs, "default_replay_share": training.replay_share}
-        return teacher.DirectiveLimits(**said) if said else None
 
     def round_generation(self, number: int, policy_id: str) -> teacher.GenerateSelfEditsRequest:
         """The round's request to the teacher."""

@@ -26,7 +26,7 @@ from preceptor.limits import (
 from preceptor.names import canonical_json, message_json, task_id, task_title
 from preceptor.question_faults import answer_fault, question_faults
 from preceptor.self_edit_files import directive_fault
-from preceptor.tasks import Bank
+from preceptor.tasks import TARGETS, Bank
 from preceptor.v1 import orchestrator_pb2 as pb
 from preceptor.v1 import types_pb2 as types
 
@@ -209,21 +209,29 @@ def _size_fault(task: types.Task) -> str:
     if len(task.reference_edits) > MAX_REFERENCE_EDITS:
         return f"has more than {MAX_REFERENCE_EDITS} reference edits"
     for name, edit in task.reference_edits.items():
-        if fault := _edit_fault(edit):
+        if fault := _edit_fault(edit, task.HasField("few_shot")):
             return f"has a bad reference edit {name[:60]!r}: {fault}"
     return ""
 
 
-def _edit_fault(edit: types.SelfEdit) -> str:
+def _edit_fault(edit: types.SelfEdit, few_shot: bool) -> str:
     if len(edit.documents) > MAX_DOCUMENTS or sum(map(len, edit.documents)) > MAX_TEXT_CHARACTERS:
         return f"it has more than {MAX_DOCUMENTS} documents or {MAX_TEXT_CHARACTERS} characters"
     if not all(document.strip() for document in edit.documents):
         return "it has an empty document"
-    if edit.directive.loss_mask not in types.LossMask.values():
-        return f"loss_mask {edit.directive.loss_mask} is not known"
-    directive = directive_from_proto(edit.directive)
-    for key in directive.__dataclass_fields__:
-        value = getattr(directive, key)
+    directive = edit.directive
+    for key, known in (("loss_mask", types.LossMask.values()), ("fine_tuning", types.FineTuning.values())):
+        if getattr(directive, key) not in known:
+            return f"{key} {getattr(directive, key)} is not known"
+    if directive.loss_mask == types.LOSS_MASK_OUTPUTS_ONLY and not few_shot:
+        return "loss_mask outputs_only is for few-shot tasks alone"
+    if directive.HasField("augmentations") and not few_shot:
+        return "augmentations are for few-shot tasks alone"
+    if directive.targets and directive.targets not in TARGETS:
+        return f"targets {directive.targets[:60]!r} is not one of {', '.join(TARGETS)}"
+    settings = directive_from_proto(directive)
+    for key in ("learning_rate", "epochs", "replay_share", "rank"):
+        value = getattr(settings, key)
         if value is not None and (fault := directive_fault(key, value)):
             return f"{key} {fault}"
     return ""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import json
+import math
 import os
 import signal
 import socket
@@ -50,6 +51,8 @@ SHIPPED_STUDENTS = {
     "almanac-qwen2": ("almanac", "student_qwen2"),
     "mosaic": ("mosaic", "student"),
 }
+# A second teacher, of the arm external_teacher: there where the environment says which endpoint it asks.
+EXTERNAL_TEACHER = "external-teacher"
 # In the environment of every child: who of the stack it is.
 _CHILD = "PRECEPTOR_CHILD"
 
@@ -140,6 +143,8 @@ class Stack:
             own = {"PRECEPTOR_PORT": str(ports[name])}
             if name == "teacher" and not self._names_a_teacher():
                 own["PRECEPTOR_TEACHER_SOURCE"] = self._world_of_home()
+            if name == "orchestrator" and EXTERNAL_TEACHER in ports:
+                own["PRECEPTOR_EXTERNAL_TEACHER_ADDRESS"] = f"127.0.0.1:{ports[EXTERNAL_TEACHER]}"
             if name != "orchestrator":  # the limit is for who calls from elsewhere, not for services among themselves
                 own["PRECEPTOR_RATE_LIMIT"] = "0"
             self._add(name, command, f"127.0.0.1:{ports[name]}", own)
@@ -147,8 +152,10 @@ class Stack:
             self._add(
                 f"worker-{number}", self._commands.get("worker", [sys.executable, "-m", "student.worker"]), "", {}
             )
-        services = self._children[1 : 1 + len(SERVICES)]
-        workers = self._children[1 + len(SERVICES) :]
+        if EXTERNAL_TEACHER in ports:
+            self._add_external_teacher(ports[EXTERNAL_TEACHER])
+        services = [child for child in self._children if child.name in (*SERVICES, EXTERNAL_TEACHER)]
+        workers = [child for child in self._children if child.name.startswith("worker-")]
         self._pulse = PulseWatch(redis.url, self._children[0], services, workers)
         self._pulse.start()
         self._supervisor.start()
@@ -185,6 +192,8 @@ class Stack:
 
     def _choose_ports(self) -> dict[str, int]:
         names = ["orchestrator", "teacher", "student", "evaluator", "redis"]
+        if all(_of_external_teacher(name) for name in ("SERVER_URL", "SERVER_MODEL")):
+            names.append(EXTERNAL_TEACHER)
         wanted = [self._port + i if self._port else 0 for i in range(len(names))]
         sockets, ports = [], {}
         try:
@@ -232,6 +241,21 @@ class Stack:
         child.start()
         self._children.append(child)
         self._write_state()  # whatever happens from here on, the next start finds it
+
+    def _add_external_teacher(self, port: int) -> None:
+        """It keeps its own home, and whatever becomes of it, the others go on: it costs the runs one arm."""
+        names = ("SERVER_URL", "SERVER_MODEL", "SERVER_API_KEY", "SERVER_API_KEY_FILE")
+        own = {f"PRECEPTOR_TEACHER_{name}": _of_external_teacher(name) for name in names}
+        not_ours = ("TEACHER_SOURCE", "DATABASE_URL", "DATABASE_PASSWORD_FILE", "ARTIFACTS_URL")
+        own |= {f"PRECEPTOR_{name}": "" for name in not_ours}
+        own |= {
+            "PRECEPTOR_HOME": str(self._home / EXTERNAL_TEACHER),
+            "PRECEPTOR_PORT": str(port),
+            "PRECEPTOR_RATE_LIMIT": "0",
+            "PRECEPTOR_TEACHER_BACKEND": "openai",
+        }
+        command = self._commands.get(EXTERNAL_TEACHER, [sys.executable, "-m", "teacher"])
+        self._add(EXTERNAL_TEACHER, command, f"127.0.0.1:{port}", own)
 
     def _metrics_port(self) -> dict[str, str]:
         """Of the next child: the one that is set is the first service's, the others have those that follow."""
@@ -321,6 +345,10 @@ class Stack:
         now = time.monotonic()
         pause = child.deaths.pause_after(now, answered)
         refused = code == 2 and not child.deaths.served  # it has said what is wrong with its settings
+        if (pause is None or refused) and child.name == EXTERNAL_TEACHER:
+            child.due = math.inf
+            self._say(f"{self._death(child)}; runs go on without its arm")
+            return
         if pause is None or refused:
             self.failed = self._death(child)
             self._say(str(self.failed))
@@ -400,6 +428,10 @@ class Stack:
             (self._home / "stack.json").unlink(missing_ok=True)
             self._lock_file.close()
             self._lock_file = None
+
+
+def _of_external_teacher(name: str) -> str:
+    return os.environ.get(f"PRECEPTOR_EXTERNAL_TEACHER_{name}", "")
 
 
 def running_stack(home: Path) -> HouseSettings | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from preceptor.config import RunConfig
 from preceptor.convert import task_to_proto
 from preceptor.database import open_database
 from preceptor.server import Server
-from preceptor.tasks import Bank, Passage, Question, SelfEdit
+from preceptor.tasks import Augmentations, Bank, Directive, FewShotTask, GridPair, Passage, Question, SelfEdit
 from preceptor.testing.scripted_house import ScriptedHouse
 from preceptor.v1 import evaluator_pb2_grpc, orchestrator_pb2_grpc, student_pb2_grpc, teacher_pb2_grpc
 from preceptor.v1 import orchestrator_pb2 as pb
@@ -61,6 +62,25 @@ def passage(name: str, *, questions: int = 4, references: bool = True, sealed: b
     return task_to_proto(task)
 
 
+def few_shot(name: str, *, queries: int = 2) -> types.Task:
+    """A few-shot task with reference edits."""
+    number, dice = sum(map(ord, name)), random.Random(name)
+
+    def pair() -> GridPair:
+        row = tuple(dice.randrange(10) for _ in range(6))
+        return GridPair((row, row[::-1]), (row[::-1], row))
+
+    right, wrong = (SelfEdit((), Directive(augmentations=Augmentations(basic=basic))) for basic in (True, False))
+    task = FewShotTask(
+        name=name,
+        demonstrations=tuple(pair() for _ in range(3)),
+        queries=tuple(pair() for _ in range(queries)),
+        labels={"genre": GENRES[number % 3]},
+        reference_edits={"oracle": right, "shuffled_facts": wrong},
+    )
+    return task_to_proto(task)
+
+
 def run_config(**changes: Any) -> RunConfig:
     """Two rounds of three tasks and four self-edits, four held-out tasks; ``rounds={"count": 1}`` changes a section."""
     values: dict[str, Any] = {
@@ -72,6 +92,21 @@ def run_config(**changes: Any) -> RunConfig:
     for section, value in changes.items():
         values[section] = {**values.get(section, {}), **value} if isinstance(value, dict) else value
     return RunConfig.model_validate(values)
+
+
+def few_shot_config(**changes: Any) -> RunConfig:
+    """``run_config`` for few-shot tasks: the fixed strategies are directives."""
+    base: dict[str, Any] = {"learning_rate": 1e-3, "epochs": 4}
+    strategies = (base, base | {"rank": 4, "loss_mask": "outputs_only", "augmentations": {"basic": True}})
+    return run_config(**changes | {"heldout": {"fixed_strategies": strategies} | changes.get("heldout", {})})
+
+
+def few_shot_request(config: RunConfig | None = None) -> pb.CreateRunRequest:
+    """A request for a run on few-shot tasks."""
+    request = create_request(config or few_shot_config(), train=0, heldout=0)
+    request.tasks.extend(few_shot(f"rule {i}") for i in range(5))
+    request.heldout_tasks.extend(few_shot(f"other rule {i}") for i in range(4))
+    return request
 
 
 def create_request(config: RunConfig | None = None, *, train: int = 5, heldout: int = 4) -> pb.CreateRunRequest:
@@ -139,10 +174,10 @@ class Orchestrator:
 
 @contextmanager
 def orchestrator_here(
-    house: ScriptedHouse, home: Path, evaluator_ahead: float = 0.0, **settings: Any
+    house: ScriptedHouse, home: Path, evaluator_ahead: float = 0.0, external: str = "", **settings: Any
 ) -> Iterator[Orchestrator]:
     """An orchestrator in this process, behind a real server. ``evaluator_ahead``: seconds by which the evaluator's
-    clock is wrong, as the orchestrator finds it."""
+    clock is wrong, as the orchestrator finds it; ``external``: address of the external teacher."""
     where = OrchestratorSettings(home=home, grace_seconds=0, **{"patience_seconds": 20.0, **settings})
     engine = open_database(where.database("orchestrator"), "orchestrator.migrations")
     services = Services(
@@ -150,6 +185,7 @@ def orchestrator_here(
         student=connect(house.address("student"), student_pb2_grpc.StudentServiceStub),
         evaluator=connect(house.address("evaluator"), evaluator_pb2_grpc.EvaluatorServiceStub),
         evaluator_ahead=lambda: health_of(house.address("evaluator")).seconds_ahead + evaluator_ahead,
+        external_teacher=connect(external, teacher_pb2_grpc.TeacherServiceStub) if external else None,
     )
     executor = RunExecutor(engine, services, where)
     servicer = OrchestratorServicer(engine, services, executor)

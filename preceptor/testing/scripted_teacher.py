@@ -126,6 +126,11 @@ class ScriptedTeacher(teacher_pb2_grpc.TeacherServiceServicer):
                 policy.active = policy.id == chosen.id
         return pb.ActivatePolicyResponse(policy=self._policy(chosen.id))
 
+    def add_policy(self, policy: pb.Policy) -> None:
+        """One more that it knows."""
+        with self._lock:
+            self._policies[policy.id], self._ready_at[policy.id] = policy, 0.0
+
     def finish_updates(self) -> None:
         """Every update under way is done now."""
         with self._lock:
