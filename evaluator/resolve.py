@@ -30,19 +30,22 @@ from preceptor.v1 import evaluator_pb2 as pb
 from preceptor.v1 import trial_pb2 as trial
 from preceptor.v1 import types_pb2 as types
 
+_RANK, _ALPHA = 8, 16.0
+
 
 def resolve_training(
     given: trial.TrainingSettings, directive: types.Directive, place: str, *, few_shot: bool = False
 ) -> trial.TrainingSettings:
     """The settings of one trial: ``given``, defaults where it says nothing, the directive over both.
 
-    A directive's rank keeps alpha / rank, so that the rank alone does not change the size of a step. ``place`` names
-    the self-edit in errors. ``few_shot``: it is for documents that are made of a few-shot task, which have a marker of
-    their own, all of them. Raises PreceptorError(INVALID_REQUEST) for a value out of range.
+    A directive's rank keeps alpha / rank, so that the rank alone does not change the size of a step. Where all weights
+    are trained, what is said of adapters means nothing and is the default's: the same work has one identity. ``place``
+    names the self-edit in errors. ``few_shot``: it is for documents that are made of a few-shot task, which have a
+    marker of their own, all of them. Raises PreceptorError(INVALID_REQUEST) for a value out of range.
     """
     settings = trial.TrainingSettings(
-        rank=given.rank or 8,
-        alpha=given.alpha or 16.0,
+        rank=given.rank or _RANK,
+        alpha=given.alpha or _ALPHA,
         target_modules=sorted(set(given.target_modules) or TARGETS["all"]),
         learning_rate=given.learning_rate or 3e-3,
         epochs=given.epochs or 8,
@@ -90,6 +93,8 @@ def resolve_training(
         _check(known, f"{place}.directive.loss_mask", "must be all or after_marker", directive.loss_mask)
         settings.loss_mask = directive.loss_mask
     _check_training(settings, f"{place}.directive")
+    if settings.full:
+        settings.rank, settings.alpha, settings.target_modules[:] = _RANK, _ALPHA, sorted(TARGETS["all"])
     return settings
 
 

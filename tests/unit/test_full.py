@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from evaluator.resolve import resolve_training
 from preceptor.errors import PreceptorError
 from preceptor.tasks import Question
+from preceptor.v1 import trial_pb2, types_pb2
 from student import trial_runner
 from student.answering import answer
 from student.base import LoadedBase
@@ -263,3 +265,17 @@ def test_an_answer_server_is_not_asked_about_it() -> None:
     (outcome,) = run(tiny_base(), trial("full"), answer=served)
     assert outcome.failure is None
     assert answer is not served
+
+
+def test_what_is_said_of_adapters_is_no_part_of_a_full_fine_tune_s_identity() -> None:
+    def resolved(**given: Any) -> trial_pb2.TrainingSettings:
+        return resolve_training(trial_pb2.TrainingSettings(**given), types_pb2.Directive(), "here")
+
+    plain = resolved(full=True)
+    assert resolved(full=True, rank=64, alpha=3.0, target_modules=["q_proj"]) == plain
+    assert resolved(full=True, learning_rate=1e-5) != plain
+    directive = types_pb2.Directive(fine_tuning=types_pb2.FINE_TUNING_FULL, rank=4, targets="qv")
+    assert resolve_training(trial_pb2.TrainingSettings(), directive, "here") == plain
+    back = types_pb2.Directive(fine_tuning=types_pb2.FINE_TUNING_LORA, rank=4, targets="qv")
+    settings = resolve_training(trial_pb2.TrainingSettings(full=True), back, "here")
+    assert (settings.full, settings.rank, list(settings.target_modules)) == (False, 4, ["q_proj", "v_proj"])
