@@ -16,7 +16,7 @@ from preceptor.cli.measuring import Progress
 from preceptor.config import RunConfig
 from preceptor.convert import for_teacher, question_to_proto, task_to_proto
 from preceptor.errors import PreceptorError
-from preceptor.names import derived_seed
+from preceptor.names import content_id, derived_seed
 from preceptor.protocols import chosen_probes, directive_limits, evaluation_protocol
 from preceptor.racing import SUCCEEDED
 from preceptor.reproduce.lab import Lab
@@ -36,6 +36,14 @@ class Wish:
     student: str  # registered name; empty: the active one
     policy: str  # empty: the active one
     min_z: float  # standard errors that a reward must be above 0
+
+    @property
+    def id(self) -> str:
+        """Stands for all of it, as it was asked for."""
+        asked = [self.config.to_json(), self.joint.to_json(), self.student, self.policy, self.min_z]
+        texts = [task_to_proto(passage).id for passage in self.subject.passages]
+        material = [[probe.text for probe in self.subject.probes], list(self.subject.replay_documents)]
+        return content_id("asked", [asked, texts, material])
 
 
 @dataclass(frozen=True, slots=True)

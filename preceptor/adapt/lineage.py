@@ -41,6 +41,7 @@ def promoted(student: types.PinnedStudent, adapter: types.Artifact) -> types.Pin
 
 def record(
     *,
+    asked: str,
     student: types.PinnedStudent,
     policy: teacher.Policy,
     prompt_format: str,
@@ -55,11 +56,13 @@ def record(
     seconds: float,
     notes: Sequence[str],
 ) -> dict[str, Any]:
-    """The record; ``joint`` None: nothing helped, and nothing was changed. ``time``: when it was written."""
+    """The record; ``joint`` None: nothing helped, and nothing was changed. ``asked``: an id of what was asked for, as
+    it was asked; ``time``: when the record was written."""
     adapter = joint.trials[0].adapter if joint is not None else None
     return {
         "schema": SCHEMA,
         "id": adaptation_id(student, joint) if joint is not None else None,
+        "asked": asked,
         "outcome": ADAPTED if joint is not None else NOTHING_HELPED,
         "student": message_json(student),
         "result": message_json(promoted(student, adapter)) if adapter is not None else None,
@@ -83,19 +86,19 @@ def record(
     }
 
 
-def read_id(folder: Path) -> str | None:
-    """The id of the adaptation whose record lies in ``folder``; empty of one that changed nothing, None without a
-    record. Raises PreceptorError(OUTPUT_NOT_WRITABLE) for a file of this name that is no record."""
+def read(folder: Path) -> dict[str, Any] | None:
+    """The record in ``folder``; None where there is none. Raises PreceptorError(OUTPUT_NOT_WRITABLE) for a file of
+    this name that is no record: it is somebody's, and nothing is written over it."""
     file = folder / FILE
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if found["schema"] != SCHEMA:
             raise ValueError(found["schema"])
-        return str(found["id"] or "")
+        return found
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
-        raise PreceptorError("OUTPUT_NOT_WRITABLE", f"there is a {FILE} that is none", file=str(file)) from None
+        raise PreceptorError("OUTPUT_NOT_WRITABLE", f"there is a {FILE} that is no record", file=str(file)) from None
 
 
 def _passage(

@@ -12,7 +12,7 @@ from preceptor.errors import PreceptorError
 from preceptor.question_faults import answer_fault
 from preceptor.task_files import read_probes, read_replay, read_task_file
 from preceptor.task_problems import Problem, raise_problems
-from preceptor.task_sources import divided, gather_tasks
+from preceptor.task_sources import divided, gather_tasks, passages_of
 from preceptor.tasks import Bank, Passage, Question
 
 WORLD = "almanac"
@@ -62,7 +62,7 @@ def read_subject(config: RunConfig) -> Subject:
             raise PreceptorError("BAD_CONFIG", problem, field="tasks.world")
         one = config.tasks.model_copy(update={"train": 1, "heldout": max(config.tasks.heldout, 1)})
         found = gather_tasks(config.model_copy(update={"tasks": one}))
-        return Subject(found.heldout, found.probes, found.replay_documents, found.notes)
+        return Subject(passages_of(found.heldout), found.probes, found.replay_documents, found.notes)
     return _of_file(config)
 
 

@@ -24,6 +24,7 @@ from types import FrameType
 import click
 
 from preceptor import __version__
+from preceptor.cli.adapt import adapt
 from preceptor.cli.artifacts import artifacts
 from preceptor.cli.capacity import capacity
 from preceptor.cli.certificates import certificates
@@ -54,6 +55,7 @@ for _command in (
     run,
     reproduce,
     evaluate,
+    adapt,
     up,
     runs,
     evaluations,
