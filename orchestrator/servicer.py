@@ -25,6 +25,7 @@ from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import orchestrator_pb2 as pb
 from preceptor.v1 import orchestrator_pb2_grpc, teacher_pb2
 from preceptor.v1 import student_pb2 as student
+from preceptor.v1 import types_pb2 as types
 
 SERVICE = "preceptor.v1.OrchestratorService"
 # CreateRun answers within this time whether the other services are there or not.
@@ -95,6 +96,14 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         return pb.ListSelfEditsResponse(
             self_edits=[_line(entry, titles.get(entry.task_id, "")) for entry in entries[:size]],
             next_page_token=str(offset + size) if len(entries) > size else "",
+        )
+
+    def ListRunTasks(self, request: pb.ListRunTasksRequest, context: grpc.ServicerContext) -> pb.ListRunTasksResponse:
+        tasks = self._store.get(request.run_id).request.tasks
+        offset, size = page_token(request.page_token), page_size(request.page_size)
+        return pb.ListRunTasksResponse(
+            tasks=map(_shown_task, tasks[offset : offset + size]),
+            next_page_token=str(offset + size) if len(tasks) > offset + size else "",
         )
 
     def GetRunReport(self, request: pb.GetRunReportRequest, context: grpc.ServicerContext) -> pb.GetRunReportResponse:
@@ -184,6 +193,21 @@ def _run(record: RunRecord) -> pb.Run:
     return run
 
 
+def _shown_task(task: types.Task) -> types.Task:
+    """A task without what nobody may see before the end: questions of the other banks, and reference edits."""
+    shown = types.Task()
+    shown.CopyFrom(task)
+    shown.reference_edits.clear()
+    if shown.HasField("passage"):
+        del shown.passage.questions[:]
+        shown.passage.questions.extend(
+            question
+            for question in task.passage.questions
+            if question.bank in (types.QUESTION_BANK_REWARD, types.QUESTION_BANK_UNSPECIFIED)
+        )
+    return shown
+
+
 def _line(entry: Entry, title: str) -> pb.LedgerSelfEdit:
     line = pb.LedgerSelfEdit(
         round=int(entry.key.stage.rpartition("-")[2]),
@@ -205,6 +229,8 @@ def _line(entry: Entry, title: str) -> pb.LedgerSelfEdit:
         line.reward.CopyFrom(reward)
     if entry.failures:
         line.failure.CopyFrom(entry.failures[0].failure)
+    if entry.self_edit is not None:
+        line.self_edit.CopyFrom(entry.self_edit)
     line.stopped = entry.stopped
     for field, found in (("look", entry.look), ("fresh", entry.fresh)):
         if found is not None and found.state == evaluator.EVALUATION_STATE_SUCCEEDED:

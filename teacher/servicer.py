@@ -402,6 +402,7 @@ def _format(form: PromptFormat) -> pb.PromptFormat:
         titled=form.titled,
         about=form.about,
         template=form.template or form.render("{title}", "{text}"),
+        opening=form.opening,
     )
 
 

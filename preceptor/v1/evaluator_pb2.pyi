@@ -285,7 +285,7 @@ class TrialReport(google.protobuf.message.Message):
     def agreements(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
     @property
     def adapter(self) -> preceptor.v1.types_pb2.Artifact:
-        """What was learnt, where TrainingSettings.keep asked for it."""
+        """What was learnt, where TrainingSettings.keep asked for it and a step was trained."""
 
     def __init__(
         self,
@@ -965,18 +965,24 @@ class EvaluatorServiceCollectGarbageRequest(google.protobuf.message.Message):
 
     DRY_RUN_FIELD_NUMBER: builtins.int
     KEEP_DAYS_FIELD_NUMBER: builtins.int
+    EDITS_FIELD_NUMBER: builtins.int
     dry_run: builtins.bool
     """Only say what would go."""
     keep_days: builtins.int
     """What is from within so many days stays; at most 36,500. Default 30."""
+    edits: builtins.bool
+    """Also edits that trials kept (TrialReport.adapter), with the evaluations that learnt them. Whoever stands on one and is
+    not known here loses it.
+    """
     def __init__(
         self,
         *,
         dry_run: builtins.bool = ...,
         keep_days: builtins.int | None = ...,
+        edits: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_keep_days", b"_keep_days", "keep_days", b"keep_days"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_keep_days", b"_keep_days", "dry_run", b"dry_run", "keep_days", b"keep_days"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_keep_days", b"_keep_days", "dry_run", b"dry_run", "edits", b"edits", "keep_days", b"keep_days"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_keep_days", b"_keep_days"]) -> typing.Literal["keep_days"] | None: ...
 
 Global___EvaluatorServiceCollectGarbageRequest: typing_extensions.TypeAlias = EvaluatorServiceCollectGarbageRequest

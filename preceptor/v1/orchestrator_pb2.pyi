@@ -457,6 +457,7 @@ class LedgerSelfEdit(google.protobuf.message.Message):
     OVERLAP_FIELD_NUMBER: builtins.int
     TOO_COSTLY_FIELD_NUMBER: builtins.int
     STUDENT_COMMIT_FIELD_NUMBER: builtins.int
+    SELF_EDIT_FIELD_NUMBER: builtins.int
     round: builtins.int
     task_id: builtins.str
     task_title: builtins.str
@@ -488,6 +489,10 @@ class LedgerSelfEdit(google.protobuf.message.Message):
 
     @property
     def overlap(self) -> preceptor.v1.evaluator_pb2.OverlapAudit: ...
+    @property
+    def self_edit(self) -> preceptor.v1.types_pb2.SelfEdit:
+        """What was trained on; absent where malformed or too costly."""
+
     def __init__(
         self,
         *,
@@ -509,9 +514,10 @@ class LedgerSelfEdit(google.protobuf.message.Message):
         overlap: preceptor.v1.evaluator_pb2.OverlapAudit | None = ...,
         too_costly: builtins.str = ...,
         student_commit: builtins.str = ...,
+        self_edit: preceptor.v1.types_pb2.SelfEdit | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["failure", b"failure", "fresh", b"fresh", "look", b"look", "overlap", b"overlap", "reward", b"reward"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["completion", b"completion", "evaluation_id", b"evaluation_id", "failure", b"failure", "fresh", b"fresh", "index", b"index", "look", b"look", "malformed", b"malformed", "malformed_reason", b"malformed_reason", "overlap", b"overlap", "policy_id", b"policy_id", "reward", b"reward", "round", b"round", "state", b"state", "stopped", b"stopped", "student_commit", b"student_commit", "task_id", b"task_id", "task_title", b"task_title", "too_costly", b"too_costly"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["failure", b"failure", "fresh", b"fresh", "look", b"look", "overlap", b"overlap", "reward", b"reward", "self_edit", b"self_edit"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["completion", b"completion", "evaluation_id", b"evaluation_id", "failure", b"failure", "fresh", b"fresh", "index", b"index", "look", b"look", "malformed", b"malformed", "malformed_reason", b"malformed_reason", "overlap", b"overlap", "policy_id", b"policy_id", "reward", b"reward", "round", b"round", "self_edit", b"self_edit", "state", b"state", "stopped", b"stopped", "student_commit", b"student_commit", "task_id", b"task_id", "task_title", b"task_title", "too_costly", b"too_costly"]) -> None: ...
 
 Global___LedgerSelfEdit: typing_extensions.TypeAlias = LedgerSelfEdit
 
@@ -559,6 +565,47 @@ class ListSelfEditsResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["next_page_token", b"next_page_token", "self_edits", b"self_edits"]) -> None: ...
 
 Global___ListSelfEditsResponse: typing_extensions.TypeAlias = ListSelfEditsResponse
+
+@typing.final
+class ListRunTasksRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    page_size: builtins.int
+    """Default 100, at most 1000."""
+    page_token: builtins.str
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["page_size", b"page_size", "page_token", b"page_token", "run_id", b"run_id"]) -> None: ...
+
+Global___ListRunTasksRequest: typing_extensions.TypeAlias = ListRunTasksRequest
+
+@typing.final
+class ListRunTasksResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TASKS_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    @property
+    def tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[preceptor.v1.types_pb2.Task]: ...
+    def __init__(
+        self,
+        *,
+        tasks: collections.abc.Iterable[preceptor.v1.types_pb2.Task] | None = ...,
+        next_page_token: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["next_page_token", b"next_page_token", "tasks", b"tasks"]) -> None: ...
+
+Global___ListRunTasksResponse: typing_extensions.TypeAlias = ListRunTasksResponse
 
 @typing.final
 class GetRunReportRequest(google.protobuf.message.Message):

@@ -70,6 +70,11 @@ class OrchestratorServiceStub(object):
                 request_serializer=preceptor_dot_v1_dot_orchestrator__pb2.ListSelfEditsRequest.SerializeToString,
                 response_deserializer=preceptor_dot_v1_dot_orchestrator__pb2.ListSelfEditsResponse.FromString,
                 _registered_method=True)
+        self.ListRunTasks = channel.unary_unary(
+                '/preceptor.v1.OrchestratorService/ListRunTasks',
+                request_serializer=preceptor_dot_v1_dot_orchestrator__pb2.ListRunTasksRequest.SerializeToString,
+                response_deserializer=preceptor_dot_v1_dot_orchestrator__pb2.ListRunTasksResponse.FromString,
+                _registered_method=True)
         self.GetRunReport = channel.unary_unary(
                 '/preceptor.v1.OrchestratorService/GetRunReport',
                 request_serializer=preceptor_dot_v1_dot_orchestrator__pb2.GetRunReportRequest.SerializeToString,
@@ -125,6 +130,13 @@ class OrchestratorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRunTasks(self, request, context):
+        """The tasks that a run trains on. Of their questions only those of the reward bank, and no reference edits.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetRunReport(self, request, context):
         """Summary and report of a run that succeeded.
         """
@@ -169,6 +181,11 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.ListSelfEdits,
                     request_deserializer=preceptor_dot_v1_dot_orchestrator__pb2.ListSelfEditsRequest.FromString,
                     response_serializer=preceptor_dot_v1_dot_orchestrator__pb2.ListSelfEditsResponse.SerializeToString,
+            ),
+            'ListRunTasks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRunTasks,
+                    request_deserializer=preceptor_dot_v1_dot_orchestrator__pb2.ListRunTasksRequest.FromString,
+                    response_serializer=preceptor_dot_v1_dot_orchestrator__pb2.ListRunTasksResponse.SerializeToString,
             ),
             'GetRunReport': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRunReport,
@@ -366,6 +383,33 @@ class OrchestratorService(object):
             '/preceptor.v1.OrchestratorService/ListSelfEdits',
             preceptor_dot_v1_dot_orchestrator__pb2.ListSelfEditsRequest.SerializeToString,
             preceptor_dot_v1_dot_orchestrator__pb2.ListSelfEditsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRunTasks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/preceptor.v1.OrchestratorService/ListRunTasks',
+            preceptor_dot_v1_dot_orchestrator__pb2.ListRunTasksRequest.SerializeToString,
+            preceptor_dot_v1_dot_orchestrator__pb2.ListRunTasksResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -137,6 +137,22 @@ _OrchestratorServiceListSelfEditsType = typing_extensions.TypeVar(
     ],
 )
 
+_OrchestratorServiceListRunTasksType = typing_extensions.TypeVar(
+    '_OrchestratorServiceListRunTasksType',
+    grpc.UnaryUnaryMultiCallable[
+        preceptor.v1.orchestrator_pb2.ListRunTasksRequest,
+        preceptor.v1.orchestrator_pb2.ListRunTasksResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        preceptor.v1.orchestrator_pb2.ListRunTasksRequest,
+        preceptor.v1.orchestrator_pb2.ListRunTasksResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        preceptor.v1.orchestrator_pb2.ListRunTasksRequest,
+        preceptor.v1.orchestrator_pb2.ListRunTasksResponse,
+    ],
+)
+
 _OrchestratorServiceGetRunReportType = typing_extensions.TypeVar(
     '_OrchestratorServiceGetRunReportType',
     grpc.UnaryUnaryMultiCallable[
@@ -153,7 +169,7 @@ _OrchestratorServiceGetRunReportType = typing_extensions.TypeVar(
     ],
 )
 
-class OrchestratorServiceStub(typing.Generic[_OrchestratorServiceCreateRunType, _OrchestratorServiceGetRunType, _OrchestratorServiceListRunsType, _OrchestratorServiceWatchRunType, _OrchestratorServiceCancelRunType, _OrchestratorServiceResumeRunType, _OrchestratorServiceListSelfEditsType, _OrchestratorServiceGetRunReportType]):
+class OrchestratorServiceStub(typing.Generic[_OrchestratorServiceCreateRunType, _OrchestratorServiceGetRunType, _OrchestratorServiceListRunsType, _OrchestratorServiceWatchRunType, _OrchestratorServiceCancelRunType, _OrchestratorServiceResumeRunType, _OrchestratorServiceListSelfEditsType, _OrchestratorServiceListRunTasksType, _OrchestratorServiceGetRunReportType]):
     """The outer loop: runs, rounds and their ledger."""
 
     @typing.overload
@@ -185,6 +201,10 @@ class OrchestratorServiceStub(typing.Generic[_OrchestratorServiceCreateRunType, 
         grpc.UnaryUnaryMultiCallable[
             preceptor.v1.orchestrator_pb2.ListSelfEditsRequest,
             preceptor.v1.orchestrator_pb2.ListSelfEditsResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            preceptor.v1.orchestrator_pb2.ListRunTasksRequest,
+            preceptor.v1.orchestrator_pb2.ListRunTasksResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             preceptor.v1.orchestrator_pb2.GetRunReportRequest,
@@ -223,6 +243,10 @@ class OrchestratorServiceStub(typing.Generic[_OrchestratorServiceCreateRunType, 
             preceptor.v1.orchestrator_pb2.ListSelfEditsResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            preceptor.v1.orchestrator_pb2.ListRunTasksRequest,
+            preceptor.v1.orchestrator_pb2.ListRunTasksResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             preceptor.v1.orchestrator_pb2.GetRunReportRequest,
             preceptor.v1.orchestrator_pb2.GetRunReportResponse,
         ],
@@ -243,6 +267,9 @@ class OrchestratorServiceStub(typing.Generic[_OrchestratorServiceCreateRunType, 
     """Goes on where a failed, cancelled or interrupted run stopped."""
 
     ListSelfEdits: _OrchestratorServiceListSelfEditsType
+
+    ListRunTasks: _OrchestratorServiceListRunTasksType
+    """The tasks that a run trains on. Of their questions only those of the reward bank, and no reference edits."""
 
     GetRunReport: _OrchestratorServiceGetRunReportType
     """Summary and report of a run that succeeded."""
@@ -275,6 +302,10 @@ OrchestratorServiceAsyncStub: typing_extensions.TypeAlias = OrchestratorServiceS
     grpc.aio.UnaryUnaryMultiCallable[
         preceptor.v1.orchestrator_pb2.ListSelfEditsRequest,
         preceptor.v1.orchestrator_pb2.ListSelfEditsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        preceptor.v1.orchestrator_pb2.ListRunTasksRequest,
+        preceptor.v1.orchestrator_pb2.ListRunTasksResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         preceptor.v1.orchestrator_pb2.GetRunReportRequest,
@@ -335,6 +366,14 @@ class OrchestratorServiceServicer(metaclass=abc.ABCMeta):
         request: preceptor.v1.orchestrator_pb2.ListSelfEditsRequest,
         context: _ServicerContext,
     ) -> typing.Union[preceptor.v1.orchestrator_pb2.ListSelfEditsResponse, collections.abc.Awaitable[preceptor.v1.orchestrator_pb2.ListSelfEditsResponse]]: ...
+
+    @abc.abstractmethod
+    def ListRunTasks(
+        self,
+        request: preceptor.v1.orchestrator_pb2.ListRunTasksRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[preceptor.v1.orchestrator_pb2.ListRunTasksResponse, collections.abc.Awaitable[preceptor.v1.orchestrator_pb2.ListRunTasksResponse]]:
+        """The tasks that a run trains on. Of their questions only those of the reward bank, and no reference edits."""
 
     @abc.abstractmethod
     def GetRunReport(

@@ -745,6 +745,7 @@ class PromptFormat(google.protobuf.message.Message):
     TITLED_FIELD_NUMBER: builtins.int
     ABOUT_FIELD_NUMBER: builtins.int
     TEMPLATE_FIELD_NUMBER: builtins.int
+    OPENING_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.int
     instruction: builtins.str
@@ -762,6 +763,8 @@ class PromptFormat(google.protobuf.message.Message):
     """What it is for, in a sentence."""
     template: builtins.str
     """The whole prompt with {title} and {text} in their places."""
+    opening: builtins.str
+    """What the prompt ends in and a completion begins with."""
     def __init__(
         self,
         *,
@@ -774,8 +777,9 @@ class PromptFormat(google.protobuf.message.Message):
         titled: builtins.bool = ...,
         about: builtins.str = ...,
         template: builtins.str = ...,
+        opening: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["about", b"about", "file", b"file", "instruction", b"instruction", "kind", b"kind", "name", b"name", "splitting", b"splitting", "template", b"template", "titled", b"titled", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["about", b"about", "file", b"file", "instruction", b"instruction", "kind", b"kind", "name", b"name", "opening", b"opening", "splitting", b"splitting", "template", b"template", "titled", b"titled", "version", b"version"]) -> None: ...
 
 Global___PromptFormat: typing_extensions.TypeAlias = PromptFormat
 

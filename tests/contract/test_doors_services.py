@@ -217,6 +217,7 @@ def small_run() -> orchestrator.CreateRunRequest:
         ("CancelRun", False),
         ("ResumeRun", False),
         ("ListSelfEdits", False),
+        ("ListRunTasks", False),
         ("GetRunReport", False),
     ],
 )
@@ -232,6 +233,7 @@ def test_orchestrator(runs: tuple[House, str, str], method: str, streams: bool) 
         "CancelRun": orchestrator.CancelRunRequest(request_id=GOOD_ID, run_id=cancelled),
         "ResumeRun": orchestrator.ResumeRunRequest(request_id=GOOD_ID, run_id=cancelled),
         "ListSelfEdits": orchestrator.ListSelfEditsRequest(run_id=run_id, round=1, page_size=1, page_token="1"),
+        "ListRunTasks": orchestrator.ListRunTasksRequest(run_id=run_id, page_size=1, page_token="1"),
         "GetRunReport": orchestrator.GetRunReportRequest(run_id=run_id),
     }
     known = {task.id for task in (*request.tasks, *request.heldout_tasks)}
