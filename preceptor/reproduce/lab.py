@@ -167,11 +167,17 @@ class Lab:
         found: students.Student = call(self._students.GetStudent, students.GetStudentRequest(name=name)).student
         return found
 
+    def policy(self, policy_id: str = "") -> teacher.Policy:
+        """A policy; the active one without an id. Raises PreceptorError(POLICY_NOT_FOUND)."""
+        asked = teacher.GetPolicyRequest(policy_id=policy_id)
+        found: teacher.Policy = call(self._teacher.GetPolicy, asked).policy
+        return found
+
     def base_policy(self) -> str:
         """The untouched teacher: the root of the active policy."""
-        policy: teacher.Policy = call(self._teacher.GetPolicy, teacher.GetPolicyRequest()).policy
+        policy = self.policy()
         while policy.parent_id:
-            policy = call(self._teacher.GetPolicy, teacher.GetPolicyRequest(policy_id=policy.parent_id)).policy
+            policy = self.policy(policy.parent_id)
         return policy.id
 
     def write(self, request: teacher.GenerateSelfEditsRequest) -> list[teacher.GenerateSelfEditsResponse]:
@@ -256,7 +262,7 @@ class Lab:
 
 
 def _weight(step: Step) -> float:
-    return float(step.trials or 1)
+    return step.trained_tokens or float(step.trials or 1)
 
 
 @dataclass(frozen=True, slots=True)
