@@ -87,8 +87,11 @@ class TaskConfig(Section):
 
     world: Literal["almanac", "mosaic"] | None = None
     path: PathText | None = Field(None, description="a .json, .jsonl or folder; see `preceptor tasks check`")
-    solutions_path: PathText | None = Field(None, description="outputs of the queries in `path`, as Kaggle gives ARC's")
+    solutions_path: PathText | None = Field(
+        None, description="outputs of the queries in `path`; default: x_solutions.json beside x_challenges.json"
+    )
     heldout_path: PathText | None = Field(None, description="tasks of the final measurement; default: split off `path`")
+    heldout_solutions_path: PathText | None = Field(None, description="outputs of the queries in `heldout_path`")
     probes_path: PathText | None = Field(None, description="JSONL of {question, answer}: what the student knew before")
     replay_path: PathText | None = Field(None, description="text file, one document a line: what replay draws from")
     train: int = Field(48, ge=1, le=MAX_TASKS, description="tasks to train on, at most")

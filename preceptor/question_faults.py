@@ -59,12 +59,17 @@ def answer_fault(question: Question, max_new_tokens: int) -> str:
     )
 
 
+def grid_tokens(grid: Grid) -> int:
+    """What an answer with this grid takes where a digit and the end of a row are a token each."""
+    return sum(map(len, grid)) + len(grid) - 1
+
+
 def grid_answer_fault(grid: Grid, max_new_tokens: int) -> str:
     """Why this grid is no answer that a student could give; empty if it is one.
 
     Students' tokenizers mostly take a token for a digit; one that merges them gets along with fewer.
     """
-    needed = sum(map(len, grid)) + len(grid) - 1
+    needed = grid_tokens(grid)
     if needed <= max_new_tokens:
         return ""
     return (

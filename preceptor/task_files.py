@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from preceptor.few_shot.arc_files import is_few_shot
 from preceptor.json_places import JsonPlaces
 from preceptor.limits import (
     MAX_ALIASES,
@@ -256,6 +257,9 @@ def _read_json(path: Path, reader: _Reader) -> None:
         values = parse_json(text)
     except InvalidJson as error:
         reader.problem(str(path), error.line, "", str(error))
+        return
+    if is_few_shot(values):
+        reader.problem(str(path), 1, "", "holds few-shot tasks, and passages are needed here")
         return
     if not isinstance(values, list):
         reader.problem(str(path), 1, "", f"must be a list of passages, is {kind(values)}")

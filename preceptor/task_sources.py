@@ -8,6 +8,7 @@ held out and, where a passage's questions name no bank, which question is in whi
 * held out, all are sealed, as nothing is ever rewarded there.
 
 Which question goes where depends on the seed and the passage's text alone. ``RunTasks.banks`` says how it was done.
+Few-shot tasks have no questions to divide (``preceptor.few_shot.sources``). A run has tasks of one kind.
 """
 
 from __future__ import annotations
@@ -18,42 +19,91 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from preceptor.config import RunConfig
+from preceptor.errors import PreceptorError
+from preceptor.few_shot.sources import (
+    BANKS,
+    FewShotTasks,
+    gather_few_shot,
+    heldout_count,
+    heldout_few_shot,
+    holds_few_shot,
+    refuse_written,
+)
 from preceptor.names import derived_seed
 from preceptor.question_faults import answer_fault
 from preceptor.task_files import ReadPassage, TaskFile, read_probes, read_replay, read_task_file
 from preceptor.task_problems import Problem, raise_problems
-from preceptor.tasks import Bank, Passage, Question
+from preceptor.tasks import Bank, FewShotTask, Passage, Question, Task
 
 
 @dataclass(frozen=True, slots=True)
 class RunTasks:
-    """What a run learns from and is measured on. ``banks`` says how the questions came to their banks, ``notes`` what
-    else people should know; ``places`` tells where each text of a file stands (file, line or 0), for errors that only a
-    service can find."""
+    """What a run learns from and is measured on: passages, or few-shot tasks. ``banks`` says how the questions came to
+    their banks, ``notes`` what else people should know; ``places`` tells where each text of a file stands (file, line
+    or 0), a few-shot task by its name, for errors that only a service can find."""
 
-    train: tuple[Passage, ...]
-    heldout: tuple[Passage, ...]
+    train: tuple[Task, ...]
+    heldout: tuple[Task, ...]
     probes: tuple[Question, ...]
     replay_documents: tuple[str, ...]
     banks: str
     notes: tuple[str, ...] = ()
     places: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
+    def place_of(self, task: Task) -> tuple[str, int] | None:
+        """File and line of a task that was read from a file."""
+        return self.places.get(task.text if isinstance(task, Passage) else task.name)
+
+
+def passages_of(tasks: Sequence[Task]) -> tuple[Passage, ...]:
+    """The tasks where only passages will do. Raises PreceptorError(BAD_CONFIG)."""
+    passages = tuple(task for task in tasks if isinstance(task, Passage))
+    if len(passages) < len(tasks):
+        raise PreceptorError("BAD_CONFIG", "has few-shot tasks, and this is for passages", field="tasks")
+    return passages
+
 
 def gather_tasks(config: RunConfig) -> RunTasks:
     """All tasks of a run. Raises PreceptorError(FILE_NOT_FOUND, BAD_TASK_FILE, BAD_CONFIG)."""
-    found = _from_world(config) if config.tasks.world else _from_files(config)
-    if config.tasks.probes_path:
-        found = replace(found, probes=read_probes(Path(config.tasks.probes_path)))
-    if config.tasks.replay_path:
-        found = replace(found, replay_documents=read_replay(Path(config.tasks.replay_path)))
-    labelled = sum(any(question.answer.strip() for question in one.questions_of(Bank.REWARD)) for one in found.train)
-    config.tasks.check_canary(labelled, len(found.train))
+    tasks = config.tasks
+    if tasks.world:
+        found = _mosaic(config) if tasks.world == "mosaic" else _almanac(config)
+    elif tasks.solutions_path or holds_few_shot(Path(tasks.path or "")):
+        found = _few_shot(gather_few_shot(config))
+    else:
+        found = _from_files(config)
+    if tasks.probes_path:
+        found = replace(found, probes=read_probes(Path(tasks.probes_path)))
+    if tasks.replay_path:
+        found = replace(found, replay_documents=read_replay(Path(tasks.replay_path)))
+    labelled = sum(_is_labelled(one) for one in found.train)
+    tasks.check_canary(labelled, len(found.train))
     return found
 
 
-def _from_world(config: RunConfig) -> RunTasks:
+def _is_labelled(task: Task) -> bool:
+    if isinstance(task, FewShotTask):
+        return True
+    return any(question.answer.strip() for question in task.questions_of(Bank.REWARD))
+
+
+def _few_shot(found: FewShotTasks) -> RunTasks:
+    return RunTasks(found.train, found.heldout, (), (), BANKS, found.notes, found.places)
+
+
+def _mosaic(config: RunConfig) -> RunTasks:
     # Imported here: people with files of their own need no world.
+    from worlds.mosaic.tasks import few_shot_tasks
+
+    refuse_written(config)
+    train = few_shot_tasks(config.seed, "train", config.tasks.train)
+    if config.tasks.heldout_path:
+        other = heldout_few_shot(config)
+        return _few_shot(replace(other, train=train))
+    return _few_shot(FewShotTasks(train, few_shot_tasks(config.seed, "heldout", config.tasks.heldout), (), {}))
+
+
+def _almanac(config: RunConfig) -> RunTasks:
     from worlds.almanac.memory import replay_documents, retention_probes
     from worlds.almanac.passages import passages
 
@@ -116,19 +166,6 @@ def _from_files(config: RunConfig) -> RunTasks:
         notes=tuple(notes),
         places=_places([*train, *heldout]),
     )
-
-
-def heldout_count(passages: int, train: int, heldout: int) -> int:
-    """How many of ``passages`` are held out where ``train`` and ``heldout`` are asked for.
-
-    As many as asked if there are enough for both; else in the same proportion, at least one each; one passage alone
-    is for training.
-    """
-    if heldout == 0 or passages < 2:
-        return 0
-    if passages >= train + heldout:
-        return heldout
-    return min(max(round(passages * heldout / (train + heldout)), 1), passages - 1)
 
 
 def _overlap(file: TaskFile, other: TaskFile) -> tuple[Problem, ...]:

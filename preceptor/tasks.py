@@ -141,3 +141,8 @@ class FewShotTask:
 
 
 Task = Passage | FewShotTask
+
+
+def title_of(task: Task) -> str:
+    """What people call it: a passage's title, a few-shot task's name."""
+    return task.title if isinstance(task, Passage) else task.name

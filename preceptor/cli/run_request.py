@@ -14,6 +14,7 @@ from preceptor.convert import question_to_proto, task_to_proto
 from preceptor.errors import PreceptorError
 from preceptor.server import MAX_MESSAGE_BYTES
 from preceptor.task_sources import RunTasks, gather_tasks
+from preceptor.tasks import title_of
 from preceptor.v1.orchestrator_pb2 import CreateRunRequest
 
 
@@ -52,8 +53,8 @@ def with_place(error: PreceptorError, tasks: RunTasks) -> PreceptorError:
     """The same error with file and line, if it is about a task that was read from a file."""
     if "file" not in error.metadata:
         for task in (*tasks.train, *tasks.heldout):
-            if task.text in tasks.places and task_to_proto(task).id in error.message:
-                file, line = tasks.places[task.text]
+            if (found := tasks.place_of(task)) and task_to_proto(task).id in error.message:
+                file, line = found
                 place: dict[str, str | int] = {"line": line} if line else {}
                 return PreceptorError(error.reason, error.message, **{**error.metadata, **place, "file": file})
     return error
@@ -77,8 +78,8 @@ def dry_run_json(config: RunConfig, tasks: RunTasks) -> dict[str, Any]:
         "config": config.model_dump(mode="json"),
         "config_sha256": config.digest(),
         "tasks": {
-            "train": [task.title for task in tasks.train],
-            "heldout": [task.title for task in tasks.heldout],
+            "train": [title_of(task) for task in tasks.train],
+            "heldout": [title_of(task) for task in tasks.heldout],
             "probes": len(tasks.probes),
             "replay_documents": len(tasks.replay_documents),
         },

@@ -13,7 +13,7 @@ from preceptor.errors import PreceptorError
 from preceptor.question_faults import answer_fault
 from preceptor.task_files import ReadPassage, read_probes, read_replay, read_task_file
 from preceptor.task_problems import Problem, raise_problems
-from preceptor.task_sources import divided, gather_tasks
+from preceptor.task_sources import divided, gather_tasks, passages_of
 from preceptor.tasks import Bank, Passage, Question
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _of_world(config: RunConfig, passage: str) -> Subject:
             update={"tasks": config.tasks.model_copy(update={"train": count, "heldout": 0, "heldout_path": None})}
         )
     )
-    return Subject(tasks.train[count - 1], tasks.probes, tasks.replay_documents, tasks.notes)
+    return Subject(passages_of(tasks.train)[count - 1], tasks.probes, tasks.replay_documents, tasks.notes)
 
 
 def _chosen(passages: Sequence[ReadPassage], wanted: str, path: str) -> ReadPassage:

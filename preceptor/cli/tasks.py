@@ -11,7 +11,12 @@ import click
 from preceptor.cli.output import json_option
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from preceptor.few_shot.arc_files import ArcFile, ReadFewShot
     from preceptor.task_files import ReadPassage, TaskFile
+    from preceptor.task_problems import Problem
+    from preceptor.tasks import FewShotTask
 
 
 @click.group()
@@ -21,32 +26,30 @@ def tasks() -> None:
 
 @tasks.command()
 @click.argument("file", type=click.Path(path_type=Path))
+@click.option("--solutions", help="Outputs of the queries in FILE, as Kaggle gives ARC's.")
 @json_option
 @click.pass_context
-def check(context: click.Context, file: Path, as_json: bool) -> None:
-    """Reads FILE (.json, .jsonl or a folder) and lists its passages and all its problems.
+def check(context: click.Context, file: Path, solutions: str | None, as_json: bool) -> None:
+    """Reads FILE (.json, .jsonl or a folder) and lists its passages or few-shot tasks and all its problems.
 
     Ends with 2 if there is any problem.
     """
-    from preceptor.cli.output import plain, print_json, print_table
+    from preceptor.cli.output import plain, print_json
     from preceptor.errors import CATALOGUE
+    from preceptor.few_shot.sources import holds_few_shot, read_few_shot
     from preceptor.task_files import read_task_file
 
-    found = read_task_file(file)
-    if as_json:
-        print_json(_as_json(found))
+    if solutions or holds_few_shot(file):
+        read = read_few_shot(file, solutions)
+        problems: Sequence[Problem] = [*read.problems, *(one for one in read.left_out if one not in read.problems)]
+        print_json(_few_shot_json(read, problems)) if as_json else _show_few_shot(read, problems)
     else:
-        rows = [_row(read) for read in found.passages]
-        print_table(["passage", "place", "words", "questions", "banks"], rows, empty="no passage could be read")
-        questions = sum(len(read.passage.questions) for read in found.passages)
-        print(f"{len(rows)} passages, {questions} questions, {len(found.problems)} problems")
-        if not all(read.named_banks for read in found.passages):
-            print("note: a run's seed divides the questions that name no bank; of held-out passages all are sealed")
-        for note in found.notes:
-            print(f"note: {plain(note)}")
-    for problem in found.problems:
+        found = read_task_file(file)
+        problems = found.problems
+        print_json(_as_json(found)) if as_json else _show(found)
+    for problem in problems:
         print(f"error: {plain(problem)}", file=sys.stderr)
-    if found.problems:
+    if problems:
         print(
             f"  next: correct these places; {CATALOGUE['BAD_TASK_FILE'].next_step.partition(';')[2].strip()}",
             file=sys.stderr,
@@ -54,10 +57,68 @@ def check(context: click.Context, file: Path, as_json: bool) -> None:
         context.exit(2)
 
 
+def _show(found: TaskFile) -> None:
+    from preceptor.cli.output import plain, print_table
+
+    rows = [_row(read) for read in found.passages]
+    print_table(["passage", "place", "words", "questions", "banks"], rows, empty="no passage could be read")
+    questions = sum(len(read.passage.questions) for read in found.passages)
+    print(f"{len(rows)} passages, {questions} questions, {len(found.problems)} problems")
+    if not all(read.named_banks for read in found.passages):
+        print("note: a run's seed divides the questions that name no bank; of held-out passages all are sealed")
+    for note in found.notes:
+        print(f"note: {plain(note)}")
+
+
+def _show_few_shot(found: ArcFile, problems: Sequence[Problem]) -> None:
+    from preceptor.cli.output import plain, print_table
+
+    rows = [_few_shot_row(read) for read in found.tasks]
+    print_table(
+        ["task", "place", "demonstrations", "queries", "largest grid", "answer tokens"],
+        rows,
+        empty="no task could be read",
+    )
+    queries = sum(len(read.task.queries) for read in found.tasks)
+    print(f"{len(rows)} few-shot tasks, {queries} queries, {len(problems)} problems")
+    if found.tasks:
+        most = max(_answer_tokens(read.task) for read in found.tasks)
+        print(f"note: answers.max_new_tokens must be {most} or more for all of them")
+    for note in found.notes:
+        print(f"note: {plain(note)}")
+
+
+def _few_shot_row(read: ReadFewShot) -> list[object]:
+    task, place = read.task, _place(read.file, read.line)
+    return [task.name, place, len(task.demonstrations), len(task.queries), _largest(task), _answer_tokens(task)]
+
+
+def _largest(task: FewShotTask) -> str:
+    """Rows and columns that hold all of its grids."""
+    grids = [grid for pair in (*task.demonstrations, *task.queries) for grid in (pair.input, pair.output)]
+    return f"{max(map(len, grids))} x {max(len(grid[0]) for grid in grids)}"
+
+
+def _answer_tokens(task: FewShotTask) -> int:
+    """What its longest answer takes."""
+    from preceptor.question_faults import grid_tokens
+
+    return max(grid_tokens(query.output) for query in task.queries)
+
+
 def _row(read: ReadPassage) -> list[object]:
-    place = f"{read.file}:{read.line}" if read.line else read.file
     passage = read.passage
-    return [passage.title, place, len(passage.text.split()), len(passage.questions), _banks(read)]
+    return [
+        passage.title,
+        _place(read.file, read.line),
+        len(passage.text.split()),
+        len(passage.questions),
+        _banks(read),
+    ]
+
+
+def _place(file: str, line: int) -> str:
+    return f"{file}:{line}" if line else file
 
 
 def _banks(read: ReadPassage) -> str:
@@ -91,6 +152,29 @@ def _as_json(found: TaskFile) -> dict[str, Any]:
             }
             for read in found.passages
         ],
-        "problems": [{"file": p.file, "line": p.line, "field": p.field, "message": p.message} for p in found.problems],
+        "problems": _problems(found.problems),
         "notes": list(found.notes),
     }
+
+
+def _few_shot_json(found: ArcFile, problems: Sequence[Problem]) -> dict[str, Any]:
+    return {
+        "path": found.path,
+        "few_shot": [
+            {
+                "name": read.task.name,
+                "file": read.file,
+                "line": read.line,
+                "demonstrations": len(read.task.demonstrations),
+                "queries": len(read.task.queries),
+                "answer_tokens": _answer_tokens(read.task),
+            }
+            for read in found.tasks
+        ],
+        "problems": _problems(problems),
+        "notes": list(found.notes),
+    }
+
+
+def _problems(problems: Sequence[Problem]) -> list[dict[str, Any]]:
+    return [{"file": p.file, "line": p.line, "field": p.field, "message": p.message} for p in problems]

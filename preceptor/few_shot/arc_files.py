@@ -105,11 +105,14 @@ def read_arc(path: Path, solutions: Path | None = None, *, outputs_needed: bool 
     tasks: list[ReadFewShot] = []
     left_out: list[Problem] = []
     names: set[str] = set()
+    known: dict[tuple[GridPair, ...], str] = {}
     for file, name, at, value in _values(path, problems):
         names.add(name)
         given = answers.values.get(name) if answers is not None else None
         try:
             task = _task(name, value, given, outputs_needed)
+            if (other := known.setdefault(task.demonstrations, name)) != name:  # one could be held out
+                raise _Fault((), f"has the same demonstrations as {other}")
         except _Fault as fault:
             in_answers = answers is not None and fault.at[:1] == ("solutions",)
             where = answers if answers is not None and in_answers else file

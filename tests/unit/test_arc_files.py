@@ -21,6 +21,9 @@ from preceptor.few_shot.arc_files import (
 GRID = [[0, 1], [2, 3]]
 TASK = {"train": [{"input": GRID, "output": [[1]]}], "test": [{"input": [[5]]}]}
 SOLVED = {"train": TASK["train"], "test": [{"input": [[5]], "output": [[6]]}]}
+# The same with another demonstration: a task that has those of another one is left out.
+OTHER = {"train": [{"input": GRID, "output": [[2]]}], "test": TASK["test"]}
+OTHER_SOLVED = {"train": OTHER["train"], "test": SOLVED["test"]}
 ARC = Path(os.environ.get("PRECEPTOR_TEST_DATA", "")) / "arc"
 
 
@@ -43,13 +46,19 @@ def test_kaggles_two_files_are_tasks_with_outputs(tmp_path: Path) -> None:
 def test_one_task_a_file_and_a_folder_of_them(tmp_path: Path) -> None:
     write(tmp_path / "x.json", SOLVED)
     assert [read.task.name for read in read_arc(tmp_path / "x.json").tasks] == ["x"]
-    write(tmp_path / "a.json", SOLVED)
+    write(tmp_path / "a.json", OTHER_SOLVED)
     write(tmp_path / "z.json", "[]")
     found = read_arc(tmp_path)
     assert [read.task.name for read in found.tasks] == ["a", "x"]
     assert [(problem.file, problem.message) for problem in found.problems] == [
         (str(tmp_path / "z.json"), "must be an object of tasks by name, is a list")
     ]
+
+
+def test_a_task_with_the_demonstrations_of_another_is_left_out(tmp_path: Path) -> None:
+    found = read_arc(write(tmp_path / "c.json", {"a": SOLVED, "b": SOLVED, "c": OTHER_SOLVED}))
+    assert [read.task.name for read in found.tasks] == ["a", "c"]
+    assert [(fault.field, fault.message) for fault in found.left_out] == [("b", "has the same demonstrations as a")]
 
 
 def test_outputs_may_be_missing_where_nobody_needs_them(tmp_path: Path) -> None:
@@ -79,7 +88,7 @@ def test_outputs_may_be_missing_where_nobody_needs_them(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_task_is_named_and_the_rest_goes_on(tmp_path: Path, task: Any, field: str, message: str) -> None:
-    found = read_arc(write(tmp_path / "c.json", {"first": SOLVED, "bad": task, "last": SOLVED}))
+    found = read_arc(write(tmp_path / "c.json", {"first": SOLVED, "bad": task, "last": OTHER_SOLVED}))
     assert [read.task.name for read in found.tasks] == ["first", "last"]
     assert found.problems == ()
     (fault,) = found.left_out
@@ -161,7 +170,7 @@ def test_few_shot_files_are_told_from_others() -> None:
 
 
 def test_what_was_read_is_written_as_kaggle_has_it(tmp_path: Path) -> None:
-    given, answers = {"a": TASK, "b": TASK}, {"a": [[[6]]], "b": [[[0, 1]]]}
+    given, answers = {"a": TASK, "b": OTHER}, {"a": [[[6]]], "b": [[[0, 1]]]}
     found = read_arc(write(tmp_path / "c.json", given), write(tmp_path / "s.json", answers))
     tasks = [read.task for read in found.tasks]
     assert challenges_json(tasks) == given
