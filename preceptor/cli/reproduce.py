@@ -29,7 +29,12 @@ _WORLDS = {"fewshot": "mosaic"}
 
 @click.command()
 @click.argument("what", type=click.Choice(["knowledge", "fewshot", "batch", "transfer", "continual"]))
-@click.option("--students", multiple=True, metavar="NAME", help="Registered students [default: the experiment's own].")
+@click.option(
+    "--students",
+    multiple=True,
+    metavar="NAME[=SOURCE]",
+    help="Students, registered if a source is given [default: the experiment's own].",
+)
 @click.option("--seeds", type=click.IntRange(1, 20), default=3, show_default=True, help="Repetitions of everything.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the results [default: reproduced/WHAT].")
 @click.option("--config", type=click.Path(path_type=Path), help="Instead of the experiment's own config of a run.")
@@ -76,14 +81,15 @@ def reproduce(
     from preceptor.cli.follow import output_folder, write_files
     from preceptor.cli.output import print_json, print_json_line
     from preceptor.cli.reproduce_view import open_reproduce_view
-    from preceptor.reproduce.experiment import Options, experiment
+    from preceptor.reproduce.experiment import Findings, Options, experiment
     from preceptor.reproduce.lab import Lab, work
     from preceptor.reproduce.report import files_of, results_of
 
     if connect and workers:
         raise click.UsageError("--workers starts workers of an own stack; it does not go with --connect")
+    named = dict(one.partition("=")[::2] for given in students for one in given.split(",") if one)
     options = Options(
-        students=tuple(name for given in students for name in given.split(",") if name),
+        students=tuple(named),
         seeds=seeds,
         full=full,
         tasks=task_file,
@@ -113,8 +119,15 @@ def reproduce(
         world = None if full else _WORLDS.get(what, "almanac")
         with open_stack(connect, workers or 0, view, world) as (addresses, stack):
             lab = Lab(addresses, steps, out=folder, stack=stack)
+
+            def measure(lab: Lab) -> Findings:
+                for name, source in named.items():
+                    if source:
+                        lab.register(name, source)
+                return module.measure(lab, options)
+
             try:
-                findings = work(lab, lambda lab: module.measure(lab, options), view)
+                findings = work(lab, measure, view)
             except (KeyboardInterrupt, SystemExit):
                 view.say(f"interrupted; the same command goes on where it stopped: {_command()}")
                 raise
@@ -188,19 +201,31 @@ def print_steps(steps: Sequence[Step], cost: Cost | None) -> None:
         [[number, step.words, step.trials or "-"] for number, step in enumerate(steps, 1)],
     )
     if cost is not None:
-        price = "" if cost.dollars is None else f", ${cost.dollars:,.0f} at ${cost.price_per_hour:g} an hour"
+        low, high = cost.published_hours
         print(
-            f"ESTIMATE, not measured: {cost.trials:,} fine-tunes, {cost.gpu_hours:,.1f} hours of one {cost.gpu}"
-            f" (students {duration(cost.student_seconds)}, teacher {duration(cost.teacher_seconds)}){price}."
-            " Operations counted at an assumed share of the GPU's rate; it may be off by a factor of three."
+            f"ESTIMATE, nothing of it measured: {cost.trials:,} fine-tunes.\n"
+            f"  operations counted, at an assumed share of its rate: {cost.gpu_hours:,.1f} hours of one {cost.gpu}"
+            f" (students {duration(cost.student_seconds)}, teacher {duration(cost.teacher_seconds)})"
+            f"{_at_price(cost, cost.gpu_hours)}\n"
+            f"  every fine-tune as slow as the paper's, 30 to 45 s: {low:,.0f} to {high:,.0f} hours"
+            f"{_at_price(cost, high, 'at most ')}\n"
+            "  measure yours: python -m bench.inner_loop --json FILE, then preceptor capacity --bench FILE"
         )
+
+
+def _at_price(cost: Cost, hours: float, words: str = "") -> str:
+    dollars = cost.dollars(hours)
+    return "" if dollars is None else f", {words}${dollars:,.0f} at ${cost.price_per_hour:g} an hour"
 
 
 def dry_run_json(what: str, steps: Sequence[Step], cost: Cost | None) -> dict[str, Any]:
     """The same for programs."""
     from dataclasses import asdict
 
-    estimate = None if cost is None else {**asdict(cost), "gpu_hours": cost.gpu_hours, "dollars": cost.dollars}
+    estimate = None
+    if cost is not None:
+        hours = {"gpu_hours": cost.gpu_hours, "published_hours": cost.published_hours}
+        estimate = {**asdict(cost), **hours, "dollars": cost.dollars(cost.gpu_hours), "measured": False}
     return {"experiment": what, "steps": [asdict(step) for step in steps], "estimate": estimate}
 
 

@@ -28,6 +28,7 @@ from preceptor.cli.measuring import EvaluatorAsks, Progress
 from preceptor.cli.run_request import create_request
 from preceptor.cli.runs import resume_run
 from preceptor.errors import PreceptorError
+from preceptor.names import sha256
 from preceptor.reproduce.experiment import Step
 from preceptor.task_sources import gather_tasks
 from preceptor.v1 import evaluator_pb2 as evaluator
@@ -45,6 +46,8 @@ T = TypeVar("T")
 
 # A person waits for Ctrl-C to work.
 CANCEL_SECONDS = 3.0
+# A folder of a large model is hashed, one of a hub looked up.
+REGISTER_SECONDS = 600.0
 # A large teacher on a slow machine; a stream as a whole gets so many seconds per task.
 GENERATE_SECONDS_PER_TASK = 600.0
 # The embedded stack starts a dead teacher again within seconds; a busy small machine may need a minute.
@@ -172,6 +175,16 @@ class Lab:
         asked = teacher.GetPolicyRequest(policy_id=policy_id)
         found: teacher.Policy = call(self._teacher.GetPolicy, asked).policy
         return found
+
+    def register(self, name: str, source: str) -> None:
+        """Registers a student; where this very source has the name already, nothing changes.
+
+        Raises PreceptorError(STUDENT_NAME_TAKEN), and what is wrong with the source.
+        """
+        # The same id for the same request: asked again, it is answered as it was.
+        request_id = f"reproduce-{sha256(f'{name} {source}')[:32]}"
+        request = students.RegisterStudentRequest(request_id=request_id, name=name, source=source)
+        call(self._students.RegisterStudent, request, deadline=REGISTER_SECONDS)
 
     def base_policy(self) -> str:
         """The untouched teacher: the root of the active policy."""
