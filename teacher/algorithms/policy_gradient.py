@@ -39,27 +39,25 @@ class PolicyGradient:
 
     def weigh(self, candidates: Sequence[Candidate], settings: LearningSettings) -> list[Weighted]:
         """Every candidate that is not there for comparison alone, weighted by its scaled and shrunk advantage."""
-        weighted = []
-        for members in by_group(candidates):
-            weights = self._weights([candidates[i] for i in members])
-            weighted += [
-                Weighted(index, weight)
-                for index, weight in zip(members, weights, strict=True)
-                if weight and not candidates[index].only_compared
-            ]
-        return weighted
+        return [
+            Weighted(index, weight)
+            for members in by_group(candidates)
+            for index, weight in zip(members, self._weights([candidates[i] for i in members]), strict=False)
+            if not candidates[index].only_compared
+        ]
 
     def _weights(self, group: Sequence[Candidate]) -> list[float]:
+        """Of each; nothing where the group is dropped."""
         count = len(group)
         if len({candidate.reward for candidate in group}) < 2:  # said exactly: given advantages may be a bit off 0
-            return [0.0] * count
+            return []
         measured = advantages(group)
         # A difference from a mean that it is part of varies less than the reward itself, by 1 - 1 / count.
         variance = math.fsum(advantage**2 for advantage, _ in measured) / (count - 1)
         noises = [stderr**2 * count / (count - 1) for _, stderr in measured]
         signal = variance - math.fsum(noises) / count
         if signal <= 0:
-            return [0.0] * count
+            return []
         deviation = math.sqrt(math.fsum(advantage**2 for advantage, _ in measured) / count)
         return [
             self._scale(advantage, count, deviation) * signal / (signal + noise)

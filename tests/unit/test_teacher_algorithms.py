@@ -63,14 +63,13 @@ def test_the_order_of_arrival_does_not_matter(name: str, candidates: list[Candid
 
 @pytest.mark.parametrize("name", NAMES)
 @given(candidates=CANDIDATES)
-def test_every_weight_is_a_finite_number_that_is_not_zero_and_of_one_who_may_be_learnt_from(
+def test_every_weight_is_a_finite_number_and_of_one_who_may_be_learnt_from(
     name: str, candidates: list[Candidate]
 ) -> None:
     weighted = ALGORITHMS[name].weigh(candidates, LEARNING)
     assert len({one.index for one in weighted}) == len(weighted)
     for one in weighted:
         assert math.isfinite(one.weight)
-        assert one.weight != 0
         assert not candidates[one.index].only_compared
 
 
@@ -117,7 +116,7 @@ def test_a_group_that_varies_no_more_than_its_noise_is_dropped(name: str, given_
         return found
 
     assert weights(name, measured(0.11)) == {}
-    assert weights(name, measured(0.09)).keys() == {0, 2}
+    assert weights(name, measured(0.09)).keys() == {0, 1, 2}
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
@@ -126,7 +125,7 @@ def test_an_advantage_has_the_sign_of_its_distance_from_the_mean(name: str, cand
     for index, weight in weights(name, candidates).items():
         mine = candidates[index]
         mean = statistics.fmean(one.reward for one in candidates if one.group == mine.group)
-        assert weight * (mine.reward - mean) >= 0
+        assert weight * (mine.reward - mean) > -1e-12
 
 
 def test_grpo_by_hand() -> None:
