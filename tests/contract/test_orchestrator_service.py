@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,16 @@ from preceptor.testing.scripted_evaluator import ScriptedEvaluator
 from preceptor.testing.scripted_house import ScriptedHouse
 from preceptor.v1 import orchestrator_pb2 as pb
 from preceptor.v1 import types_pb2 as types
-from tests.orchestrated import Orchestrator, create_request, orchestrator_here, passage, run_config
+from tests.orchestrated import (
+    Orchestrator,
+    create_request,
+    few_shot,
+    few_shot_config,
+    few_shot_request,
+    orchestrator_here,
+    passage,
+    run_config,
+)
 
 
 @pytest.fixture
@@ -103,6 +113,90 @@ def test_a_bad_task_is_named_by_its_place(orchestrator: Orchestrator, task: type
     assert words in error.message
     assert "task 6" in error.message
     assert error.metadata["field"].startswith("tasks[5]")
+
+
+def no_query() -> types.Task:
+    task = few_shot("bad")
+    del task.few_shot.queries[:]
+    return task
+
+
+def ragged() -> types.Task:
+    task = few_shot("bad")
+    del task.few_shot.demonstrations[1].input.rows[0].cells[:2]
+    return task
+
+
+def unknown_output() -> types.Task:
+    task = few_shot("bad")
+    task.few_shot.queries[1].ClearField("output")
+    return task
+
+
+def strange_targets() -> types.Task:
+    task = few_shot("bad")
+    task.reference_edits["oracle"].directive.targets = "everything"
+    return task
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "place"),
+    [
+        (no_query(), "has 0 queries", "few_shot.queries"),
+        (ragged(), "few_shot.demonstrations[1].input has rows of 4 to 6 cells", "few_shot.demonstrations[1].input"),
+        (unknown_output(), "few_shot.queries[1].output is empty", "few_shot.queries[1].output"),
+        (strange_targets(), "targets 'everything' is not one of qv, attention, mlp, all", ""),
+        (passage("town"), "is of another kind than the tasks before it", "kind"),
+        (few_shot("rule 1"), "is the same as task 2", ""),
+        (types.Task(), "is neither a passage nor a few-shot task", "kind"),
+    ],
+)
+def test_a_bad_few_shot_task_is_named_by_its_place(
+    orchestrator: Orchestrator, task: types.Task, words: str, place: str
+) -> None:
+    request = few_shot_request()
+    task.id = task_id(task)
+    request.tasks.append(task)
+    error = refused(orchestrator, request)
+    assert error.reason == "BAD_TASK_FILE"
+    assert words in error.message
+    assert error.metadata["field"] == f"tasks[5]{'.' if place else ''}{place}"
+
+
+def test_a_heldout_few_shot_task_whose_demonstrations_are_trained_on_is_refused(orchestrator: Orchestrator) -> None:
+    request = few_shot_request()
+    seen = few_shot("rule 2", queries=1)
+    seen.few_shot.name = "another name"
+    seen.id = task_id(seen)
+    request.heldout_tasks.append(seen)
+    assert "is among the training tasks" in refused(orchestrator, request).message
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"heldout": {"in_context": True}}, "heldout.in_context"),
+        ({"heldout": {"formats": ["copy"]}}, "heldout.formats"),
+        ({"training": {"include_passage": True}}, "training.include_passage"),
+        ({"tasks": {"questions": "written"}}, "tasks.questions"),
+    ],
+)
+def test_what_few_shot_tasks_have_not_is_not_asked_of_them(
+    orchestrator: Orchestrator, changes: dict[str, Any], field: str
+) -> None:
+    error = refused(orchestrator, few_shot_request(few_shot_config(**changes)))
+    assert (error.reason, error.metadata["field"]) == ("BAD_CONFIG", field)
+
+
+def test_directives_of_few_shot_tasks_are_not_for_passages(orchestrator: Orchestrator) -> None:
+    error = refused(orchestrator, create_request(few_shot_config()))
+    assert error.metadata["field"] == "heldout.fixed_strategies.1.augmentations"
+    assert "few-shot tasks alone" in error.message
+
+
+def test_an_unknown_format_of_an_arm_is_found_before_the_run_exists(orchestrator: Orchestrator) -> None:
+    error = refused(orchestrator, create_request(run_config(heldout={"formats": ["copy", "song"]})))
+    assert (error.reason, error.metadata["field"]) == ("UNKNOWN_PROMPT_FORMAT", "heldout.formats.1")
 
 
 def test_a_heldout_passage_that_is_trained_on_is_refused(orchestrator: Orchestrator) -> None:

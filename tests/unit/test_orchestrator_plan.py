@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import given
@@ -9,11 +10,11 @@ from hypothesis import strategies as st
 from orchestrator.entries import EditKey, Entry, round_stage
 from orchestrator.evaluator_client import Submission
 from orchestrator.heats import Heats
-from orchestrator.plan import RunPlan, heldout_bank, under
-from preceptor.config import FixedStrategy
+from orchestrator.plan import RunPlan, heldout_bank, labelled_places, under
+from preceptor.config import AugmentationConfig, FixedStrategy
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import types_pb2 as types
-from tests.orchestrated import passage, run_config
+from tests.orchestrated import few_shot, passage, run_config
 
 TASKS = tuple(passage(f"town {i}") for i in range(7))
 HELDOUT = tuple(passage(f"river {i}") for i in range(3))
@@ -270,3 +271,80 @@ def test_the_fixed_strategy_replaces_the_whole_directive() -> None:
     assert list(edit.documents) == ["a"]
     assert not edit.directive.HasField("rank")
     assert edit.directive.epochs == 9
+
+
+def few_shot_plan(**changes: Any) -> RunPlan:
+    tasks = tuple(few_shot(f"rule {i}") for i in range(4))
+    return replace(plan(**changes), tasks=tasks, heldout_tasks=tuple(few_shot(f"other {i}") for i in range(2)))
+
+
+def test_the_arms_are_those_of_every_run_and_those_it_asks_for_in_one_order() -> None:
+    few = ["no_edit", "passage_only", "untrained_teacher", "fixed_strategy", "trained_teacher"]
+    assert plan().arms == [*few, "oracle", "shuffled_facts"]
+    asked = plan(heldout={"formats": ["rewrite", "lecture"], "in_context": True, "external_teacher": True})
+    assert asked.arms == [
+        "no_edit",
+        "passage_only",
+        "format:rewrite",
+        "format:lecture",
+        "untrained_teacher",
+        "fixed_strategy",
+        "external_teacher",
+        "trained_teacher",
+        "in_context",
+        "oracle",
+        "shuffled_facts",
+    ]
+    assert "passage_only" not in few_shot_plan().arms
+    assert asked.planned_self_edits - plan().planned_self_edits == 4 * len(HELDOUT)
+
+
+def test_limits_reach_the_teacher_only_where_they_differ_from_what_holds_anyway() -> None:
+    assert not plan().round_generation(1, "p").HasField("limits")
+    strict = plan(teacher={"limits": {"max_epochs": 16, "targets": ["qv"], "allow_full": True}})
+    limits = strict.round_generation(1, "p").limits
+    assert limits == strict.heldout_generation("p", "open").limits
+    assert (limits.max_epochs, list(limits.targets), limits.allow_full) == (16, ["qv"], True)
+    assert [field.name for field, _ in limits.ListFields()] == ["max_epochs", "targets", "allow_full"]
+
+
+def test_a_fixed_strategy_says_what_it_says_and_nothing_else() -> None:
+    plain = under(FixedStrategy(prompt_format="copy", learning_rate=1e-3, epochs=4), types.SelfEdit(documents=["a"]))
+    assert plain.directive == types.Directive(learning_rate=1e-3, epochs=4, replay_share=0.0)  # as ever: known results
+    whole = FixedStrategy(
+        learning_rate=1e-3,
+        epochs=4,
+        rank=2,
+        targets="qv",
+        loss_mask="outputs_only",
+        augmentations=AugmentationConfig(basic=True, colours=False),
+    )
+    directive = under(whole, types.SelfEdit()).directive
+    assert (directive.rank, directive.targets) == (2, "qv")
+    assert directive.loss_mask == types.LOSS_MASK_OUTPUTS_ONLY
+    assert directive.augmentations == types.Augmentations(basic=True, colours=False)
+    assert not directive.fine_tuning
+
+
+def test_few_shot_tasks_have_no_banks_and_show_the_teacher_no_output_of_a_query() -> None:
+    of = few_shot_plan()
+    assert {heldout_bank(task) for task in of.heldout_tasks} == {types.QUESTION_BANK_REWARD}
+    assert labelled_places(of.tasks) == [0, 1, 2, 3]
+    unknown = few_shot("rule 9")
+    for pair in unknown.few_shot.queries:
+        pair.ClearField("output")
+    assert labelled_places([unknown, few_shot("rule 8")]) == [1]
+    shown = of.round_generation(1, "p").tasks
+    assert all(task.few_shot.demonstrations[0].output.rows for task in shown)
+    assert not any(pair.HasField("output") for task in shown for pair in task.few_shot.queries)
+
+
+def test_only_the_arm_that_says_so_has_the_text_in_the_prompt() -> None:
+    of = plan()
+    group = [Entry(EditKey("heldout", "in_context", 0, 0), HELDOUT[0].id, "", "", self_edit=types.SelfEdit())]
+    (inside,) = of.heldout_submissions("in_context", [group], in_context=True)
+    (outside,) = of.heldout_submissions("passage", [group])
+    assert inside.request.protocol.in_context
+    assert not outside.request.protocol.in_context
+    inside.request.protocol.in_context = False
+    assert inside.request.protocol == outside.request.protocol

@@ -10,6 +10,7 @@ import pytest
 from orchestrator.entries import HELDOUT, SELECTION, EditKey, Entry, round_stage
 from orchestrator.heldout import best_strategy, selection_rewards
 from orchestrator.label_store import CanaryLook, WrittenQuestions
+from orchestrator.ledger import LeftOut
 from orchestrator.plan import RunPlan
 from orchestrator.results import Results, Round, heldout_results
 from orchestrator.run_store import SUCCEEDED, RunRecord
@@ -70,11 +71,13 @@ def arm(name: str, accuracy: float) -> list[Entry]:
 
 def results(
     heldout: list[Entry],
+    /,
     rounds: list[list[Entry]] | None = None,
     tasks: tuple[types.Task, ...] = HELDOUT_TASKS,
     *,
     banks: str = "",
     openings: dict[str, int] | None = None,
+    left_out: dict[str, LeftOut] | None = None,
     **config_changes: Any,
 ) -> Results:
     config = run_config(rounds={"count": len(rounds or [])}, **config_changes)
@@ -105,7 +108,7 @@ def results(
             Round(number, tuple(lines), {"generate": 1.0, "evaluate": 2.0}, f"policy-{number}", 1, len(lines))
             for number, lines in enumerate(rounds or [], 1)
         ),
-        heldout=heldout_results(plan, all_entries) if tasks else None,
+        heldout=heldout_results(plan, all_entries, left_out) if tasks else None,
         seconds={("run", "other"): 1.0, ("round-00001", "generate"): 1.0, ("round-00001", "evaluate"): 2.0},
         first_reward_seconds=1.5,
         peak_memory_bytes=10,
@@ -500,3 +503,56 @@ def test_outcomes_by_task_are_what_an_arms_accuracy_is_made_of() -> None:
     assert sum(of["right"] for of in known) / sum(of["questions"] for of in known) == pytest.approx(arm["accuracy"])
     assert {"worker_seconds", "trained_tokens"} <= set(arm)
     assert heldout["selection_worker_seconds"] >= 0
+
+
+def test_arms_that_are_asked_for_are_compared_and_named_and_cost_what_they_cost() -> None:
+    lines = [*arm("trained_teacher", 0.75), *arm("format:lecture", 0.5), *arm("in_context", 1.0)]
+    for line in lines:
+        assert line.evaluation is not None
+        line.evaluation.trials[0].seconds = 0.25
+        if line.key.arm == "format:lecture":
+            line.evaluation.trials[0].trained_tokens = 500
+    settings = {"formats": ["lecture"], "in_context": True, "fixed_strategies": []}
+    summary = build_summary(results(lines, heldout=settings))
+    heldout = summary["heldout"]
+    assert heldout["differences"]["trained_minus_format:lecture"]["mean"] == pytest.approx(0.25)
+    assert heldout["differences"]["trained_minus_in_context"]["mean"] == pytest.approx(-0.25)
+    lecture = heldout["arms"]["format:lecture"]
+    assert (lecture["trained_tokens"], lecture["worker_seconds"], lecture["too_costly"]) == (500, 0.25, 0)
+    assert any("better than format lecture" in note for note in summary["notes"])
+    assert any("1000 trained tokens a fine-tune: format lecture 500" in note for note in summary["notes"])
+
+
+def test_the_untouched_student_is_not_the_one_with_the_text_in_its_prompt() -> None:
+    inside = arm("in_context", 1.0)
+    for line in inside:
+        assert line.evaluation is not None
+        line.evaluation.reward.baseline_accuracy = 1.0
+    summary = build_summary(results([*inside, *arm("trained_teacher", 0.5)], heldout={"in_context": True}))
+    assert summary["heldout"]["arms"]["no_edit"]["accuracy"] == 0.25
+    assert summary["heldout"]["arms"]["in_context"]["accuracy"] == 1.0
+
+
+def test_an_arm_that_was_left_out_says_why_and_is_counted_nowhere() -> None:
+    lines = [*arm("trained_teacher", 0.5), entry(HELDOUT, "external_teacher", 0, malformed="no", self_edit=None)]
+    left_out = {"external_teacher": LeftOut("SERVER_REFUSED", "it answered HTTP 401")}
+    summary = build_summary(results(lines, left_out=left_out, heldout={"external_teacher": True}))
+    heldout = summary["heldout"]
+    assert heldout["arms"]["external_teacher"] is None
+    assert heldout["left_out"] == {"external_teacher": {"reason": "SERVER_REFUSED", "message": "it answered HTTP 401"}}
+    assert heldout["evaluations"]["malformed"] == 0
+    said = [note for note in summary["notes"] if "external teacher" in note]
+    assert any("left out: SERVER_REFUSED, it answered HTTP 401" in note for note in said)
+    assert not any("bring nothing" in note for note in said)
+
+
+def test_what_is_too_costly_counts_as_the_untouched_student_apart_from_what_is_malformed() -> None:
+    costly = entry(HELDOUT, "trained_teacher", 0, too_costly="64 epochs", self_edit=None)
+    first = entry(round_stage(1), "", 0, 0, too_costly="64 epochs", self_edit=None)
+    summary = build_summary(results([*arm("trained_teacher", 1.0)[1:], *arm("oracle", 1.0), costly], [[first]]))
+    trained = summary["heldout"]["arms"]["trained_teacher"]
+    assert trained["accuracy"] == pytest.approx((11 + 0.25) / 12)
+    assert (trained["too_costly"], trained["malformed"], trained["passages"]) == (1, 0, 12)
+    counted = {"succeeded": 0, "failed": 0, "malformed": 0, "too_costly": 1, "cached": 0}
+    assert summary["rounds"][0]["evaluations"] == counted
+    assert selection_rewards([entry(SELECTION, "0", 0, too_costly="x", self_edit=None)], 1) == [0.0]
