@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from evaluator.attempts import History
 from evaluator.batch_store import BatchStore
@@ -22,6 +23,7 @@ from evaluator.overview import Overview
 from evaluator.settings import EvaluatorSettings
 from evaluator.sight import Sight
 from evaluator.store import EvaluationStore
+from preceptor.artifacts import EDITS, artifact_store
 from preceptor.channel import call, connect
 from preceptor.telemetry import OFF, Telemetry
 from preceptor.v1 import student_pb2, types_pb2
@@ -51,7 +53,8 @@ class Evaluator:
         sight = Sight(self._database, telemetry)
         patience = settings.judge_patience_seconds
         self._marking = Marking(store, overview, self._feed, graders, patience, sight=sight)
-        self.garbage = EvaluatorGarbage(self._database, clock)
+        edits = partial(artifact_store, f"{settings.artifacts}/{EDITS}", settings.artifact_cache)
+        self.garbage = EvaluatorGarbage(self._database, edits, clock)
         batches, history = BatchStore(self._database, clock), History(self._database)
         limits = settings.dispatch_limits
         lanes = Lanes(settings.dedicated)

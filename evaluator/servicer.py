@@ -76,5 +76,5 @@ class EvaluatorServicer(EvaluatorServiceServicer):
         self, request: pb.EvaluatorServiceCollectGarbageRequest, context: grpc.ServicerContext
     ) -> pb.EvaluatorServiceCollectGarbageResponse:
         keep = kept_seconds(request.keep_days if request.HasField("keep_days") else None)
-        found = self._garbage.collect(keep, dry_run=request.dry_run)
+        found = self._garbage.collect(keep, dry_run=request.dry_run, edits=request.edits)
         return pb.EvaluatorServiceCollectGarbageResponse(garbage=found)

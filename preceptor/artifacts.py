@@ -25,6 +25,8 @@ from preceptor.hashes import folder_sha256 as folder_sha256
 from preceptor.storage import storage_error
 from preceptor.v1 import types_pb2 as types
 
+# Where, below PRECEPTOR_ARTIFACTS_URL, trials' edits lie; policies have a place of their own.
+EDITS = "edits"
 # How the names begin of what is being written, and of what was damaged or is not wanted and is being removed.
 _LEFTOVERS = (".draft-", ".damaged-")
 

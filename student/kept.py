@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from preceptor.artifact_cache import ArtifactCache
-from preceptor.artifacts import ArtifactStore, artifact_store, verified_folder
+from preceptor.artifacts import EDITS, ArtifactStore, artifact_store, local_folder, verified_folder
 from preceptor.errors import PreceptorError
 from preceptor.names import canonical_json
 from preceptor.v1 import types_pb2 as types
@@ -30,8 +30,6 @@ from student.lora_bank import LoraBank
 from student.peft_format import CONFIG_FILE, export_adapter
 
 PROVENANCE_FILE = "preceptor_edit.json"
-# Where edits lie below the artifacts' URL; policies have a place of their own.
-FOLDER = "edits"
 _NAME_DIGITS = 32
 
 Kind = Literal["adapter", "weights"]
@@ -46,7 +44,7 @@ class KeptEdits:
 
     @cached_property
     def _store(self) -> ArtifactStore:
-        return artifact_store(f"{self._url}/{FOLDER}", self._cache)
+        return artifact_store(f"{self._url}/{EDITS}", self._cache)
 
     def adapter(self, base: LoadedBase, bank: LoraBank, slot: int) -> types.Artifact:
         """Publishes an adapter of ``bank``, a bank over ``base``.
@@ -63,6 +61,17 @@ class KeptEdits:
         return self._publish(
             base, "weights", {}, base.model.state_dict().items(), lambda folder: save_student(base, folder)
         )
+
+    def has(self, artifact: types.Artifact) -> bool:
+        """Whether there still is something where this was published; it is verified by whoever reads it.
+
+        Raises PreceptorError: ARTIFACT_STORE_REFUSED, ARTIFACT_STORE_UNREACHABLE, EXTRA_MISSING (a bucket).
+        """
+        if artifact.uri.startswith("s3://"):
+            from preceptor.artifacts_s3 import S3Folder
+
+            return S3Folder(artifact.uri).manifest() is not None
+        return local_folder(artifact.uri).is_dir()
 
     def _publish(
         self,
@@ -87,7 +96,7 @@ class KeptEdits:
             # a disk that cannot be written, whichever way it says so; another worker may be able to
             if isinstance(error, PreceptorError) and error.reason != "DATABASE_UNREACHABLE":
                 raise
-            message = f"what was learnt cannot be written to {self._url}/{FOLDER}: {error}"
+            message = f"what was learnt cannot be written to {self._url}/{EDITS}: {error}"
             raise PreceptorError("ARTIFACT_STORE_REFUSED", message) from error
 
 

@@ -153,7 +153,7 @@ class TrialWorker:
         self._held = held
         # Only now: whoever had the lease before stored the result before letting go of it.
         known = self._when_redis_answers(lambda: self._known_result(batch_id, attempt))
-        if known is not None:
+        if known is not None and self._job.still_holds(known):
             log.info("batch %s was done already", batch_id)
             return to_payload(known)
         try:

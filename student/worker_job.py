@@ -65,6 +65,15 @@ class TrialJob:
         # Loading a model changes torch's default dtype for a moment, so nothing may run meanwhile.
         self.exclusive = threading.Lock()
 
+    def still_holds(self, result: wire.TrialBatchResult) -> bool:
+        """Whether what an earlier attempt kept is still there."""
+        edits = [one.adapter for one in result.results if one.HasField("adapter")]
+        try:
+            return self._kept is None or all(map(self._kept.has, edits))
+        except PreceptorError as error:
+            log.warning("cannot see whether what was kept is still there: %s", error)
+            return True
+
     def run(
         self,
         batch: wire.TrialBatch,

@@ -29,12 +29,17 @@ DEADLINE_SECONDS = 600.0
     show_default=True,
     help="What was made or used within so many days stays.",
 )
+@click.option(
+    "--edits",
+    is_flag=True,
+    help="Also edits that fine-tunes kept, with their evaluations. What stands on one and is not known here is lost.",
+)
 @json_option
-def gc(dry_run: bool, keep_days: int, as_json: bool) -> None:
+def gc(dry_run: bool, keep_days: int, edits: bool, as_json: bool) -> None:
     """Removes adapters of old policies, leftovers, and old histories.
 
     Nothing that a run could still need is lost: an adapter that is asked for again is trained again, self-edits are
-    written again, a judge is asked again. Evaluations, runs and reports stay.
+    written again, a judge is asked again. Evaluations, runs and reports stay, and so do kept edits without --edits.
     """
     from preceptor.channel import call, connect
     from preceptor.cli.connection import stack_in_use
@@ -49,7 +54,9 @@ def gc(dry_run: bool, keep_days: int, as_json: bool) -> None:
     of_teacher = teacher_pb2.TeacherServiceCollectGarbageRequest(
         dry_run=dry_run, keep_days=keep_days, keep_owners=_unfinished_runs(settings)
     )
-    of_evaluator = evaluator_pb2.EvaluatorServiceCollectGarbageRequest(dry_run=dry_run, keep_days=keep_days)
+    of_evaluator = evaluator_pb2.EvaluatorServiceCollectGarbageRequest(
+        dry_run=dry_run, keep_days=keep_days, edits=edits
+    )
     found = [
         ("teacher", call(teacher.CollectGarbage, of_teacher, deadline=DEADLINE_SECONDS).garbage),
         ("evaluator", call(evaluator.CollectGarbage, of_evaluator, deadline=DEADLINE_SECONDS).garbage),

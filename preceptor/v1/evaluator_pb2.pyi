@@ -971,8 +971,8 @@ class EvaluatorServiceCollectGarbageRequest(google.protobuf.message.Message):
     keep_days: builtins.int
     """What is from within so many days stays; at most 36,500. Default 30."""
     edits: builtins.bool
-    """Also edits that trials kept (TrialReport.adapter), with the evaluations that learnt them. Whoever stands on one and is
-    not known here loses it.
+    """Also edits that trials kept (TrialReport.adapter), with the evaluations that learnt them. Whoever stands on one and
+    is not known here loses it.
     """
     def __init__(
         self,

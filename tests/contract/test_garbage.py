@@ -10,13 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import insert, select
 
 from evaluator.attempts import Ending, begin, end
-from evaluator.database import Database
+from evaluator.database import (
+    BASELINE_POSITION,
+    LIVE,
+    Database,
+    State,
+    evaluation_trials,
+    evaluations,
+    owners,
+    requests,
+    trials,
+)
 from evaluator.garbage import EvaluatorGarbage
 from evaluator.graders.verdicts import VerdictStore
+from preceptor.artifacts import ArtifactStore, FolderStore
 from preceptor.channel import call
 from preceptor.errors import PreceptorError
+from preceptor.v1 import evaluator_pb2
 from preceptor.v1 import teacher_pb2 as pb
 from preceptor.v1 import types_pb2 as types
 from tests.contract.test_teacher_service import Running, update_request, watched
@@ -218,6 +231,80 @@ def test_limits_of_a_request_are_told(tmp_path: Path) -> None:
         running.stop()
 
 
+def no_edits() -> ArtifactStore:
+    raise AssertionError("nobody has asked about edits")
+
+
+def test_an_edit_stays_as_long_as_an_evaluation_needs_it(database_url: str, tmp_path: Path) -> None:
+    """Old ones that nobody younger has learnt or stands on go, with their evaluations and that they were asked for."""
+    root = tmp_path / "edits"
+    database, store = Database(database_url), FolderStore(root)
+    now = time.time()
+
+    def publish(name: str) -> types.Artifact:
+        def write(folder: Path) -> None:
+            (folder / "f").write_text(name)
+
+        return store.write_folder(name, write)
+
+    names = ("alone", "shared", "below", "running", "foreign")
+    alone, shared, below, running, _ = (publish(name) for name in names)
+    with database.write() as tx:
+
+        def put(name: str, state: State, days: float, learnt: types.Artifact | None, *on: types.Artifact) -> None:
+            body = evaluator_pb2.Evaluation(id=name, student=types.PinnedStudent(adapters=on))
+            body.trials.add(adapter=learnt)
+            finished = None if state in LIVE else now - days * DAY
+            row = {"id": name, "state": state, "exam_id": "exam", "created": now - 99 * DAY, "finished": finished}
+            tx.execute(insert(evaluations).values(**row, body=body.SerializeToString()))
+            for position in (BASELINE_POSITION, 0):
+                one = {"evaluation_id": name, "position": position, "trial_id": f"trial-{name}-{position}", "seed": "0"}
+                tx.execute(insert(evaluation_trials).values(one))
+                trial = {"id": one["trial_id"], "state": "DONE", "batch_id": "batch", "result": b""}
+                tx.execute(insert(trials).values(trial))
+            tx.execute(insert(owners).values(owner="run", evaluation_id=name))
+            tx.execute(insert(requests).values(id=f"request-{name}", body_sha256="0", reply=f'[["{name}", false]]'))
+
+        put("old", State.SUCCEEDED, 40, alone)
+        put("old and shared", State.SUCCEEDED, 40, shared)
+        put("young", State.SUCCEEDED, 1, shared, below)
+        put("old and below", State.SUCCEEDED, 40, below)
+        put("old and run upon", State.SUCCEEDED, 40, running)
+        put("live", State.RUNNING, 0, None, running)
+
+    def left(table: Any, column: Any) -> set[str]:
+        with database.read() as tx:
+            return set(tx.execute(select(column).select_from(table)).scalars())
+
+    garbage = EvaluatorGarbage(database, lambda: store)
+    for path in root.rglob("*"):
+        os.utime(path, (now - 40 * DAY, now - 40 * DAY))
+    try:
+        assert not garbage.collect(30 * DAY, dry_run=False)
+        assert {item.name for item in garbage.collect(30 * DAY, dry_run=True, edits=True)} == {"alone"}
+        assert {item.name for item in store.list()} == set(names)
+        (item,) = garbage.collect(30 * DAY, dry_run=False, edits=True)
+        assert (item.kind, item.name, item.count) == ("edit", "alone", 1)
+        assert item.age_seconds == pytest.approx(40 * DAY, rel=0.01)
+        assert {item.name for item in store.list()} == set(names) - {"alone"}
+        assert not garbage.collect(30 * DAY, dry_run=False, edits=True)
+        stays = {"old and shared", "young", "old and below", "old and run upon", "live"}
+        assert left(evaluations, evaluations.c.id) == stays
+        assert left(owners, owners.c.evaluation_id) == stays
+        assert left(requests, requests.c.id) == {f"request-{name}" for name in stays}
+        assert left(evaluation_trials, evaluation_trials.c.evaluation_id) == stays
+        assert "trial-old-0" not in left(trials, trials.c.id)
+        assert "trial-old--1" in left(trials, trials.c.id), "the untouched student is others' too"
+        draft = root / ".draft-adapter-1"
+        draft.mkdir()
+        assert not garbage.collect(0, dry_run=True, edits=True)[3:], "it may be under way"
+        os.utime(draft, (now - 7200, now - 7200))
+        kinds = {item.name: item.kind for item in garbage.collect(30 * DAY, dry_run=False, edits=True)}
+        assert kinds == {".draft-adapter-1": "leftover"}
+    finally:
+        database.close()
+
+
 def test_an_evaluator_forgets_what_is_old_and_nothing_else(database_url: str) -> None:
     database = Database(database_url)
     now = time.time()
@@ -228,8 +315,8 @@ def test_an_evaluator_forgets_what_is_old_and_nothing_else(database_url: str) ->
                 end(tx, "batch", number, Ending(), ended)
     verdicts = VerdictStore(database)
     verdicts.put("old", True, None)
-    later = EvaluatorGarbage(database, clock=lambda: now + 31 * DAY)
-    here = EvaluatorGarbage(database)
+    later = EvaluatorGarbage(database, no_edits, clock=lambda: now + 31 * DAY)
+    here = EvaluatorGarbage(database, no_edits)
     try:
 
         def told(found: list[types.Garbage]) -> list[tuple[str, int]]:

@@ -101,6 +101,28 @@ def test_each_self_edit_is_trained_as_its_directive_says(stack: Stack, student: 
     assert after.baseline.gold_logprobs == pytest.approx(learnt[-1], abs=1e-4)
 
 
+def test_kept_edits_go_only_where_it_is_asked_for_and_are_learnt_again(
+    stack: Stack, student: types.PinnedStudent
+) -> None:
+    def collected(**changes: object) -> set[str]:
+        request = pb.EvaluatorServiceCollectGarbageRequest(keep_days=0, **changes)  # type: ignore[arg-type]
+        return {item.name for item in stack.stub.CollectGarbage(request, timeout=20).garbage if item.kind == "edit"}
+
+    (first,) = evaluate(stack, student, edit("Ada was in Rome."))
+    learnt = first.trials[0].adapter
+    folder = local_folder(learnt.uri)
+    assert not collected()
+    assert folder.name in collected(edits=True, dry_run=True)
+    assert folder.is_dir()
+    assert folder.name in collected(edits=True)
+    assert not folder.exists()
+    assert not collected(edits=True)
+    (again,) = evaluate(stack, student, edit("Ada was in Rome."))
+    assert again.id == first.id
+    assert again.trials[0].adapter == learnt
+    assert verified_folder(learnt) == folder
+
+
 def test_an_edit_that_cannot_be_used_is_a_failure_and_no_reward(
     stack: Stack, student: types.PinnedStudent, tmp_path: Path
 ) -> None:
