@@ -2,7 +2,11 @@
 
 * text: what a teacher writes (``preceptor.completions``), one document a line, a directive in the first if there is one
 * ``.json``, ``.jsonl``: objects ``{"documents": [...], "directive": {...}, "name": "..."}``, or a teacher's
-  ``{"completion": "..."}``: one, several (one a line, or a list of them)
+  ``{"completion": "...", "splitting": "lines", "title": ""}``: one, several (one a line, or a list of them)
+* SEAL's: ``{"prompt": "...", "completion": "..."}``, ``{"title": "...", "completions": ["...", ...]}`` and of a result
+  file ``{"articles": [...]}``; these are split like free text (see preceptor.splitting)
+* of few-shot tasks, which need no documents: a ``directive`` with ``augmentations``, or SEAL's object of
+  ``data_generation`` and ``training``
 * ``-``: standard input, JSON if it begins with a brace or a bracket before a brace, else text
 """
 
@@ -11,12 +15,13 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from preceptor.completions import Limits, MalformedSelfEdit, parse
+from preceptor.few_shot.directives import parse_json_directive
 from preceptor.limits import (
     MAX_DOCUMENTS,
     MAX_EPOCHS,
@@ -27,6 +32,7 @@ from preceptor.limits import (
     MAX_SELF_EDITS,
     MAX_TEXT_CHARACTERS,
 )
+from preceptor.splitting import SPLITTINGS
 from preceptor.task_problems import (
     Problem,
     cut,
@@ -38,7 +44,7 @@ from preceptor.task_problems import (
     shown,
     text_fault,
 )
-from preceptor.tasks import Directive, LossMask, SelfEdit
+from preceptor.tasks import TARGETS, Augmentations, Directive, FineTuning, LossMask, SelfEdit
 
 STDIN = "-"
 # By hand one may ask for all that the evaluator takes, not only for what a teacher is allowed.
@@ -49,9 +55,19 @@ LIMITS = Limits(
     rank=(1, MAX_RANK),
     documents=MAX_DOCUMENTS,
     document_chars=MAX_TEXT_CHARACTERS,
+    allow_full=True,
 )
-_KEYS = {"name", "documents", "directive", "completion"}
-_MASKS = (LossMask.ALL, LossMask.AFTER_MARKER)
+_KEYS = {"name", "documents", "directive", "completion", "splitting", "title"}
+_FEW_SHOT_KEYS = {"data_generation", "training"}
+# Of SEAL's files. What is not in them is told as not read.
+_SEAL_KEYS = {"title", "context", "prompt", "completions", "questions", "stats", "splitting"}
+# What a setting may be that is a word, and what it becomes.
+_WORDS: dict[str, tuple[str, ...]] = {
+    "loss_mask": (LossMask.ALL, LossMask.AFTER_MARKER),
+    "targets": tuple(TARGETS),
+    "fine_tuning": tuple(FineTuning),
+}
+_CHOICES: dict[str, Callable[[str], object]] = {"loss_mask": LossMask, "fine_tuning": FineTuning}
 _JSON_START = re.compile(r"\s*(\[\s*)?\{")
 _SPACE = re.compile(r"\s*")
 
@@ -138,6 +154,8 @@ class _Reader:
             except (RecursionError, ValueError):  # nested too deeply; a number with thousands of digits
                 self._wrong(file, line, (), "is not JSON that can be read")
                 return
+            if isinstance(value, dict) and isinstance(value.get("articles"), list):
+                value = value["articles"]  # a result file; its numbers are not what is read here
             values += len(value) if isinstance(value, list) else 1
             if values > MAX_SELF_EDITS:
                 self._wrong(file, line, (), f"has more than {MAX_SELF_EDITS} self-edits")
@@ -151,35 +169,92 @@ class _Reader:
         if not isinstance(value, dict):
             self._wrong(file, line, at, f"must be an object, is {kind(value)}")
             return
-        self.ignored |= value.keys() - _KEYS
+        if "completions" in value:
+            self._completions(file, line, at, value, alone)
+            return
+        self.ignored |= value.keys() - _KEYS - _FEW_SHOT_KEYS - ({"prompt"} if "completion" in value else set())
         count = len(self.problems)
         name = value.get("name", _stem(file) if alone else f"{_stem(file)}:{at[0] + 1 if at else line}")
         if fault := text_fault(name, MAX_NAME_CHARACTERS) if "name" in value else "":
             self._wrong(file, line, (*at, "name"), fault)
         edit = None
-        if ("completion" in value) == ("documents" in value):
+        given = value.get("directive", {})
+        if seal := value.keys() & _FEW_SHOT_KEYS:
+            edit = self._few_shot(file, line, at, {key: value[key] for key in value if key in seal})
+        elif isinstance(given, dict) and "augmentations" in given and not value.keys() & {"completion", "documents"}:
+            edit = SelfEdit((), self._directive(file, line, (*at, "directive"), given))
+        elif ("completion" in value) == ("documents" in value):
             self._wrong(file, line, at, "needs either documents or a completion")
         elif "completion" in value:
             if "directive" in value:
                 self._wrong(file, line, (*at, "directive"), "stands in the completion; leave this one out")
-            edit = self._completion_of(file, line, at, value["completion"])
+            edit = self._completion_of(file, line, at, value)
         else:
             documents = self._documents(file, line, (*at, "documents"), value["documents"])
-            directive = self._directive(file, line, (*at, "directive"), value.get("directive", {}))
+            directive = self._directive(file, line, (*at, "directive"), given)
             edit = SelfEdit(documents, directive)
         if count == len(self.problems) and edit is not None:
             self.found.append(ReadSelfEdit(name.strip(), edit, file, line))
 
-    def _completion_of(self, file: str, line: int, at: tuple[str | int, ...], value: Any) -> SelfEdit | None:
-        if fault := text_fault(value):
-            self._wrong(file, line, (*at, "completion"), fault)
-            return None
-        return self._completion(file, line, field_name((*at, "completion")), value)
+    def _few_shot(self, file: str, line: int, at: tuple[str | int, ...], value: dict[str, Any]) -> SelfEdit | None:
+        try:
+            return SelfEdit((), parse_json_directive(json.dumps(value), LIMITS))
+        except MalformedSelfEdit as error:
+            self._wrong(file, line, at, str(error))
+        except RecursionError:
+            self._wrong(file, line, at, "is nested too deeply")
+        return None
 
-    def _completion(self, file: str, line: int | None, where: str, text: str) -> SelfEdit | None:
+    def _completions(self, file: str, line: int, at: tuple[str | int, ...], value: dict[str, Any], alone: bool) -> None:
+        """SEAL's passage with several completions, each of them a text or, of a result file, ``{"text": ...}``."""
+        self.ignored |= value.keys() - _SEAL_KEYS
+        given = value["completions"]
+        if not isinstance(given, list) or not given:
+            found = "an empty one" if given == [] else kind(given)
+            self._wrong(file, line, (*at, "completions"), f"must be a list of completions, is {found}")
+            return
+        if len(self.found) + len(given) > MAX_SELF_EDITS:
+            self._wrong(file, line, (*at, "completions"), f"makes more than {MAX_SELF_EDITS} self-edits")
+            return
+        title = value.get("title", "")
+        if fault := text_fault(title, MAX_NAME_CHARACTERS) if title != "" else "":
+            self._wrong(file, line, (*at, "title"), fault)
+            return
+        name = title.strip() or _stem(file)
+        for place, entry in enumerate(given):
+            where = (*at, "completions", place)
+            if isinstance(entry, dict):
+                where, entry = (*where, "text"), entry.get("text")
+            one = {"completion": entry, "title": title, "splitting": value.get("splitting", "auto")}
+            if (edit := self._completion_of(file, line, where, one, "")) is not None:
+                called = name if len(given) == 1 else f"{name}:{place + 1}"
+                self.found.append(ReadSelfEdit(called, edit, file, line))
+
+    def _completion_of(
+        self, file: str, line: int, at: tuple[str | int, ...], value: dict[str, Any], key: str = "completion"
+    ) -> SelfEdit | None:
+        """``key``: where the text stands below ``at``."""
+        text, here = value["completion"], (*at, key) if key else at
+        if fault := text_fault(text, MAX_TEXT_CHARACTERS):
+            self._wrong(file, line, here, fault)
+            return None
+        # Who has a prompt beside it was written by a model that knows no form of ours.
+        splitting = value.get("splitting", "auto" if "prompt" in value else "lines")
+        if splitting not in SPLITTINGS:
+            self._wrong(file, line, (*at, "splitting") if key else at[:-1], _splitting_fault(splitting))
+            return None
+        title = value.get("title", "")
+        if fault := text_fault(title, MAX_NAME_CHARACTERS) if title != "" else "":
+            self._wrong(file, line, (*at, "title"), fault)
+            return None
+        return self._completion(file, line, field_name(here), text, splitting, title.strip())
+
+    def _completion(
+        self, file: str, line: int | None, where: str, text: str, splitting: str = "lines", title: str = ""
+    ) -> SelfEdit | None:
         """``line``: where the text stands; None where it is the whole file."""
         try:
-            return parse(text, LIMITS)
+            return parse(text, LIMITS, splitting=splitting, title=title)
         except MalformedSelfEdit as error:
             self.problems.append(Problem(file, error.line if line is None else line, where, str(error)))
             return None
@@ -208,11 +283,28 @@ class _Reader:
             return Directive()
         values: dict[str, Any] = {}
         for key, given in value.items():
-            if problem := directive_fault(key, given):
+            if key == "augmentations" and isinstance(given, dict):
+                if (asked := self._augmentations(file, line, (*at, key), given)) is not None:
+                    values[key] = asked
+            elif key == "loss_mask" and given == LossMask.OUTPUTS_ONLY and "augmentations" in value:
+                values[key] = LossMask.OUTPUTS_ONLY  # what a few-shot task makes has outputs
+            elif problem := directive_fault(key, given):
                 self._wrong(file, line, (*at, key), problem)
             else:
-                values[key] = LossMask(given) if key == "loss_mask" else given
+                values[key] = _CHOICES[key](given) if key in _CHOICES else given
         return Directive(**values) if len(values) == len(value) else Directive()
+
+    def _augmentations(
+        self, file: str, line: int, at: tuple[str | int, ...], value: dict[str, Any]
+    ) -> Augmentations | None:
+        known = tuple(Augmentations.__dataclass_fields__)
+        before = len(self.problems)
+        for key, given in value.items():
+            if key not in known:
+                self._wrong(file, line, (*at, key), f"is not one of {', '.join(known)}")
+            elif not isinstance(given, bool):
+                self._wrong(file, line, (*at, key), f"must be true or false, is {kind(given)}")
+        return Augmentations(**value) if before == len(self.problems) else None
 
     def _wrong(self, file: str, line: int, at: Sequence[str | int], message: str) -> None:
         self.problems.append(Problem(file, line, field_name(at), message))
@@ -223,8 +315,11 @@ def directive_fault(key: str, value: Any) -> str:
     names = tuple(Directive.__dataclass_fields__)
     if key not in names:
         return f"is not one of {', '.join(names)}"
-    if key == "loss_mask":
-        return "" if value in _MASKS else f"must be one of {', '.join(_MASKS)}, is {shown(value)}"
+    if key in _WORDS:
+        said = isinstance(value, str) and value in _WORDS[key]
+        return "" if said else f"must be one of {', '.join(_WORDS[key])}, is {shown(value)}"
+    if key == "augmentations":
+        return f"must be an object, is {kind(value)}"
     whole = key in ("epochs", "rank")
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         wanted = "a whole number" if whole else "a number"
@@ -245,6 +340,10 @@ def _with_names_apart(found: Sequence[ReadSelfEdit]) -> Iterator[ReadSelfEdit]:
             name = f"{read.file}:{read.line}" if read.line else read.file
         taken[name] = taken.get(name, 0) + 1
         yield replace(read, name=name if taken[name] == 1 else f"{name} ({taken[name]})")
+
+
+def _splitting_fault(value: Any) -> str:
+    return f"splitting must be one of {', '.join(SPLITTINGS)}, is {shown(value)}"
 
 
 def _stem(file: str) -> str:

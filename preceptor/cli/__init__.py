@@ -31,6 +31,8 @@ from preceptor.cli.certificates import certificates
 from preceptor.cli.doctor import doctor
 from preceptor.cli.evaluate import evaluate
 from preceptor.cli.evaluations import evaluations
+from preceptor.cli.export import export
+from preceptor.cli.formats import formats
 from preceptor.cli.gc import gc
 from preceptor.cli.probe import probe
 from preceptor.cli.reproduce import reproduce
@@ -61,6 +63,8 @@ for _command in (
     evaluations,
     students,
     tasks,
+    formats,
+    export,
     doctor,
     probe,
     certificates,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from preceptor.v1.evaluator_pb2_grpc import EvaluatorServiceStub
     from preceptor.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
     from preceptor.v1.student_pb2_grpc import StudentServiceStub
+    from preceptor.v1.teacher_pb2_grpc import TeacherServiceStub
 
 # Long enough for a service on another continent, short enough to say at once that there is none.
 PROBE_SECONDS = 3.0
@@ -87,3 +88,10 @@ def students_in_use() -> StudentServiceStub:
     from preceptor.v1.student_pb2_grpc import StudentServiceStub
 
     return connect(stack_in_use("student").student_address, StudentServiceStub)
+
+
+def teacher_in_use() -> TeacherServiceStub:
+    """The teacher of the stack that is up. Raises PreceptorError(STACK_NOT_UP)."""
+    from preceptor.v1.teacher_pb2_grpc import TeacherServiceStub
+
+    return connect(stack_in_use("teacher").teacher_address, TeacherServiceStub)

@@ -10,7 +10,7 @@ import pytest
 
 from preceptor.errors import PreceptorError
 from preceptor.self_edit_files import ReadSelfEdit, read_self_edits
-from preceptor.tasks import Directive, LossMask, SelfEdit
+from preceptor.tasks import Augmentations, Directive, FineTuning, LossMask, SelfEdit
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,8 @@ def test_standard_input_may_be_either_form(
         (
             "a.jsonl",
             '\n{"documents": ["A."], "directive": {"lr": 1}}',
-            "a.jsonl:2: is not one of learning_rate, epochs, replay_share, rank, loss_mask [directive.lr]",
+            "a.jsonl:2: is not one of learning_rate, epochs, replay_share, rank, loss_mask, targets, fine_tuning, "
+            "augmentations [directive.lr]",
         ),
         (
             "a.json",
@@ -169,3 +170,84 @@ def test_all_problems_of_all_files_are_told_at_once() -> None:
 def test_a_file_that_is_not_there_is_named() -> None:
     with pytest.raises(PreceptorError, match=r"there is no file nowhere\.txt"):
         read_self_edits(["nowhere.txt"])
+
+
+def test_a_directive_says_layers_the_kind_of_fine_tuning_and_augmentations() -> None:
+    given = {"targets": "mlp", "fine_tuning": "full", "epochs": 2}
+    (found,) = read("a.json", json.dumps({"documents": ["A."], "directive": given}))
+    assert found.self_edit.directive == Directive(epochs=2, targets="mlp", fine_tuning=FineTuning.FULL)
+    (spelt,) = read("a.txt", "directive: targets=mlp fine_tuning=full epochs=2\nA.")
+    assert spelt.self_edit == found.self_edit
+    asked = {"augmentations": {"basic": True, "colours": False}, "loss_mask": "outputs_only"}
+    (grids,) = read("a.json", json.dumps({"directive": asked}))
+    wanted = Directive(loss_mask=LossMask.OUTPUTS_ONLY, augmentations=Augmentations(basic=True, colours=False))
+    assert grids.self_edit == SelfEdit((), wanted)
+    (published,) = read("a.json", json.dumps({"data_generation": {"use_chain_augmentations": True}}))
+    assert published.self_edit == SelfEdit((), Directive(augmentations=Augmentations(chain=True)))
+
+
+SEAL = {"title": "Ada", "context": "Ada is in Rome.", "prompt": "...", "questions": [{"question": "?", "answer": "!"}]}
+
+
+def test_seals_self_edits_are_split_and_stand_behind_their_title() -> None:
+    listed = [{**SEAL, "completions": ["Sure!\n1. She is in Rome.\n2. Rome is old.", "Q: Where?\nA: Rome."]}]
+    first, second = read("a.json", json.dumps(listed))
+    assert (first.name, second.name) == ("Ada:1", "Ada:2")
+    assert first.self_edit.documents == ("Ada\nShe is in Rome.", "Ada\nRome is old.")
+    assert second.self_edit.documents == ("Ada\nQuestion: Where?\nAnswer: Rome.",)
+    assert read_self_edits(["a.json"]).notes == ()
+
+
+def test_seals_results_and_examples_are_read_for_their_completions() -> None:
+    result = {
+        "overall": {"mean_gain": 0.1},
+        "articles": [{**SEAL, "stats": {}, "completions": [{"text": "- A.\n- B."}]}],
+    }
+    (one,) = read("a.json", json.dumps(result))
+    assert (one.name, one.self_edit.documents) == ("Ada", ("Ada\nA.", "Ada\nB."))
+    examples = (
+        '{"prompt": "P", "completion": "1. A.\\n2. B."}\n{"prompt": "P", "completion": "1. A.", "splitting": "lines"}\n'
+    )
+    free, lines = read("a.jsonl", examples)
+    assert (free.self_edit.documents, lines.self_edit.documents) == (("A.", "B."), ("1. A.",))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({**SEAL, "completions": []}, "a.json:1: must be a list of completions, is an empty one [completions]"),
+        ({**SEAL, "completions": "A."}, "a.json:1: must be a list of completions, is a string [completions]"),
+        ({**SEAL, "completions": ["A.", 3]}, "a.json:1: must be a string, is a number [completions[1]]"),
+        ({**SEAL, "completions": [{"texts": "A."}]}, "a.json:1: must be a string, is null [completions[0].text]"),
+        ({**SEAL, "completions": ["Sure! Here:\n1."]}, "a.json:1: no study document [completions[0]]"),
+        ({**SEAL, "title": 3, "completions": ["A."]}, "a.json:1: must be a string, is a number [title]"),
+        ({**SEAL, "splitting": "commas", "completions": ["A."]}, "a.json:1: splitting must be one of lines, "),
+        ([{"completion": "A.", "splitting": 1}], "a.json:1: splitting must be one of lines, "),
+        ({"articles": []}, "a.json: has no self-edits"),
+        ({"articles": [{"completions": [1]}]}, "a.json:1: must be a string, is a number [[0].completions[0]]"),
+        ({**SEAL, "completions": ["A."] * 1025}, "a.json:1: makes more than 1024 self-edits [completions]"),
+        (
+            {"directive": {"targets": "heads"}, "documents": ["A."]},
+            "a.json:1: must be one of qv, attention, mlp, all",
+        ),
+        (
+            {"directive": {"fine_tuning": 1}, "documents": ["A."]},
+            "a.json:1: must be one of lora, full, is 1",
+        ),
+        ({"directive": {"augmentations": 1}}, "a.json:1: must be an object, is a number [directive.augmentations]"),
+        (
+            {"directive": {"augmentations": {"turn": True}}},
+            "a.json:1: is not one of basic, size, chain, repeat",
+        ),
+        (
+            {"directive": {"augmentations": {"size": 1}}},
+            "a.json:1: must be true or false, is a number",
+        ),
+        ({"training": {"learning_rate": "fast"}}, "a.json:1: training.learning_rate must be a number"),
+    ],
+)
+def test_what_is_wrong_with_seals_files_and_new_settings_is_told_with_its_place(value: object, expected: str) -> None:
+    with pytest.raises(PreceptorError) as caught:
+        read("a.json", json.dumps(value))
+    assert caught.value.reason == "BAD_SELF_EDIT"
+    assert str(caught.value).startswith(expected)
