@@ -62,6 +62,8 @@ Targets = Literal["qv", "attention", "mlp", "all"]  # preceptor.tasks.TARGETS
 # With "format:" before it, the name of an arm (64 characters in a database).
 FormatName = Annotated[str, Field(min_length=1, max_length=57)]
 
+# Algorithms of an update that learn from every reward of a group, good or bad.
+POLICY_GRADIENTS = ("grpo", "rloo")
 # An error message stays readable.
 SHOWN_PROBLEMS = 20
 _TOO_LONG = f"has more than {MAX_CONFIG_CHARACTERS} characters"
@@ -199,7 +201,7 @@ class UpdateConfig(Section):
 
     @model_validator(mode="after")
     def _divergence_is_of_gradients(self) -> UpdateConfig:
-        if self.kl and self.algorithm not in ("grpo", "rloo"):
+        if self.kl and self.algorithm not in POLICY_GRADIENTS:
             raise ValueError(f"kl = {self.kl:g} means nothing to {self.algorithm}; leave it out")
         return self
 
@@ -408,6 +410,20 @@ class RunConfig(Section):
     def _recipe_is_the_only_strategy(self) -> RunConfig:
         if self.training.recipe and self.heldout.fixed_strategies:
             raise ValueError("heldout.fixed_strategies set rate and epochs, which training.recipe fixes; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_need_every_reward(self) -> RunConfig:
+        name = self.update.algorithm
+        if name not in POLICY_GRADIENTS:
+            return self
+        if self.rounds.self_edits < 2:
+            raise ValueError(f"update.algorithm = {name} compares the self-edits of a task; rounds.self_edits is 1")
+        if self.reward.race is not None or self.reward.fresh_seeds:
+            raise ValueError(
+                f"update.algorithm = {name} learns from poor self-edits too, which a race and fresh seeds leave "
+                "unmeasured: --set reward.race= --set reward.fresh_seeds=0"
+            )
         return self
 
     @property

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preceptor.config import RunConfig, load_config, parse_config_json
+from preceptor.config import POLICY_GRADIENTS, RunConfig, load_config, parse_config_json
 from preceptor.errors import PreceptorError
 from preceptor.recipes import SEAL_COMPAT
 
@@ -67,7 +67,12 @@ def test_an_unknown_table_is_refused(tmp_path: Path) -> None:
         ("seed = 3", "seed = -1", 2, "seed: Input should be greater than or equal to 0 (given: -1)"),
         ("count = 2", "count = 2.5", 8, "rounds.count: "),
         ("self_edits = 4", "self_edits = 0", 9, "rounds.self_edits: Input should be greater than or equal to 1"),
-        ('world = "almanac"', 'world = "mars"', 5, "tasks.world: Input should be 'almanac' or 'mosaic' (given: \"mars\")"),
+        (
+            'world = "almanac"',
+            'world = "mars"',
+            5,
+            "tasks.world: Input should be 'almanac' or 'mosaic' (given: \"mars\")",
+        ),
         ('name = "mine"', 'name = "My Run"', 1, "name: "),
     ],
 )
@@ -247,3 +252,18 @@ def test_a_reward_without_labels_and_a_race_can_be_had(tmp_path: Path) -> None:
     reward = load_config(write(tmp_path, f"{GOOD}\n[reward]\n{lines}\n")).reward
     assert not reward.needs_answers
     assert reward.race is not None
+
+
+@pytest.mark.parametrize("name", POLICY_GRADIENTS)
+def test_a_policy_gradient_needs_every_reward_of_a_group(name: str, tmp_path: Path) -> None:
+    path, chosen = write(tmp_path, GOOD), f"update.algorithm={name}"
+    assert load_config(path, [chosen, "update.kl=0.1"]).update.kl == 0.1
+    assert "reward.race=" in error_of(path, chosen, "reward.fresh_seeds=1").message
+    assert "reward.race=" in error_of(path, chosen, "reward.race={look_steps=4}").message
+    assert "rounds.self_edits" in error_of(path, chosen, "rounds.self_edits=1").message
+
+
+def test_a_divergence_means_something_to_policy_gradients_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    assert "kl = 0.1 means nothing to rest_em" in error_of(path, "update.kl=0.1").message
+    assert "update.algorithm" in error_of(path, "update.algorithm=ppo").message
