@@ -14,6 +14,7 @@ from preceptor.limits import (
     MAX_DOCUMENTS,
     MAX_LABELS,
     MAX_NAME_CHARACTERS,
+    MAX_PAIRS,
     MAX_PROBES,
     MAX_QUESTIONS,
     MAX_REFERENCE_EDITS,
@@ -24,7 +25,7 @@ from preceptor.limits import (
     check_name,
 )
 from preceptor.names import canonical_json, message_json, task_id, task_title
-from preceptor.question_faults import answer_fault, question_faults
+from preceptor.question_faults import answer_fault, grid_answer_fault, question_faults
 from preceptor.self_edit_files import directive_fault
 from preceptor.tasks import TARGETS, Bank
 from preceptor.v1 import orchestrator_pb2 as pb
@@ -139,7 +140,7 @@ def _check_tasks(
         if too_much := _size_fault(task):
             raise _bad(field, position, task, too_much, "")
         if task.HasField("few_shot"):
-            _check_few_shot(field, position, task)
+            _check_few_shot(field, position, task, config.answers.max_new_tokens)
         else:
             _check_passage(field, position, task, banks, bank_words, config, answers_needed)
         if task.id != task_id(task):
@@ -180,16 +181,19 @@ def _check_passage(
         raise _bad(field, position, task, f"has no {bank_words} question", "passage.questions")
 
 
-def _check_few_shot(field: str, position: int, task: types.Task) -> None:
-    """Demonstrations to learn from, queries whose outputs are known, and grids that are grids."""
+def _check_few_shot(field: str, position: int, task: types.Task, max_new_tokens: int) -> None:
+    """Demonstrations to learn from, queries whose outputs are known and can be answered, and grids that are grids."""
     for part in ("demonstrations", "queries"):
         pairs = getattr(task.few_shot, part)
-        if not 1 <= len(pairs) <= MAX_QUESTIONS:
-            problem = f"has {len(pairs)} {part}; it needs 1..{MAX_QUESTIONS}"
+        if not 1 <= len(pairs) <= MAX_PAIRS:
+            problem = f"has {len(pairs)} {part}; it needs 1..{MAX_PAIRS}"
             raise _bad(field, position, task, problem, f"few_shot.{part}")
         for number, pair in enumerate(pairs):
             for side in ("input", "output"):
-                fault = grid_fault([list(row.cells) for row in getattr(pair, side).rows])
+                grid = tuple(tuple(row.cells) for row in getattr(pair, side).rows)
+                fault = grid_fault(grid)
+                if not fault and (part, side) == ("queries", "output"):
+                    fault = grid_answer_fault(grid, max_new_tokens)
                 if fault:
                     where = f"few_shot.{part}[{number}].{side}"
                     raise _bad(field, position, task, f"has a bad grid: {where} {fault}", where)
@@ -219,6 +223,8 @@ def _edit_fault(edit: types.SelfEdit, few_shot: bool) -> str:
         return f"it has more than {MAX_DOCUMENTS} documents or {MAX_TEXT_CHARACTERS} characters"
     if not all(document.strip() for document in edit.documents):
         return "it has an empty document"
+    if few_shot and edit.documents:
+        return "it has documents; those of a few-shot task are made of its demonstrations"
     directive = edit.directive
     for key, known in (("loss_mask", types.LossMask.values()), ("fine_tuning", types.FineTuning.values())):
         if getattr(directive, key) not in known:

@@ -133,6 +133,19 @@ def unknown_output() -> types.Task:
     return task
 
 
+def large_output() -> types.Task:
+    task = few_shot("bad")
+    for _ in range(4):
+        task.few_shot.queries[0].output.rows.add(cells=[0] * 6)
+    return task
+
+
+def with_documents() -> types.Task:
+    task = few_shot("bad")
+    task.reference_edits["oracle"].documents.append("Input: 1")
+    return task
+
+
 def strange_targets() -> types.Task:
     task = few_shot("bad")
     task.reference_edits["oracle"].directive.targets = "everything"
@@ -145,6 +158,8 @@ def strange_targets() -> types.Task:
         (no_query(), "has 0 queries", "few_shot.queries"),
         (ragged(), "few_shot.demonstrations[1].input has rows of 4 to 6 cells", "few_shot.demonstrations[1].input"),
         (unknown_output(), "few_shot.queries[1].output is empty", "few_shot.queries[1].output"),
+        (large_output(), "few_shot.queries[0].output", "few_shot.queries[0].output"),
+        (with_documents(), "it has documents", ""),
         (strange_targets(), "targets 'everything' is not one of qv, attention, mlp, all", ""),
         (passage("town"), "is of another kind than the tasks before it", "kind"),
         (few_shot("rule 1"), "is the same as task 2", ""),
