@@ -275,7 +275,7 @@ class Lab:
 
 
 def _weight(step: Step) -> float:
-    return step.trained_tokens or float(step.trials or 1)
+    return step.trained_tokens or step.written_tokens or float(step.trials or 1)
 
 
 @dataclass(frozen=True, slots=True)
