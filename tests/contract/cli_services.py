@@ -15,9 +15,10 @@ from preceptor.config import parse_config_json
 from preceptor.errors import PreceptorError
 from preceptor.server import Server
 from preceptor.settings import ServiceSettings
-from preceptor.v1 import evaluator_pb2_grpc, orchestrator_pb2_grpc, student_pb2_grpc
+from preceptor.v1 import evaluator_pb2_grpc, orchestrator_pb2_grpc, student_pb2_grpc, teacher_pb2_grpc
 from preceptor.v1 import orchestrator_pb2 as pb
 from preceptor.v1 import student_pb2 as students
+from preceptor.v1 import teacher_pb2 as teacher
 from tests.contract.scripted_evaluator import Evaluator
 
 SUMMARY = {
@@ -46,6 +47,8 @@ class Orchestrator(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         self.calls: list[str] = []
         self.ends: pb.RunState.ValueType | None = pb.RUN_STATE_SUCCEEDED
         self.failure = ("TOO_MANY_FAILURES", "9 of 10 evaluations failed")
+        self.failing: set[str] = set()  # runs that fail whatever the others do
+        self.summary: dict[str, Any] = SUMMARY
         self.breaks = 0  # so many watches are cut after their first snapshot
         self.watched = threading.Event()
 
@@ -94,7 +97,7 @@ class Orchestrator(orchestrator_pb2_grpc.OrchestratorServiceServicer):
                 time.sleep(0.05)
             if self.ends is None:
                 return
-            run.state = self.ends
+            run.state = pb.RUN_STATE_FAILED if run.id in self.failing else self.ends
             if run.state == pb.RUN_STATE_FAILED:
                 run.failure.reason, run.failure.message = self.failure
         yield pb.WatchRunResponse(run=run, progress=pb.RunProgress(phase="done"))
@@ -118,13 +121,41 @@ class Orchestrator(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         if run.state != pb.RUN_STATE_SUCCEEDED:
             raise PreceptorError("RUN_NOT_FINISHED", f"run {run.id} has no report")
         return pb.GetRunReportResponse(
-            summary_json=json.dumps({**SUMMARY, "run": run.id}), report_html=f"<title>{run.id}</title>"
+            summary_json=json.dumps({**self.summary, "run": run.id}), report_html=f"<title>{run.id}</title>"
         )
 
     def _run(self, run_id: str) -> pb.Run:
         if run_id not in self.runs:
             raise PreceptorError("RUN_NOT_FOUND", f"there is no run {run_id!r}", field="run_id")
         return self.runs[run_id]
+
+
+class Teacher(teacher_pb2_grpc.TeacherServiceServicer):
+    """A teacher of the user's own that writes the passage, sentence by sentence; a passage with "illegible" in its text
+    is malformed."""
+
+    def __init__(self) -> None:
+        self.asked: list[teacher.GenerateSelfEditsRequest] = []
+        self.base_commit = "c0ffee"
+
+    def GetPolicy(self, request: teacher.GetPolicyRequest, context: grpc.ServicerContext) -> teacher.GetPolicyResponse:
+        policy = teacher.Policy(id=request.policy_id or "base-1", state=teacher.POLICY_STATE_READY)
+        policy.base_commit = self.base_commit
+        return teacher.GetPolicyResponse(policy=policy)
+
+    def GenerateSelfEdits(
+        self, request: teacher.GenerateSelfEditsRequest, context: grpc.ServicerContext
+    ) -> Iterator[teacher.GenerateSelfEditsResponse]:
+        self.asked.append(request)
+        for task in request.tasks:
+            group = teacher.GenerateSelfEditsResponse(task_id=task.id, policy_id=request.policy_id or "base-1")
+            for index in range(request.samples_per_task or 1):
+                written = group.self_edits.add(index=index, status=teacher.SELF_EDIT_STATUS_VALID, draws=1)
+                if "illegible" in task.passage.text:
+                    written.status, written.malformed_reason = teacher.SELF_EDIT_STATUS_MALFORMED, "illegible"
+                else:
+                    written.self_edit.documents.extend(task.passage.text.split(". "))
+            yield group
 
 
 class Students(student_pb2_grpc.StudentServiceServicer):
@@ -198,6 +229,7 @@ class Services:
 
     orchestrator: Orchestrator = field(default_factory=lambda: Orchestrator())  # type: ignore[abstract]
     students: Students = field(default_factory=lambda: Students())  # type: ignore[abstract]
+    teacher: Teacher = field(default_factory=lambda: Teacher())  # type: ignore[abstract]
     evaluator: Evaluator = field(default_factory=lambda: Evaluator())  # type: ignore[abstract]
     environment: dict[str, str] = field(default_factory=dict)
     servers: list[Server] = field(default_factory=list)
@@ -214,7 +246,15 @@ class Services:
         def add_evaluator(server: grpc.Server) -> None:
             evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(self.evaluator, server)
 
-        adders = {"orchestrator": add_orchestrator, "student": add_students, "evaluator": add_evaluator}
+        def add_teacher(server: grpc.Server) -> None:
+            teacher_pb2_grpc.add_TeacherServiceServicer_to_server(self.teacher, server)
+
+        adders = {
+            "orchestrator": add_orchestrator,
+            "student": add_students,
+            "evaluator": add_evaluator,
+            "teacher": add_teacher,
+        }
         for name, adder in adders.items():
             server = Server([f"preceptor.v1.{name.capitalize()}Service"], adder, settings)
             self.servers.append(server)
