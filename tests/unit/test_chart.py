@@ -152,6 +152,17 @@ def environment(deployment: dict[str, Any]) -> dict[str, str]:
     return {entry["name"]: entry["value"] for entry in entries}
 
 
+def test_workers_can_write_where_the_evaluator_looks_for_kept_edits() -> None:
+    variant = ("full", "artifacts.url=", "artifacts.claim=weights", "vllm.policiesClaim=")
+    found = {process(one): one for one in of_kind(variant, "Deployment") + of_kind(variant, "StatefulSet")}
+    for name in ("teacher", "evaluator", "worker"):
+        place = environment(found[name])["PRECEPTOR_ARTIFACTS_URL"]
+        (mount,) = (one for one in container(found[name])["volumeMounts"] if one["mountPath"] == place)
+        assert not mount.get("readOnly")
+        (volume,) = (one for one in pod(found[name])["volumes"] if one["name"] == mount["name"])
+        assert volume["persistentVolumeClaim"] == {"claimName": "weights"}
+
+
 def secret_files(deployment: dict[str, Any]) -> set[str]:
     """Every file that a Secret's key is mounted at; of whole Secrets only the folder, with a star."""
     sources = {volume["name"]: volume for volume in pod(deployment)["volumes"]}

@@ -21,7 +21,9 @@ OURS = [
 
 
 def test_all_processes_of_ours_are_meant() -> None:
-    assert set(OURS) == {"teacher", "student", "evaluator", "orchestrator", "worker", "almanac", "cli"}
+    assert set(OURS) == {
+        *("teacher", "external-teacher", "student", "evaluator", "orchestrator", "worker", "almanac", "cli"),
+    }
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -29,6 +31,12 @@ def test_a_limit_in_env_is_for_who_calls_the_orchestrator_and_never_between_serv
     """.env is every process's ``env_file``; only what ``environment`` says is stronger."""
     limit = service(name, PRECEPTOR_RATE_LIMIT="20")["environment"].get("PRECEPTOR_RATE_LIMIT")
     assert limit == ("20" if name == "orchestrator" else "0")
+
+
+def test_workers_keep_edits_where_the_others_find_them() -> None:
+    who = [service(name) for name in ("teacher", "evaluator", "worker")]
+    assert {one["volumes"][0] for one in who} == {"state:/var/lib/preceptor"}  # not read-only, for none of them
+    assert {one["environment"]["PRECEPTOR_HOME"] for one in who} == {"/var/lib/preceptor"}
 
 
 @pytest.mark.parametrize("name", yaml.safe_load(FILES[0].read_text())["services"])
