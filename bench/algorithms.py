@@ -25,10 +25,10 @@ from typing import Any
 
 SMALL = (
     "rounds.count=4",
-    "rounds.tasks=8",
+    "rounds.tasks=6",
     "rounds.self_edits=8",
-    "tasks.train=32",
-    "tasks.heldout=16",
+    "tasks.train=24",
+    "tasks.heldout=12",
     "heldout.fixed_strategies=[]",
     "reward.fresh_seeds=0",
     "reward.race=",
