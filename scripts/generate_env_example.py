@@ -45,6 +45,11 @@ COMPOSE = {
     "GRAFANA_PORT": "dashboards",
     "JAEGER_PORT": "traces",
     "FLOWER_PORT": "with the profile queue-ui",
+    "PRECEPTOR_EXTERNAL_TEACHER_SERVER_URL": "endpoint of a second teacher, of the arm external_teacher; the embedded "
+    "stack starts it where this and the model are set, compose with the profile external-teacher",
+    "PRECEPTOR_EXTERNAL_TEACHER_SERVER_MODEL": "what that endpoint calls its model",
+    "PRECEPTOR_EXTERNAL_TEACHER_SERVER_API_KEY": "what it wants to see",
+    "PRECEPTOR_EXTERNAL_TEACHER_SERVER_API_KEY_FILE": "the file that holds its key, instead of it",
     "TEACHER": "folder or hub id of the teacher's base model",
     "TEACHER_REVISION": "its revision on the hub; a commit, for the same weights each time",
     "TEACHER_GPU": "number of the GPU that vLLM writes on",

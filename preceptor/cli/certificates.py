@@ -9,7 +9,18 @@ import click
 from preceptor.cli.output import json_option
 
 # What compose.yaml calls its services, and how one machine calls itself.
-HOSTS = ("localhost", "127.0.0.1", "teacher", "student", "evaluator", "orchestrator", "worker", "redis", "postgres")
+HOSTS = (
+    "localhost",
+    "127.0.0.1",
+    "teacher",
+    "external-teacher",
+    "student",
+    "evaluator",
+    "orchestrator",
+    "worker",
+    "redis",
+    "postgres",
+)
 AUTHORITY_DAYS = 3650
 
 
