@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,7 +36,8 @@ def draft(path: Path) -> Iterator[IO[bytes]]:
             "OUTPUT_NOT_WRITABLE", f"cannot be written: {error.strerror or error}", file=str(path)
         ) from None
     finally:
-        hidden.unlink(missing_ok=True)
+        with suppress(OSError):  # it has its name now, or never was
+            hidden.unlink()
 
 
 @contextmanager

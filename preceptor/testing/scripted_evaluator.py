@@ -74,6 +74,16 @@ class ScriptedEvaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
             self._changed.notify_all()
         return answer
 
+    def GetEvaluation(
+        self, request: pb.GetEvaluationRequest, context: grpc.ServicerContext
+    ) -> pb.GetEvaluationResponse:
+        """As it is now."""
+        with self._changed:
+            self._advance()
+            if (found := self._evaluations.get(request.evaluation_id)) is None:
+                raise PreceptorError("EVALUATION_NOT_FOUND", f"no evaluation {request.evaluation_id!r}")
+            return pb.GetEvaluationResponse(evaluation=found)
+
     def WatchEvaluations(
         self, request: pb.WatchEvaluationsRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.WatchEvaluationsResponse]:

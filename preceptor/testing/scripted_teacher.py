@@ -140,7 +140,13 @@ class ScriptedTeacher(teacher_pb2_grpc.TeacherServiceServicer):
         self, request: pb.ListPromptFormatsRequest, context: grpc.ServicerContext
     ) -> pb.ListPromptFormatsResponse:
         """The formats it pretends to know."""
-        return pb.ListPromptFormatsResponse(formats=[pb.PromptFormat(name=name, version=1) for name in FORMATS])
+        formats = [
+            pb.PromptFormat(
+                name=name, version=1, splitting="lines", kind="passage", template="# {title}\n{text}\n" + name
+            )
+            for name in FORMATS
+        ]
+        return pb.ListPromptFormatsResponse(formats=formats)
 
     def _policy(self, policy_id: str) -> pb.Policy:
         with self._lock:
