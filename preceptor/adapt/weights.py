@@ -76,14 +76,12 @@ def merge(
 
 
 def _said(stderr: str) -> PreceptorError:
-    """The error in what a merge that failed has said: its last line with a reason of the catalogue in brackets."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    for at, line in enumerate(lines):
-        reason = line.rpartition("(")[2].rstrip(")")
-        if line.startswith("next: ") and reason in CATALOGUE:
-            words = lines[at - 1].partition(": ")[2] if at else line
-            return PreceptorError(reason, f"the merge failed: {words}")
-    return PreceptorError("INTERNAL", f"the merge failed: {(lines or ['it said nothing'])[-1]}"[:1000])
+    """The error that a merge ends with: ``REASON: message`` in its last line."""
+    last = ([line.strip() for line in stderr.splitlines() if line.strip()] or ["it said nothing"])[-1]
+    reason, colon, words = last.partition(": ")
+    if colon and reason in CATALOGUE:
+        return PreceptorError(reason, f"the merge failed: {words}")
+    return PreceptorError("INTERNAL", f"the merge failed: {last}"[:1000])
 
 
 def _draft(target: Path) -> Path:

@@ -306,7 +306,7 @@ def test_a_merge_is_a_child_that_is_told_source_commit_and_edits_in_order(tmp_pa
 
 
 def test_a_merge_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
-    words = "print('merge: no layer x\\n  next: use another (ADAPTER_MISMATCH)', file=sys.stderr); sys.exit(2)"
+    words = "print('ADAPTER_MISMATCH: no layer x', file=sys.stderr); sys.exit(2)"
     with pytest.raises(PreceptorError, match="the merge failed: no layer x") as caught:
         weights.merge(types.PinnedStudent(), [], tmp_path / "merged", (sys.executable, "-c", _MERGE + words))
     assert caught.value.reason == "ADAPTER_MISMATCH"
