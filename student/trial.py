@@ -8,8 +8,9 @@ settings alone, never on the trials it happens to share a batch with.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from preceptor.tasks import TARGETS, Directive, LossMask, Schedule
+from preceptor.tasks import TARGETS, Directive, FineTuning, LossMask, Schedule
 
 # Every linear layer of a Llama-, Qwen- or Mistral-shaped block. Named in full, because PEFT's own default for these
 # models is q_proj and v_proj only, and a silent default is a silent change of the experiment.
@@ -43,13 +44,17 @@ class TrainingSettings:
 
     def under(self, directive: Directive) -> TrainingSettings:
         """These settings with what ``directive`` says in place of the defaults."""
-        named = {
+        named: dict[str, Any] = {
             name: value
             for name in ("learning_rate", "epochs", "replay_share", "rank", "loss_mask")
             if (value := getattr(directive, name)) is not None
         }
         if "rank" in named:  # keep alpha / rank, so that the rank alone does not change the size of a step
             named["alpha"] = self.alpha * named["rank"] / self.rank
+        if directive.targets is not None:
+            named["target_modules"] = TARGETS[directive.targets]
+        if directive.fine_tuning is not None:
+            named["full"] = directive.fine_tuning is FineTuning.FULL
         return replace(self, **named)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,18 @@ def test_where_only_the_server_may_answer_its_absence_is_an_error(
         served(base, bank, [0, 1], rows, SETTINGS)
     assert caught.value.reason == "SERVER_UNREACHABLE"
     assert served(base, bank, [0], rows[:1], SETTINGS) == answer(base, bank, [0], rows[:1], SETTINGS), "they are few"
+    served.close()
+
+
+def test_a_student_with_edits_is_asked_here_whatever_is_set(
+    base: LoadedBase, bank: LoraBank, nowhere: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server has the student as it was, under the same commit."""
+    served = ServedAnswers(nowhere, tmp_path, only=True, patience_seconds=0.2)
+    edited = replace(base, adapters=("0" * 64,))
+    rows = asked(edited)
+    assert served(edited, bank, [0, 1], rows, SETTINGS) == answer(base, bank, [0, 1], rows, SETTINGS)
+    assert not caplog.records
     served.close()
 
 

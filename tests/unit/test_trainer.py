@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from preceptor.errors import PreceptorError
-from preceptor.tasks import Directive, LossMask, Question
+from preceptor.tasks import Directive, FineTuning, LossMask, Question
 from student import trial_runner
 from student.base import LoadedBase
 from student.buckets import like_lengths
@@ -125,6 +125,10 @@ def test_a_directive_overrides_only_what_it_names() -> None:
     changed = SETTINGS.under(Directive(learning_rate=5e-4, replay_share=0.3))
     assert changed == replace(SETTINGS, learning_rate=5e-4, replay_share=0.3)
     assert SETTINGS.under(Directive(rank=32)).alpha / 32 == SETTINGS.alpha / SETTINGS.rank
+    assert SETTINGS.under(Directive(targets="qv")) == replace(SETTINGS, target_modules=("q_proj", "v_proj"))
+    whole = SETTINGS.under(Directive(fine_tuning=FineTuning.FULL))
+    assert whole == replace(SETTINGS, full=True)
+    assert whole.under(Directive(fine_tuning=FineTuning.LORA)) == SETTINGS
 
 
 def trials(**changes: object) -> list[Trial]:
