@@ -18,6 +18,8 @@ from preceptor.reproduce.runs import check_full, config_of, notes_of, section, s
 STUDENT = "almanac"
 # The formats that the teacher which ships was shown; others it reads as the one that comes nearest.
 FORMATS = ("self_qa", "implications", "rewrite", "copy")
+# What of a run's summary is kept with the results.
+_OF_A_RUN = ("run", "config_sha256", "student", "policies", "wall_seconds", "throughput", "notes")
 _OVERRIDES = (f"heldout.formats=[{', '.join(map(repr, FORMATS))}]", "heldout.in_context=true")
 
 
@@ -63,11 +65,12 @@ def measure_runs(lab: Lab, runs: Iterator[tuple[str, int, RunConfig]], title: st
             summaries.setdefault(student, {})[seed] = run
     if not summaries:
         raise PreceptorError("TOO_MANY_FAILURES", f"no run succeeded; the first: {lab.failures[0].message}")
+    sections = [section(student, f"Student {student}", found) for student, found in summaries.items()]
     return Findings(
         title=title,
         about=about,
-        sections=[section(student, f"Student {student}", found) for student, found in summaries.items()],
-        notes=[note for found in summaries.values() for note in notes_of(found)],
+        sections=sections,
+        notes=[note for of in sections for note in notes_of(of)],
         data={
             "runs": [
                 {
@@ -75,7 +78,15 @@ def measure_runs(lab: Lab, runs: Iterator[tuple[str, int, RunConfig]], title: st
                     "seed": seed,
                     **{
                         key: summary.get(key)
-                        for key in ("run", "config_sha256", "student", "policies", "wall_seconds", "throughput")
+                        for key in (
+                            "run",
+                            "config_sha256",
+                            "student",
+                            "policies",
+                            "wall_seconds",
+                            "throughput",
+                            "notes",
+                        )
                     },
                     "fixed_strategy": (summary.get("heldout") or {}).get("fixed_strategy"),
                     "rewards": [of["reward"]["mean"] for of in summary.get("rounds") or ()],

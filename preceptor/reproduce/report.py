@@ -180,7 +180,7 @@ def body(results: Mapping[str, Any], pictures: Mapping[str, str], folder: str = 
         lines += [f"{'#' * level} {table['title']}", ""]
         if table["caption"]:
             lines += [table["caption"], ""]
-        lines += [*_table(table["headers"], [[cell(cell) for cell in row] for row in table["rows"]]), ""]
+        lines += [*_table(table["headers"], [[cell(value) for value in row] for row in table["rows"]]), ""]
     for name in pictures:
         if name not in shown:
             lines += [f"![{name}]({folder}{name}.svg)", ""]

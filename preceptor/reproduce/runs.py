@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import preceptor
@@ -13,7 +14,7 @@ from preceptor.config import RunConfig, load_config
 from preceptor.errors import PreceptorError
 from preceptor.reproduce.cost import run_step
 from preceptor.reproduce.experiment import Options, Step
-from preceptor.reproduce.table import Arm, Section, arms_of, pairs_with
+from preceptor.reproduce.table import Arm, Section, arm_values, arms_of, pairs_with
 from preceptor.task_sources import gather_tasks
 
 # Beside the package: where the repository has its configs.
@@ -79,10 +80,35 @@ def in_order(found: Sequence[Arm]) -> list[Arm]:
     return sorted(found, key=place)
 
 
-def notes_of(summaries: Mapping[int, Mapping[str, Any]]) -> list[str]:
-    """What the runs' own summaries say that is to be known, once each."""
-    said: dict[str, list[int]] = {}
-    for seed, summary in summaries.items():
-        for note in summary.get("notes") or ():
-            said.setdefault(note, []).append(seed)
-    return [f"{note} (seed {', '.join(map(str, seeds))})" for note, seeds in said.items()]
+# Arms whose fine-tunes train this much more or less than the trained teacher's are not compared at equal tokens.
+_UNEQUAL = 0.1
+
+
+def notes_of(of: Section) -> list[str]:
+    """What is to be known of a section before its differences are believed."""
+    found = {arm.name: arm for arm in of.arms}
+    if arms.TRAINED not in found:
+        return [f"{of.title}: the trained teacher was not measured."]
+    notes = []
+    trained = found[arms.TRAINED]
+    if trained.tokens:
+        ours = fmean(trained.tokens)
+        other = [
+            f"{arm.words} {fmean(arm.tokens):,.0f}"
+            for arm in of.arms
+            if arm.name != arms.IN_CONTEXT and arm.tokens and abs(fmean(arm.tokens) / ours - 1) > _UNEQUAL
+        ]
+        if other:
+            notes.append(
+                f"{of.title}: not at equal tokens: the trained teacher's fine-tunes train {ours:,.0f} tokens,"
+                f" {', '.join(other)}."
+            )
+    if arms.IN_CONTEXT in found:
+        there, here = (arm_values(found[name])["accuracy"] for name in (arms.IN_CONTEXT, arms.TRAINED))
+        if there is not None and here is not None and there < here:
+            notes.append(
+                f"{of.title}: with the text in the prompt it answers {there:.1%} right: it cannot read it, so this is"
+                " no ceiling here."
+            )
+    notes += [f"{of.title}: {arm.words} was left out: {arm.left_out}" for arm in of.arms if arm.left_out]
+    return notes

@@ -17,7 +17,7 @@ from preceptor.errors import PreceptorError
 from preceptor.reproduce import knowledge
 from preceptor.reproduce.experiment import Findings, Options, PlainTable, Step
 from preceptor.reproduce.lab import Lab
-from preceptor.reproduce.runs import check_full, config_of, in_order, step_of
+from preceptor.reproduce.runs import check_full, config_of, in_order, notes_of, step_of
 from preceptor.reproduce.table import Arm, Section, arm_values, arms_of, difference_values
 
 STUDENTS = ("almanac", "almanac-qwen2")
@@ -88,6 +88,7 @@ def measure(lab: Lab, options: Options) -> Findings:
         sections=sections,
         tables=[square(sections), transferred(sections)],
         pictures=_pictures(sections),
+        notes=[note for of in sections for note in notes_of(of)],
         data={
             "students": students,
             "runs": {

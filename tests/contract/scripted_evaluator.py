@@ -34,22 +34,22 @@ class Evaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
         self, request: pb.CreateEvaluationsRequest, context: grpc.ServicerContext
     ) -> pb.CreateEvaluationsResponse:
         self.created.append(request)
-        made = []
-        for edit in request.self_edits:
-            key = [request.task.id, message_json(edit), message_json(request.protocol)]
-            identity = content_id("eval", key)
-            cached = identity in self.known and not self.holds
-            self.known[identity] = self.known.get(identity) or self._evaluation(identity, request, edit)
-            shown = pb.Evaluation(id=identity, state=pb.EVALUATION_STATE_QUEUED, self_edit=edit)
-            if cached:
-                shown.CopyFrom(self.known[identity])
-                shown.cached = True
-            made.append(shown)
-        answer = pb.CreateEvaluationsResponse(evaluations=made)
-        if request.protocol.bank == types.QUESTION_BANK_SEALED:
-            owners = self.openings.setdefault(request.task.id, set())
-            owners.add(request.owner)
-            answer.openings.add(task_id=request.task.id, owners=len(owners))
+        answer = pb.CreateEvaluationsResponse()
+        for task, edits in [(request.task, request.self_edits), *((one.task, one.self_edits) for one in request.more)]:
+            for edit in edits:
+                key = [task.id, message_json(edit), message_json(request.protocol)]
+                identity = content_id("eval", key)
+                cached = identity in self.known and not self.holds
+                self.known[identity] = self.known.get(identity) or self._evaluation(identity, request, task, edit)
+                shown = pb.Evaluation(id=identity, state=pb.EVALUATION_STATE_QUEUED, self_edit=edit)
+                if cached:
+                    shown.CopyFrom(self.known[identity])
+                    shown.cached = True
+                answer.evaluations.append(shown)
+            if request.protocol.bank == types.QUESTION_BANK_SEALED:
+                owners = self.openings.setdefault(task.id, set())
+                owners.add(request.owner)
+                answer.openings.add(task_id=task.id, owners=len(owners))
         return answer
 
     def WatchEvaluations(
@@ -76,15 +76,17 @@ class Evaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
     ) -> pb.GetQueueStatusResponse:
         return pb.GetQueueStatusResponse(workers_alive=0 if self.holds else 2)
 
-    def _evaluation(self, identity: str, request: pb.CreateEvaluationsRequest, edit: types.SelfEdit) -> pb.Evaluation:
-        made = pb.Evaluation(id=identity, task_id=request.task.id, self_edit=edit, student=request.student)
+    def _evaluation(
+        self, identity: str, request: pb.CreateEvaluationsRequest, task: types.Task, edit: types.SelfEdit
+    ) -> pb.Evaluation:
+        made = pb.Evaluation(id=identity, task_id=task.id, self_edit=edit, student=request.student)
         text = " ".join(edit.documents)
         if "broken" in text:
             made.state = pb.EVALUATION_STATE_FAILED
             made.failure.reason, made.failure.message = "TRIAL_DIVERGED", "the loss is not a number"
             return made
         protocol = request.protocol
-        asked = [q for q in request.task.passage.questions if q.bank == (protocol.bank or types.QUESTION_BANK_REWARD)]
+        asked = [q for q in task.passage.questions if q.bank == (protocol.bank or types.QUESTION_BANK_REWARD)]
         looks = protocol.answers.logprobs_only
 
         def marks(documents: str, seed: int) -> Marks:
@@ -97,7 +99,7 @@ class Evaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
 
         baseline = marks("", 0)
         trained = [marks(text, seed) for seed in protocol.seeds]
-        audited = audit(edit.documents, request.task.passage.text, [question_from_proto(q) for q in asked])
+        audited = audit(edit.documents, task.passage.text, [question_from_proto(q) for q in asked])
         weights = Weights(**{name: getattr(protocol.weights, name) for name in Weights.__dataclass_fields__})
         score = measure(trained, baseline, weights, copied=audited.copied)
         made.state = pb.EVALUATION_STATE_SUCCEEDED
