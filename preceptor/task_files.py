@@ -2,7 +2,8 @@
 
 Three forms, told apart by the path:
 
-* ``.json``: ``[{"title", "context", "questions": [{"question", "answer"}]}]``
+* ``.json``: ``[{"title", "context", "questions": [{"question", "answer"}]}]``, or SQuAD as it is published (``data``,
+  ``paragraphs``, ``qas``, ``answers``: of the answers the first is gold, the others are right, too)
 * ``.jsonl``: one such object a line
 * a folder of ``.md``/``.txt`` files and a ``questions.jsonl`` of ``{"file", "question", "answer"}``
 
@@ -261,12 +262,54 @@ def _read_json(path: Path, reader: _Reader) -> None:
     if is_few_shot(values):
         reader.problem(str(path), 1, "", "holds few-shot tasks, and passages are needed here")
         return
+    places = _Values(reader, str(path), JsonPlaces(text).line)
+    if isinstance(values, dict) and isinstance(values.get("data"), list):
+        _read_squad(values["data"], places)
+        return
     if not isinstance(values, list):
         reader.problem(str(path), 1, "", f"must be a list of passages, is {kind(values)}")
         return
-    places = _Values(reader, str(path), JsonPlaces(text).line)
     for index, value in enumerate(values):
         places.passage(value, (index,))
+
+
+def _read_squad(articles: list[Any], places: _Values) -> None:
+    """SQuAD as it is published: articles of paragraphs, and questions with several answers. Of a paragraph whose
+    questions have no answer in it nothing is left to ask; it is passed over with a note."""
+    for number, article in enumerate(articles):
+        at: tuple[str | int, ...] = ("data", number)
+        if not places.is_object(article, at):
+            continue
+        paragraphs = article.get("paragraphs")
+        if not isinstance(paragraphs, list):
+            places.wrong((*at, "paragraphs"), f"must be a list, is {kind(paragraphs)}")
+            continue
+        for place, paragraph in enumerate(paragraphs):
+            here = (*at, "paragraphs", place)
+            if not places.is_object(paragraph, here):
+                continue
+            entries = paragraph.get("qas")
+            asked, impossible = entries, 0
+            if isinstance(entries, list):
+                given = [one for one in entries if not (isinstance(one, dict) and one.get("is_impossible") is True)]
+                asked, impossible = [_squad_question(one) for one in given], len(entries) - len(given)
+            if impossible:
+                questions = f"{impossible} question{'s' if impossible > 1 else ''}"
+                places.note(here, f"{questions} that the text does not answer: not asked")
+                if not asked:
+                    continue
+            value = {"title": article.get("title", ""), "context": paragraph.get("context"), "questions": asked}
+            places.passage({key: one for key, one in value.items() if one is not None}, here, asked_as="qas")
+
+
+def _squad_question(entry: Any) -> Any:
+    """One question of SQuAD as one of ours; what is wrong with it stays wrong."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("answers"), list):
+        return entry
+    texts = [answer.get("text") if isinstance(answer, dict) else answer for answer in entry["answers"]]
+    first, *others = dict.fromkeys(text for text in texts if isinstance(text, str)) or [None]
+    value = {"question": entry.get("question"), "answer": first, "aliases": others[:MAX_ALIASES]}
+    return {key: one for key, one in value.items() if one is not None}
 
 
 def _read_folder(folder: Path, reader: _Reader) -> None:
@@ -327,8 +370,8 @@ class _Values:
     def __init__(self, reader: _Reader, file: str, line_of: Callable[[Sequence[str | int]], int]) -> None:
         self._reader, self._file, self._line_of = reader, file, line_of
 
-    def passage(self, value: Any, at: tuple[str | int, ...]) -> None:
-        """Reads one passage object and keeps it if it has text."""
+    def passage(self, value: Any, at: tuple[str | int, ...], asked_as: str = "questions") -> None:
+        """Reads one passage object and keeps it if it has text. ``asked_as``: how the file calls its questions."""
         if not self.is_object(value, at):
             return
         self._note_ignored(value, _PASSAGE_KEYS)
@@ -337,22 +380,22 @@ class _Values:
         labels = self._labels(value.get("labels", {}), (*at, "labels"))
         identity = value.get("id", "")
         if not isinstance(identity, (str, int)):
-            self._wrong((*at, "id"), f"must be a string, is {kind(identity)}")
+            self.wrong((*at, "id"), f"must be a string, is {kind(identity)}")
             identity = ""
         entries = value.get("questions", None if self._reader.questions_needed else [])
         asked: list[tuple[Question, Where]] = []
         named = False
         if entries is None:
-            self._wrong((*at, "questions"), "is missing")
+            self.wrong((*at, asked_as), "is missing")
         elif not isinstance(entries, list):
-            self._wrong((*at, "questions"), f"must be a list, is {kind(entries)}")
+            self.wrong((*at, asked_as), f"must be a list, is {kind(entries)}")
         elif not entries and self._reader.questions_needed:
-            self._wrong((*at, "questions"), "is empty: a passage needs at least one question")
+            self.wrong((*at, asked_as), "is empty: a passage needs at least one question")
         elif len(entries) > MAX_QUESTIONS:
-            self._wrong((*at, "questions"), f"are {len(entries)}; at most {MAX_QUESTIONS} are asked about a passage")
+            self.wrong((*at, asked_as), f"are {len(entries)}; at most {MAX_QUESTIONS} are asked about a passage")
         else:
             for index, entry in enumerate(entries):
-                here = (*at, "questions", index)
+                here = (*at, asked_as, index)
                 if self.is_object(entry, here) and (question := self.question(entry, here)):
                     asked.append((question, partial(self._place, here)))
                     named = named or "bank" in entry
@@ -368,15 +411,15 @@ class _Values:
         bank, aliases = value.get("bank", Bank.REWARD.value), value.get("aliases", [])
         right = True
         if bank not in tuple(Bank):
-            right = self._wrong((*at, "bank"), f"must be one of {', '.join(Bank)}, is {shown(bank)}")
+            right = self.wrong((*at, "bank"), f"must be one of {', '.join(Bank)}, is {shown(bank)}")
         if not isinstance(aliases, list):
-            right = self._wrong((*at, "aliases"), f"must be a list, is {kind(aliases)}")
+            right = self.wrong((*at, "aliases"), f"must be a list, is {kind(aliases)}")
         elif len(aliases) > MAX_ALIASES:
-            right = self._wrong((*at, "aliases"), f"are {len(aliases)}; at most {MAX_ALIASES} are allowed")
+            right = self.wrong((*at, "aliases"), f"are {len(aliases)}; at most {MAX_ALIASES} are allowed")
         else:
             for index, alias in enumerate(aliases):
                 if fault := text_fault(alias, MAX_QUESTION_CHARACTERS):
-                    right = self._wrong((*at, "aliases", index), fault)
+                    right = self.wrong((*at, "aliases", index), fault)
         if text is None or answer is None or not right:
             return None
         return Question(text, answer, Bank(bank), tuple(alias.strip() for alias in aliases))
@@ -385,22 +428,26 @@ class _Values:
         """A text that is there and not blank, stripped; else None, and a problem."""
         here, found = (*at, key), value.get(key)
         if key not in value:
-            self._wrong(here, "is missing")
+            self.wrong(here, "is missing")
         elif fault := text_fault(found, MAX_QUESTION_CHARACTERS if key in ("question", "answer") else 0):
-            self._wrong(here, fault)
+            self.wrong(here, fault)
         else:
             return str(found).strip()
         return None
 
+    def note(self, at: tuple[str | int, ...], message: str) -> None:
+        """Says what is passed over, and where."""
+        self._reader.notes.append(f"{self._place(at)}: {message}")
+
     def is_object(self, value: Any, at: tuple[str | int, ...]) -> bool:
         """Whether it is an object; a problem if not."""
-        return isinstance(value, dict) or self._wrong(at, f"must be an object, is {kind(value)}")
+        return isinstance(value, dict) or self.wrong(at, f"must be an object, is {kind(value)}")
 
     def _labels(self, value: Any, at: tuple[str | int, ...]) -> dict[str, str]:
         if not isinstance(value, dict) or any(text_fault(text) for item in value.items() for text in item):
-            self._wrong(at, "must be an object of strings that are not empty")
+            self.wrong(at, "must be an object of strings that are not empty")
         elif len(value) > MAX_LABELS or any(len(text) > MAX_NAME_CHARACTERS for item in value.items() for text in item):
-            self._wrong(at, f"must be at most {MAX_LABELS} labels of at most {MAX_NAME_CHARACTERS} characters")
+            self.wrong(at, f"must be at most {MAX_LABELS} labels of at most {MAX_NAME_CHARACTERS} characters")
         else:
             return value
         return {}
@@ -409,7 +456,7 @@ class _Values:
         for key in value.keys() - known:
             self._reader.ignored_keys[key] = self._reader.ignored_keys.get(key, 0) + 1
 
-    def _wrong(self, at: tuple[str | int, ...], message: str) -> bool:
+    def wrong(self, at: tuple[str | int, ...], message: str) -> bool:
         """Notes a problem; always False."""
         self._reader.note(Problem.at(self._place(at), message))
         return False

@@ -367,3 +367,49 @@ def test_any_json_is_read_to_its_end(tmp_path_factory: pytest.TempPathFactory, v
     assert all(0 <= problem.line <= lines for problem in found.problems)
     with suppress(PreceptorError):
         found.raise_problems()
+
+
+def squad(*qas: object, **paragraph: object) -> str:
+    """A file as SQuAD publishes it."""
+    value = {"context": "Ada lives in Rome. She bakes.", "qas": list(qas), **paragraph}
+    return json.dumps({"version": "1.1", "data": [{"title": "Ada_Brook", "paragraphs": [value]}]}, indent=1)
+
+
+ROME = [{"text": "Rome"}, {"text": "in Rome"}, {"text": "Rome"}]
+WHERE = {"id": "1", "question": "Where does Ada live?", "answers": ROME}
+
+
+def test_squad_is_read_as_it_is_published(tmp_path: Path) -> None:
+    impossible = {"id": "2", "question": "How old is Ada?", "answers": [], "is_impossible": True}
+    path = tmp_path / "squad.json"
+    path.write_text(squad(WHERE, impossible))
+    found = read_task_file(path)
+    assert not found.problems
+    (read,) = found.passages
+    assert (read.passage.title, read.passage.text) == ("Ada_Brook", "Ada lives in Rome. She bakes.")
+    assert read.passage.questions == (Question("Where does Ada live?", "Rome", aliases=("in Rome",)),)
+    assert found.notes == (f"{path}:7: 1 question that the text does not answer: not asked",)
+    assert read.line == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (squad({"question": "Where?", "answers": []}), "data[0].paragraphs[0].qas[0].answer: is missing"),
+        (squad({"question": "Where?"}), "data[0].paragraphs[0].qas[0].answer: is missing"),
+        (squad({"answers": [{"text": "Rome"}]}), "data[0].paragraphs[0].qas[0].question: is missing"),
+        (squad("Where?"), "data[0].paragraphs[0].qas[0]: must be an object, is a string"),
+        (squad(WHERE, qas={}), "data[0].paragraphs[0].qas: must be a list, is an object"),
+        (squad(WHERE, qas=None), "data[0].paragraphs[0].qas: is missing"),
+        (squad(WHERE, context=3), "data[0].paragraphs[0].context: must be a string, is a number"),
+        ('{"data": ["a"]}', "data[0]: must be an object, is a string"),
+        ('{"data": [{"title": "A"}]}', "data[0].paragraphs: must be a list, is null"),
+        ('{"data": []}', ": has no passages"),
+        ('{"paragraphs": []}', ": must be a list of passages, is an object"),
+    ],
+)
+def test_what_is_wrong_with_squad_is_told_with_its_place(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "squad.json"
+    path.write_text(text)
+    first = read_task_file(path).problems[0]
+    assert f"{first.field}: {first.message}" == expected
