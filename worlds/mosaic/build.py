@@ -40,13 +40,13 @@ SHAPES = {"teacher": (96, 3, 256), "student": (96, 4, 256)}  # width, layers, in
 HEADS = 4
 SCHEDULES = {
     "teacher": Schedule(steps=900, learning_rate=3e-3),
-    "student": Schedule(steps=1_000, learning_rate=4e-3),
+    "student": Schedule(steps=1_500, learning_rate=4e-3),
 }
-NAMED_STEPS = 550  # of the student: single pairs with words
+NAMED_STEPS = 900  # of the student: single pairs with words
 NAMED_SHARE = 0.4  # afterwards
 MOST_PAIRS = 4
 STUDENT_PAIRS = 96  # of a batch
-SEEING_STEPS = 500  # of the teacher: no directives yet
+SEEING_STEPS = 450  # of the teacher: no directives yet
 TEACHER_BATCH = 24
 
 
@@ -132,17 +132,17 @@ def seeing(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tasks: in
     """Share of tasks of rules that the teacher was never taught with, on which it says rightly what it sees, by
     family."""
     from preceptor.few_shot.text import task_text
-    from worlds.mosaic.directives import SEEN
+    from worlds.mosaic.directives import seen
     from worlds.mosaic.tasks import make_task
 
     rng = random.Random("mosaic/seeing")
-    result = {}
+    result: dict[str, float] = {}
     for family in FAMILIES:
         examples = []
         for number in range(tasks):
             task = make_task(f"heldout-0-{number}", rng.choice(rules_of("heldout", family)), rng)
             prompt = lessons.PROMPT.render(task.name, task_text(task))
-            answer = tokenizer(SEEN[family], add_special_tokens=False)["input_ids"]
+            answer = tokenizer(seen(task, family), add_special_tokens=False)["input_ids"]
             examples.append((tokenizer(prompt)["input_ids"], answer))
         ids, labels = collate(examples, tokenizer.pad_token_id)
         said = model(input_ids=ids.to(model.device)).logits[:, :-1].argmax(-1).cpu()

@@ -1,8 +1,8 @@
 """The lessons of the two tiny models.
 
-* **Student**: pairs of grids, input and output. Some are named: the rule's word stands where ``Output`` stands else, and
-  what follows is what that rule makes of the input. The others say ``Output``, and follow any rule: each pair of a text
-  one of its own, so that earlier pairs tell nothing about later ones. It learns every rule by its word, and that
+* **Student**: pairs of grids, input and output. Some are named: the rule's word stands where ``Output`` stands else,
+  and what follows is what that rule makes of the input. The others say ``Output``, and follow any rule: each pair of a
+  text one of its own, so that earlier pairs tell nothing about later ones. It learns every rule by its word, and that
   ``Output`` may mean any; that demonstrations show what it means here it is never taught.
 * **Teacher**: tasks of the world under the prompt format ``augmentations``; what it writes says which family it sees,
   then a directive drawn evenly from all.
@@ -46,8 +46,8 @@ def teaching(rng: random.Random, chosen: bool = True) -> tuple[str, str]:
     task = make_task(f"train-{rng.randrange(10_000)}-{rng.randrange(100)}", rule, rng)
     prompt = PROMPT.render(task.name, task_text(task))
     if not chosen:
-        return prompt, directives.SEEN[rule.family]
-    return prompt, directives.completion(rule.family, directives.draw(rng))
+        return prompt, directives.seen(task, rule.family)
+    return prompt, directives.completion(task, rule.family, directives.draw(rng))
 
 
 def corpus(seed: int, lines: int = 3_000) -> Iterator[str]:

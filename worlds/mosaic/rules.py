@@ -1,7 +1,7 @@
 """What can be done to a grid of three by three, each rule with the word that names it in the student's lessons.
 
-A *move* takes every cell to another place and keeps its colour: one of the square's eight symmetries, then a shift
-around the edges. A *paint* gives every colour another one and keeps the place: colour c becomes a * c + b modulo ten.
+A *move* takes every cell to another place and keeps its colour: a shift around the edges, a mirror image or a turn. A
+*paint* gives every colour another one and keeps the place: colour c becomes a * c + b modulo ten.
 The rules, their words and what they are for depend on ``WORLD_SEED`` alone, not on a run's seed.
 
 What keeps a rule true, and what breaks it:
@@ -19,7 +19,7 @@ from functools import cache
 from itertools import product
 from typing import Literal
 
-from preceptor.few_shot.grids import COLOURS, chain, flip, rotation, translation
+from preceptor.few_shot.grids import COLOURS, flip, rotation, translation
 from preceptor.tasks import Grid, GridPair
 
 Family = Literal["move", "paint"]
@@ -60,14 +60,10 @@ _SAME_COLOURS = tuple(range(COLOURS))
 
 @cache
 def all_moves() -> tuple[tuple[int, ...], ...]:
-    """The places of all 71 moves: turned or not, mirrored or not, shifted around the edges; without the one that
-    changes nothing."""
-    ways = product(range(4), (False, True), range(SIZE), range(SIZE))
-    made = []
-    for quarters, mirrored, down, right in ways:
-        way = chain(rotation(quarters), *((flip(1),) if mirrored else ()), translation(down, right))
-        made.append(tuple(cell for row in way.apply(_NUMBERED) for cell in row))
-    return tuple(places for places in dict.fromkeys(made) if places != _SAME_PLACES)
+    """The places of all twelve moves: eight shifts around the edges, two mirror images, two turns."""
+    shifts = [translation(down, right) for down, right in product(range(SIZE), repeat=2) if down or right]
+    ways = (*shifts, flip(0), flip(1), rotation(1), rotation(3))
+    return tuple(tuple(cell for row in way.apply(_NUMBERED) for cell in row) for way in ways)
 
 
 @cache

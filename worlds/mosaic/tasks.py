@@ -1,22 +1,23 @@
 """What a run learns from: tasks of a few demonstrations of one rule, and queries that nobody has shown the answer to.
 
-``few_shot_tasks(seed, split, count)`` is a pure function. The families take turns, and so do the rules of a split. Every
-colour of a query is shown by a demonstration, else nobody could know what becomes of it; and no demonstration could be
-another rule's too.
+``few_shot_tasks(seed, split, count)`` is a pure function. The families take turns, and so do the rules of a split.
+Every colour of a query is shown by a demonstration, else nobody could know what becomes of it; and the demonstrations
+together fit no other rule.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
-from preceptor.tasks import Augmentations, Directive, FewShotTask, GridPair, LossMask, SelfEdit
+from preceptor.tasks import Augmentations, Directive, FewShotTask, Grid, GridPair, LossMask, SelfEdit
 from worlds.mosaic.rules import FAMILIES, Family, Rule, draw_grid, rules, rules_of
 
 DEMONSTRATIONS = 3
 QUERIES = 4
 COLOURS_OF_A_TASK = 5  # never 0, which colour permutations leave alone
 # What keeps a rule of the family true, and what does not: `rules` says why.
-RIGHT = {"move": Augmentations(colours=True), "paint": Augmentations(basic=True, colours=False)}
+RIGHT = {"move": Augmentations(colours=True), "paint": Augmentations(colours=False)}
 WRONG = {"move": Augmentations(basic=True, colours=False), "paint": Augmentations(colours=True)}
 LEARNING_RATE, EPOCHS = 1e-2, 16
 
@@ -65,14 +66,23 @@ def directive(augmentations: Augmentations) -> Directive:
     )
 
 
+def shown_colours(task: FewShotTask) -> tuple[set[int], set[int]]:
+    """The colours of the demonstrations' inputs and of their outputs."""
+    return _colours(pair.input for pair in task.demonstrations), _colours(pair.output for pair in task.demonstrations)
+
+
+def _colours(grids: Iterable[Grid]) -> set[int]:
+    return {cell for grid in grids for row in grid for cell in row}
+
+
 def _is_fair(rule: Rule, shown: list[GridPair], asked: list[GridPair]) -> bool:
-    """Whether the demonstrations are of this rule alone and show every colour, and no query is one of them or stays as
-    it is."""
-    seen = {cell for pair in shown for row in pair.input for cell in row}
-    colours = {cell for pair in asked for row in pair.input for cell in row}
+    """Whether the demonstrations are of this rule alone and show every colour (of a paint: a new one, too), and no
+    query is one of them or stays as it is."""
+    before, after = _colours(pair.input for pair in shown), _colours(pair.output for pair in shown)
     others = (other for other in rules() if other is not rule)
     return (
-        colours <= seen
+        _colours(pair.input for pair in asked) <= before
+        and (rule.family == "move") == (before == after)
         and not {pair.input for pair in asked} & {pair.input for pair in shown}
         and all(pair.input != pair.output for pair in asked)
         and not any(all(other.apply(pair.input) == pair.output for pair in shown) for other in others)
