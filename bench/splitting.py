@@ -60,10 +60,22 @@ def table(found: Sequence[dict[str, str]]) -> list[dict[str, object]]:
                 "lines that are not blank": round(mean(raw), 1),
                 "characters of a document": round(mean(map(len, every))),
                 "share of the text that is kept": round(kept, 3),
+                "of the rest, behind the last document": round(_behind(rows_of), 2),
                 "documents with debris": sum(bool(DEBRIS.search(document)) for document in every),
             }
         )
     return lines
+
+
+def _behind(rows_of: Sequence[dict[str, str]]) -> float:
+    """Share of the dropped characters that stand behind the end of the last document, where that is found again."""
+    behind = dropped = 0
+    for row in rows_of:
+        documents, text = documents_of(row), row["completion"]
+        if documents and (at := text.rfind(end := documents[-1].splitlines()[-1].removeprefix("Answer: ")[-40:])) >= 0:
+            behind += len(text) - at - len(end)
+            dropped += max(0, len(text) - sum(map(len, documents)))
+    return behind / max(1, dropped)
 
 
 def markdown(lines: Sequence[dict[str, object]]) -> str:

@@ -205,7 +205,9 @@ def _qa(lines: Sequence[str]) -> list[str]:
         elif in_answer:  # a remark between two pairs, or behind the last
             close()
             question, answer, in_answer = _plain_question(stripped), "", False
-        elif question.rstrip(' "*').endswith("?") and not _asks_or_announces(stripped):
+        elif question and not answer and _CHATTY.match(stripped):
+            pass  # what it announces is the answer
+        elif question.rstrip(' "*').endswith("?") and not stripped.rstrip(' "*').endswith("?"):
             answer, in_answer = stripped, True  # an answer without the word
         elif not question or not pairs:  # a list whose first "Question 1:" stood in the prompt
             question = f"{question}\n{stripped}" if question else stripped
@@ -214,10 +216,6 @@ def _qa(lines: Sequence[str]) -> list[str]:
     if not pairs and not any(_QUESTION.match(line) for line in lines):
         return _fallback(lines)  # what was asked for is not there, and something else is
     return [f"Question: {_NUMBER.sub('', asked)}\nAnswer: {said}" for asked, said in pairs]
-
-
-def _asks_or_announces(line: str) -> bool:
-    return line.rstrip(' "*').endswith("?") or bool(_CHATTY.match(line))
 
 
 def _plain_question(line: str) -> str:
