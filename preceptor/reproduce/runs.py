@@ -21,9 +21,19 @@ from preceptor.task_sources import gather_tasks
 _CONFIGS = Path(preceptor.__file__).parents[1] / "configs"
 
 
-def config_of(options: Options, shipped: str, student: str, seed: int, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config of one run. ``shipped``: the file in configs/ unless the options name another; the options' own
-    overrides come last. Raises PreceptorError(FILE_NOT_FOUND, BAD_CONFIG)."""
+def config_of(
+    options: Options,
+    shipped: str,
+    student: str,
+    seed: int,
+    overrides: Sequence[str] = (),
+    decisive: Sequence[str] = (),
+) -> RunConfig:
+    """The config of one run. ``shipped``: the file in configs/ unless the options name another. The options' overrides
+    come after ``overrides`` and before ``decisive``, without which the run would be another experiment.
+
+    Raises PreceptorError(FILE_NOT_FOUND, BAD_CONFIG).
+    """
     own = [f"seed={seed}", *([f"student.name={json.dumps(student)}"] if student else [])]
     if options.tasks is not None:
         own += ["tasks.world=", f"tasks.path={json.dumps(str(options.tasks))}"]
@@ -31,7 +41,7 @@ def config_of(options: Options, shipped: str, student: str, seed: int, overrides
         own.append(f"tasks.solutions_path={json.dumps(str(options.solutions))}")
     if options.external_teacher:
         own.append("heldout.external_teacher=true")
-    return load_config(options.config or _CONFIGS / shipped, [*own, *overrides, *options.overrides])
+    return load_config(options.config or _CONFIGS / shipped, [*own, *overrides, *options.overrides, *decisive])
 
 
 def check_full(options: Options) -> None:

@@ -44,10 +44,9 @@ def steps(options: Options) -> Sequence[Step]:
 def cross_config(options: Options, student: str, seed: int, policy: str) -> RunConfig:
     """Of a run in which ``policy`` writes for a student it was not trained against."""
     # A name of its own, as its results go to a folder of this name; the seed says what it measures, and with what.
-    overrides = (*_CROSS, f"teacher.policy={policy!r}", "name=transfer")
-    if options.full:
-        return config_of(options, "reproduce/knowledge_full.toml", student, seed, overrides)
-    return config_of(options, "almanac.toml", student, seed, overrides)
+    decisive = (*_CROSS, f"teacher.policy={policy!r}", "name=transfer")
+    shipped = "reproduce/knowledge_full.toml" if options.full else "almanac.toml"
+    return config_of(options, shipped, student, seed, decisive=decisive)
 
 
 def _students(options: Options) -> list[tuple[str, str]]:
