@@ -39,7 +39,7 @@ from preceptor.v1 import types_pb2 as types
 
 STUDENT = "almanac"
 # Of what is replayed: documents of the earlier edits. The rest is old material.
-EARLIER = 0.5
+EARLIER = 0.4
 NO_REPLAY, REPLAY, AT_ONCE = "no replay", "replay", "all at once"
 # Of the update on everything at once: as `preceptor adapt` has it.
 _AT_ONCE = ("learning_rate=3e-3", "epochs=8")

@@ -89,10 +89,10 @@ def test_a_passage_of_which_nothing_was_written_leaves_the_student_as_it_was() -
     assert len(one.student.adapters) == 1
 
 
-def test_half_of_the_replay_is_of_earlier_edits() -> None:
+def test_so_much_of_the_replay_is_of_earlier_edits() -> None:
     found = replay_of(OLD, ["a1", "a2"])
     assert found[: len(OLD)] == list(OLD)
-    assert sum(document.startswith("a") for document in found) / len(found) == pytest.approx(EARLIER)
+    assert sum(document.startswith("a") for document in found) / len(found) == pytest.approx(EARLIER, abs=0.03)
     assert replay_of(OLD, []) == list(OLD)
     assert replay_of([], ["a1"]) == ["a1"]
     assert replay_of(OLD, ["a"] * 100).count("a") == 100  # once at least
@@ -102,7 +102,7 @@ def test_only_replay_replays_and_both_keep_what_they_learn() -> None:
     with_replay, without = chain(REPLAY), chain(NO_REPLAY)
     first, second = protocol_of(with_replay, 0), protocol_of(with_replay, 1)
     assert list(first.replay_documents) == list(OLD)
-    assert list(second.replay_documents).count("a1") == 6
+    assert list(second.replay_documents).count("a1") == 4
     assert (first.training.replay_share, protocol_of(without, 1).training.replay_share) == (0.8, 0.0)
     assert not protocol_of(without, 1).replay_documents
     assert first.training.keep
