@@ -94,6 +94,13 @@ def _formats() -> Sequence[teacher_pb2.PromptFormat]:
     return found.formats
 
 
+def _about(form: teacher_pb2.PromptFormat) -> str:
+    """What it is for, in one line."""
+    from preceptor.task_problems import cut
+
+    return cut(" ".join((form.about or form.instruction).split()), 100)
+
+
 def _as_json(form: teacher_pb2.PromptFormat) -> dict[str, Any]:
     from preceptor.cli.output import as_json_value
 
