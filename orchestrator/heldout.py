@@ -9,7 +9,7 @@
 | fixed_strategy | the untrained teacher under one prompt format and one directive, chosen on training passages |
 | external_teacher | one self-edit of the teacher at PRECEPTOR_EXTERNAL_TEACHER_ADDRESS |
 | trained_teacher | one self-edit of the last policy |
-| in_context | none, and the passage stands before each question: the ceiling of reading it over writing it down |
+| in_context | none, and the passage stands before each question: the ceiling of a student that can read |
 | oracle, shuffled_facts | the tasks' own reference edits: right facts as questions, and wrong ones |
 
 A few-shot task has no documents of its own: there is no passage_only, fixed strategies are directives that nobody
