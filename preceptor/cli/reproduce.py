@@ -131,15 +131,10 @@ def reproduce(
             except (KeyboardInterrupt, SystemExit):
                 view.say(f"interrupted; the same command goes on where it stopped: {_command()}")
                 raise
-            results = results_of(
-                what,
-                _command(),
-                findings,
-                lab.failures,
-                price,
-                time.monotonic() - began,
-                {"cores": os.cpu_count(), "workers": workers_of(addresses, stack)},
-            )
+            machine = {"cores": os.cpu_count(), "workers": workers_of(addresses), "load": os.getloadavg()[2]}
+        machine["cpu_seconds"] = None if connect else cpu_seconds()  # of processes that have ended
+        seconds = time.monotonic() - began
+        results = results_of(what, _command(), findings, lab.failures, price, seconds, machine)
         files = files_of(results, findings.pictures)
         write_files(folder, files)
     if as_json:
@@ -246,7 +241,7 @@ def print_results(results: dict[str, Any]) -> None:
         console().print(plain(f"note: {note}"), markup=False)
 
 
-def workers_of(addresses: HouseSettings, stack: Stack | None) -> int | None:
+def workers_of(addresses: HouseSettings) -> int | None:
     """Workers that are alive now; None where nobody says."""
     from contextlib import suppress
 
@@ -259,6 +254,15 @@ def workers_of(addresses: HouseSettings, stack: Stack | None) -> int | None:
         stub = connect(addresses.evaluator_address, EvaluatorServiceStub)
         return int(call(stub.GetQueueStatus, GetQueueStatusRequest(), deadline=5).workers_alive)
     return None
+
+
+def cpu_seconds() -> float:
+    """Processors' time of this process and of its children that have ended, theirs included: on idle cores it would
+    take no less than this, divided by the cores."""
+    import resource
+
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return round(sum(of.ru_utime + of.ru_stime for of in used), 1)
 
 
 def _command() -> str:

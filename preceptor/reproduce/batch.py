@@ -30,7 +30,7 @@ from preceptor.reproduce.lab import Lab
 from preceptor.reproduce.report import file_name
 from preceptor.reproduce.runs import in_order, step_of
 from preceptor.reproduce.table import Arm, Outcome, Section, arm_values, pairs_with
-from preceptor.task_sources import RunTasks, gather_tasks
+from preceptor.task_sources import RunTasks, gather_tasks, passages_of
 from preceptor.union import Union, union_edit, union_task
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import teacher_pb2 as teacher
@@ -182,11 +182,12 @@ def _authors(lab: Lab, config: RunConfig) -> Callable[[], Authors]:
         if fixed := (summary.get("heldout") or {}).get("fixed_strategy"):
             ways[arms.FIXED] = (base, fixed["prompt_format"])
         tasks = gather_tasks(config)
+        train, heldout = passages_of(tasks.train), passages_of(tasks.heldout)
         return Authors(
             seed=config.seed,
             config=config,
-            train=[task_to_proto(task) for task in tasks.train],
-            heldout=[task_to_proto(task) for task in tasks.heldout],
+            train=[task_to_proto(task) for task in train],
+            heldout=[task_to_proto(task) for task in heldout],
             tasks=tasks,
             ways=ways,
             student=lab.student(config.student.name).pinned,

@@ -156,7 +156,16 @@ def made_by(results: Mapping[str, Any]) -> list[str]:
     """Who made the numbers, when asked how, on what."""
     machine = results["machine"]
     on = f" on {machine['cores']} cores, {machine['workers']} workers" if machine.get("cores") else ""
-    return [f"Made by `{results['command']}`{on} in {_duration(results['seconds'])}."]
+    parts = [f"Made by `{results['command']}`{on} in {_duration(results['seconds'])}"]
+    if (cpu := machine.get("cpu_seconds")) is not None:
+        parts.append(f", {_duration(cpu)} of processors' time in all")
+    if (load := machine.get("load")) is not None and machine.get("cores") and load > machine["cores"] * 1.5:
+        parts.append(f", beside other work (the load was {load:.0f})")
+    runs = results["data"].get("runs") if isinstance(results["data"].get("runs"), list) else None
+    took = sum(run.get("wall_seconds") or 0.0 for run in runs or ())
+    if took > results["seconds"]:
+        parts.append(f". Of its runs all or some were there already; they had taken {_duration(took)}")
+    return ["".join(parts) + "."]
 
 
 def body(results: Mapping[str, Any], pictures: Mapping[str, str], folder: str = "", level: int = 2) -> list[str]:
