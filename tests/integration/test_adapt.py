@@ -49,8 +49,8 @@ def test_the_merged_student_answers_as_it_was_measured(tmp_path: Path) -> None:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(out / "merged")
-    model = AutoModelForCausalLM.from_pretrained(out / "merged", dtype="float32")
+    tokenizer: Any = AutoTokenizer.from_pretrained(out / "merged")
+    model: Any = AutoModelForCausalLM.from_pretrained(out / "merged", dtype="float32")
     right = []
     for passage in passages(0, "heldout", 2):
         for question in passage.questions_of(passage.questions[-1].bank):  # sealed

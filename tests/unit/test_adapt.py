@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from preceptor.adapt import lineage, weights
 from preceptor.adapt.adaptation import joint_edit
 from preceptor.adapt.joint import joint_config, joint_protocol
 from preceptor.adapt.measure import Groups, PassageEdits, choose, passage_edits, race_settings
-from preceptor.adapt.subject import read_config, read_subject
+from preceptor.adapt.subject import Subject, read_config, read_subject
 from preceptor.adapt.table import before_and_after, kept_share, passage_shares
 from preceptor.config import RunConfig
 from preceptor.convert import bank_to_proto, task_to_proto
@@ -225,7 +226,7 @@ def test_what_was_kept_is_of_what_was_known() -> None:
 # ---- the record
 
 
-def record(joint: evaluator.Evaluation | None) -> dict[str, object]:
+def record(joint: evaluator.Evaluation | None) -> dict[str, Any]:
     good, poor = written("a", "0.9"), written("b", "0")
     chosen(good, poor)
     return lineage.record(
@@ -250,15 +251,15 @@ def record(joint: evaluator.Evaluation | None) -> dict[str, object]:
 
 def test_the_record_leads_from_the_old_student_to_the_new_one(tmp_path: Path) -> None:
     made = record(evaluated([], [True]))
-    assert made["student"]["adapters"] == [{"uri": "file:///e", "sha256": "ee"}]  # type: ignore[index]
-    assert [one["sha256"] for one in made["result"]["adapters"]] == ["ee", "ab" * 32]  # type: ignore[index]
-    first, second = made["passages"]  # type: ignore[misc]
+    assert made["student"]["adapters"] == [{"uri": "file:///e", "sha256": "ee"}]
+    assert [one["sha256"] for one in made["result"]["adapters"]] == ["ee", "ab" * 32]
+    first, second = made["passages"]
     assert (first["kept"], first["place"], first["self_edit"]) == (True, "mine.json:3", {"documents": ["0.9"]})
     assert first["fresh"]["evaluation_id"] == "best again:0.9"
     assert first["candidates"][0]["evaluation"]["reward"] == 0.9
     assert (second["kept"], second["self_edit"]) == (False, None)
     assert second["refused"]
-    assert made["joint"]["evaluation_id"] == "eval-joint"  # type: ignore[index]
+    assert made["joint"]["evaluation_id"] == "eval-joint"
     assert record(evaluated([], [True]))["id"] == made["id"]
     (tmp_path / lineage.FILE).write_text(json.dumps(made))
     assert lineage.read(tmp_path) == json.loads(json.dumps(made))
@@ -319,7 +320,7 @@ def test_a_merge_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
 # ---- what is read
 
 
-def subject(folder: Path, *passages: dict[str, object]) -> object:
+def subject(folder: Path, *passages: dict[str, object]) -> Subject:
     (folder / "t.json").write_text(json.dumps(passages))
     return read_subject(read_config(None, [], folder / "t.json", None))
 
@@ -329,10 +330,10 @@ QUESTIONS = [{"question": f"What did she say about number {number}?", "answer": 
 
 def test_every_passage_is_read_and_its_questions_divided(tmp_path: Path) -> None:
     found = subject(tmp_path, {"title": "Ada", "context": "Ada.", "questions": QUESTIONS})
-    (passage,) = found.passages  # type: ignore[attr-defined]
+    (passage,) = found.passages
     assert {bank: len(passage.questions_of(bank)) for bank in Bank} == {Bank.REWARD: 2, Bank.GATE: 1, Bank.SEALED: 1}
-    assert any("--probes" in note for note in found.notes)  # type: ignore[attr-defined]
-    assert any("--replay" in note for note in found.notes)  # type: ignore[attr-defined]
+    assert any("--probes" in note for note in found.notes)
+    assert any("--replay" in note for note in found.notes)
 
 
 def test_passages_without_questions_are_named(tmp_path: Path) -> None:
@@ -352,8 +353,8 @@ def test_a_passage_without_a_sealed_question_is_learnt_and_noted(tmp_path: Path)
         {"title": "Ada", "context": "Ada.", "questions": QUESTIONS},
         {"title": "Bela", "context": "Bela.", "questions": [{"question": "What did Bela want?", "answer": "no"}]},
     )
-    assert len(found.passages) == 2  # type: ignore[attr-defined]
-    assert any("does not tell of 'Bela'" in note for note in found.notes)  # type: ignore[attr-defined]
+    assert len(found.passages) == 2
+    assert any("does not tell of 'Bela'" in note for note in found.notes)
 
 
 def test_the_world_gives_passages_that_no_teacher_is_trained_on() -> None:
