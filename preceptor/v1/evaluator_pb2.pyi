@@ -159,7 +159,9 @@ class EvaluationProtocol(google.protobuf.message.Message):
     include_passage: builtins.bool
     """Train on the task's own text beside the documents. Default false."""
     in_context: builtins.bool
-    """The task's own text stands before each of its questions: what the student can do with the text at hand."""
+    """The task's own text stands before each of its questions: what the student can do with the text at hand. Not so for
+    the untouched student that the reward compares with. Of passages alone.
+    """
     @property
     def training(self) -> preceptor.v1.trial_pb2.TrainingSettings:
         """Defaults; a self-edit's directive overrides single fields."""
@@ -206,7 +208,9 @@ Global___EvaluationProtocol: typing_extensions.TypeAlias = EvaluationProtocol
 
 @typing.final
 class FewShotSettings(google.protobuf.message.Message):
-    """How a few-shot task becomes training documents and questions."""
+    """How a few-shot task becomes training documents and questions. Its self-edits are directives without documents; its
+    queries are the questions, whatever the bank, and are graded as grids, two attempts each.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -218,7 +222,7 @@ class FewShotSettings(google.protobuf.message.Message):
     votes: builtins.int
     """Views of a query (augmented, answered, turned back) that vote on its answer. Default 1: the query as it is."""
     separator: builtins.str
-    """What stands between the cells of a row: empty or one blank. Rows end in "/"."""
+    """What stands between the cells of a row: empty or one blank. Between rows stands "/"."""
     def __init__(
         self,
         *,
@@ -271,7 +275,7 @@ class TrialReport(google.protobuf.message.Message):
 
     @property
     def gold_logprobs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """Per question: log-probability of the gold answer in nats."""
+        """Per question: log-probability of the gold answer in nats; of a query the mean over its views."""
 
     @property
     def probes_correct(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bool]:

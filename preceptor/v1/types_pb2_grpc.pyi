@@ -8,8 +8,10 @@ with its reason). A message: 64 MiB. Names and ids that a client chooses (reques
 1..256 printable characters, a request_id of StudentService 128. A title 1000 characters; a text, the documents of
 one self-edit together, the replay documents together and a completion 1,000,000; a question, an answer and a prompt
 20,000. Of a task: 2000 questions of each bank, 64 aliases of a question, 64 labels of 256 characters, 16 reference
-edits. 1000 documents of a self-edit, 100,000 replay documents, 10,000 probes, 100,000 tasks. Of one
-CreateEvaluations: 1024 self-edits, 64 seeds, 8192 trials. Of GradeAnswers: 10,000 answers, 1,000,000 characters. Of
+edits. Of a few-shot task: 100 demonstrations and 100 queries, 64 views of a query, 4,000,000 characters of the
+documents that are made of it; a prompt with all that stands before its question 200,000. 1000 documents of a
+self-edit, 100,000 replay documents, 10,000 probes, 100,000 tasks. Of one CreateEvaluations: 1024 self-edits, 64
+seeds, 8192 trials. Of GradeAnswers: 10,000 answers, 1,000,000 characters. Of
 training: rank, epochs and max_rank 1024, batch_size 4096, alpha 1,000,000, 64 target modules; 4096 new tokens of an
 answer, 64 samples.
 """
