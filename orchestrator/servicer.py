@@ -49,7 +49,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         body = _body(request)
         record = self._store.find_request(request.request_id, body)
         if record is None:
-            self._check_formats(config)
+            self._check_formats(config, few_shot=any(task.HasField("few_shot") for task in request.tasks))
             self._check_start(config)
             self._check_external_teacher(config)
             self._check_grader(config)
@@ -124,11 +124,11 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             self._store.note_request(request.request_id, body, run_id)
         return _run(self._store.get(request.run_id))
 
-    def _check_formats(self, config: RunConfig) -> None:
-        """Asks the teacher now, so that a wrong name is not found after an hour."""
+    def _check_formats(self, config: RunConfig, few_shot: bool) -> None:
+        """Asks the teacher now, so that a wrong name, or a format for other tasks, is not found after an hour."""
         request = teacher_pb2.ListPromptFormatsRequest()
         answer = call(self._services.teacher.ListPromptFormats, request, deadline=CHECK_DEADLINE_SECONDS)
-        known = [prompt_format.name for prompt_format in answer.formats]
+        known = {prompt_format.name: prompt_format for prompt_format in answer.formats}
         named = {"teacher.prompt_format": config.teacher.prompt_format}
         if config.tasks.questions == "written":
             named["tasks.questions"] = QUESTION_FORMAT
@@ -141,6 +141,15 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
             if name not in known:
                 message = f"no prompt format named {name!r}; there are: {', '.join(known)}"
                 raise PreceptorError("UNKNOWN_PROMPT_FORMAT", message, field=field)
+            if known[name].kind not in ("", "few_shot" if few_shot else "passage"):
+                tasks = "passages" if few_shot else "few-shot tasks"
+                message = f"the prompt format {name!r} is for {tasks}, which this run has not"
+                raise PreceptorError("BAD_CONFIG", message, field=field)
+        if config.teacher.prompt_format == "none" and config.update.algorithm != "none" and config.rounds.count:
+            message = (
+                "in the format 'none' nobody writes, so there is nothing to learn; set update.algorithm = \"none\""
+            )
+            raise PreceptorError("BAD_CONFIG", message, field="teacher.prompt_format")
 
     def _check_start(self, config: RunConfig) -> None:
         """Asks the teacher now whether the rounds can begin with the policy that is named."""

@@ -21,7 +21,7 @@ from preceptor.v1 import teacher_pb2 as pb
 from preceptor.v1 import teacher_pb2_grpc
 from preceptor.v1 import types_pb2 as types
 
-FORMATS = ("open", "self_qa", "copy")
+FORMATS = ("open", "self_qa", "copy", "none")
 
 
 class ScriptedTeacher(teacher_pb2_grpc.TeacherServiceServicer):
@@ -140,12 +140,9 @@ class ScriptedTeacher(teacher_pb2_grpc.TeacherServiceServicer):
         self, request: pb.ListPromptFormatsRequest, context: grpc.ServicerContext
     ) -> pb.ListPromptFormatsResponse:
         """The formats it pretends to know."""
-        formats = [
-            pb.PromptFormat(
-                name=name, version=1, splitting="lines", kind="passage", template="# {title}\n{text}\n" + name
-            )
-            for name in FORMATS
-        ]
+        # Without a kind: it writes for any task.
+        formats = [pb.PromptFormat(name=name, version=1, template="# {title}\n{text}\n" + name) for name in FORMATS]
+        formats.append(pb.PromptFormat(name="augmentations", version=1, splitting="directive", kind="few_shot"))
         return pb.ListPromptFormatsResponse(formats=formats)
 
     def _policy(self, policy_id: str) -> pb.Policy:

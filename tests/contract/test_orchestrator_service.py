@@ -230,6 +230,26 @@ def test_unknown_student_and_unknown_prompt_format_are_found_before_the_run_exis
     assert error.metadata["field"] == "teacher.prompt_format"
 
 
+@pytest.mark.parametrize(
+    ("changes", "field", "said"),
+    [
+        ({"teacher": {"prompt_format": "augmentations"}}, "teacher.prompt_format", "is for few-shot tasks, which this"),
+        ({"heldout": {"formats": ["copy", "augmentations"]}}, "heldout.formats.1", "is for few-shot tasks, which this"),
+        (
+            {"teacher": {"prompt_format": "none"}},
+            "teacher.prompt_format",
+            "nobody writes, so there is nothing to learn",
+        ),
+    ],
+)
+def test_a_format_that_is_not_for_the_run_is_found_before_it_exists(
+    orchestrator: Orchestrator, changes: dict[str, Any], field: str, said: str
+) -> None:
+    error = refused(orchestrator, create_request(run_config(**changes)))
+    assert (error.reason, error.metadata["field"]) == ("BAD_CONFIG", field)
+    assert said in error.message
+
+
 def test_a_judge_that_is_not_set_is_found_before_the_run_exists(orchestrator: Orchestrator) -> None:
     for grader in ("judge", "cascade"):
         error = refused(orchestrator, create_request(run_config(reward={"grader": grader})))
