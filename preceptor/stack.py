@@ -141,8 +141,8 @@ class Stack:
         for name in SERVICES:
             command = self._commands.get(name, [sys.executable, "-m", name])
             own = {"PRECEPTOR_PORT": str(ports[name])}
-            if name == "teacher" and not self._names_a_teacher():
-                own["PRECEPTOR_TEACHER_SOURCE"] = self._world_of_home()
+            if name == "teacher":
+                own["PRECEPTOR_TEACHER_SOURCE"] = self.teacher_source(os.environ)
             if name == "orchestrator" and EXTERNAL_TEACHER in ports:
                 own["PRECEPTOR_EXTERNAL_TEACHER_ADDRESS"] = f"127.0.0.1:{ports[EXTERNAL_TEACHER]}"
             if name != "orchestrator":  # the limit is for who calls from elsewhere, not for services among themselves
@@ -163,15 +163,12 @@ class Stack:
         self._up = True
         self._write_state()
 
-    @staticmethod
-    def _names_a_teacher() -> bool:
-        """Whether the environment says who writes; only a teacher in this machine's own processes can be one that
-        ships."""
-        backend = os.environ.get("PRECEPTOR_TEACHER_BACKEND") or "transformers"
-        return bool(os.environ.get("PRECEPTOR_TEACHER_SOURCE")) or backend != "transformers"
-
-    def _world_of_home(self) -> str:
-        """The world of this stack, kept in its home: a run that is resumed there goes on with the same teacher."""
+    def teacher_source(self, environment: Mapping[str, str]) -> str:
+        """What the teacher is told as PRECEPTOR_TEACHER_SOURCE: what the environment says, else this stack's world,
+        which is kept in its home: a run that is resumed there goes on with the same teacher."""
+        named = environment.get("PRECEPTOR_TEACHER_SOURCE", "")
+        if named or environment.get("PRECEPTOR_TEACHER_BACKEND", "") not in ("", "transformers"):
+            return named  # only a teacher in the service's own process can be one that ships
         kept = self._home / "world"
         if self._world is None:
             last = kept.read_text().strip() if kept.exists() else ""
@@ -294,7 +291,7 @@ class Stack:
         waiting = {child.name: child for child in self._children if child.name in SERVICES}
         while waiting:
             for name, child in list(waiting.items()):
-                if is_serving(child.address, deadline=0.5):
+                if is_serving(child.address, deadline=0.5, pid=child.pid):
                     self._say(f"{name} serves on {child.address}")
                     del waiting[name]
             if self.failed:
