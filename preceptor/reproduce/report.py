@@ -87,6 +87,11 @@ def section_pictures(results: Mapping[str, Any]) -> dict[str, str]:
     return drawn
 
 
+def section_picture_names(results: Mapping[str, Any]) -> set[str]:
+    """Names that ``section_pictures`` may give."""
+    return {f"{file_name(of['name'])}-{kind}" for of in results["sections"] for kind in ("arms", "differences")}
+
+
 def file_name(name: str) -> str:
     """A section's name as a part of a file's name."""
     return "".join(char if char.isalnum() or char in "._-" else "-" for char in name)
@@ -169,9 +174,18 @@ def made_by(results: Mapping[str, Any]) -> list[str]:
 
 
 def body(results: Mapping[str, Any], pictures: Mapping[str, str], folder: str = "", level: int = 2) -> list[str]:
-    """Sections, tables, own pictures, notes and failures as lines of Markdown. ``level``: of the headings."""
+    """The experiment's own pictures and tables, its sections, failures and notes as lines of Markdown. ``level``: of
+    the headings."""
     lines: list[str] = []
-    shown: set[str] = set()
+    in_sections = section_picture_names(results)
+    for name in pictures:
+        if name not in in_sections:
+            lines += [f"![{name}]({folder}{name}.svg)", ""]
+    for table in results["tables"]:
+        lines += [f"{'#' * level} {table['title']}", ""]
+        if table["caption"]:
+            lines += [table["caption"], ""]
+        lines += [*_table(table["headers"], [[cell(value) for value in row] for row in table["rows"]]), ""]
     for section in results["sections"]:
         lines += [f"{'#' * level} {section['title']}", ""]
         if section["caption"]:
@@ -183,16 +197,7 @@ def body(results: Mapping[str, Any], pictures: Mapping[str, str], folder: str = 
         for kind in ("arms", "differences"):
             name = f"{file_name(section['name'])}-{kind}"
             if name in pictures:
-                shown.add(name)
                 lines += [f"![{section['title']}: {kind}]({folder}{name}.svg)", ""]
-    for table in results["tables"]:
-        lines += [f"{'#' * level} {table['title']}", ""]
-        if table["caption"]:
-            lines += [table["caption"], ""]
-        lines += [*_table(table["headers"], [[cell(value) for value in row] for row in table["rows"]]), ""]
-    for name in pictures:
-        if name not in shown:
-            lines += [f"![{name}]({folder}{name}.svg)", ""]
     if results["failures"]:
         lines += [f"{'#' * level} What failed", ""]
         lines += [f"- {of['what']}: {of['message']} ({of['reason']})" for of in results["failures"]] + [""]
@@ -261,13 +266,10 @@ def html(results: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    in_sections = {
-        f"{file_name(section['name'])}-{k}" for section in results["sections"] for k in ("arms", "differences")
-    }
     return environment.get_template("report.html.j2").render(
         results=results,
         pictures={name: Markup(svg) for name, svg in pictures.items()},
-        own=[name for name in pictures if name not in in_sections],
+        own=[name for name in pictures if name not in section_picture_names(results)],
         file_name=file_name,
         arm_headers=ARM_HEADERS,
         arm_cells=arm_cells,
