@@ -231,13 +231,14 @@ class Health:
     """What a service says of itself; ``version`` and ``contract`` are empty where it tells none.
 
     ``seconds_ahead``: how far its clock is ahead of ours, give or take half the time that the answer took; 0 where it
-    tells no time.
+    tells no time. ``pid``: its process id on its machine; 0 where it tells none.
     """
 
     serving: bool
     version: str
     contract: str
     seconds_ahead: float
+    pid: int = 0
 
 
 def health_of(address: str, *, deadline: float = 1.0, security: Security | None = None) -> Health:
@@ -257,14 +258,19 @@ def health_of(address: str, *, deadline: float = 1.0, security: Security | None 
         str(told.get(versions.VERSION_KEY, "")),
         str(told.get(versions.CONTRACT_KEY, "")),
         float(told.get(versions.TIME_KEY, now)) - now,
+        int(told.get(versions.PID_KEY, 0)),
     )
 
 
-def is_serving(address: str, *, deadline: float = 1.0) -> bool:
-    """Whether the service at ``address`` says that it serves. Raises PreceptorError (TLS_FAILED, UNAUTHENTICATED) where
-    asking again will not help: our TLS and the service's do not fit, or our own settings cannot be read."""
+def is_serving(address: str, *, deadline: float = 1.0, pid: int = 0) -> bool:
+    """Whether the service at ``address`` says that it serves, and is the process ``pid`` of this machine where one is
+    given: a free port may be somebody else's by the time a service takes it.
+
+    Raises PreceptorError (TLS_FAILED, UNAUTHENTICATED) where asking again will not help: our TLS and the service's do
+    not fit, or our own settings cannot be read."""
     try:
-        return health_of(address, deadline=deadline).serving
+        health = health_of(address, deadline=deadline)
+        return health.serving and (not pid or health.pid == pid)
     except PreceptorError as error:
         if error.reason in ("TLS_FAILED", "UNAUTHENTICATED"):
             raise

@@ -151,7 +151,7 @@ def _one(child: Child, answers: Callable[[], bool]) -> Callable[[], Collection[i
 def _health_of(child: Child) -> Callable[[], bool]:
     def healthy() -> bool:
         try:
-            return is_serving(child.address, deadline=ASK_SECONDS)
+            return is_serving(child.address, deadline=ASK_SECONDS, pid=child.pid)
         except PreceptorError:  # it is there; a certificate that has expired is not mended by a kill
             return True
 

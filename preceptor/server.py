@@ -250,7 +250,8 @@ class Doorkeeper(grpc.ServerInterceptor):  # type: ignore[type-arg]
                     self._abort(error, method, context)
 
         def check(raw: bytes, context: grpc.ServicerContext) -> Any:
-            context.set_trailing_metadata((*versions.METADATA, (versions.TIME_KEY, f"{time.time():.3f}")))
+            now, pid = (versions.TIME_KEY, f"{time.time():.3f}"), (versions.PID_KEY, str(os.getpid()))
+            context.set_trailing_metadata((*versions.METADATA, now, pid))
             try:
                 return handler.unary_unary(_read(read, raw), context)
             except Exception as error:  # as above

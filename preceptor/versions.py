@@ -12,7 +12,8 @@ from preceptor.errors import PreceptorError
 CONTRACT_VERSION = 1
 
 CONTRACT_KEY, VERSION_KEY = "preceptor-contract", "preceptor-version"
-TIME_KEY = "preceptor-time"  # the service's clock, in seconds since 1970; in answers about health only
+# In answers about health only: the service's clock, in seconds since 1970, and its process id.
+TIME_KEY, PID_KEY = "preceptor-time", "preceptor-pid"
 METADATA = ((CONTRACT_KEY, str(CONTRACT_VERSION)), (VERSION_KEY, __version__))
 
 

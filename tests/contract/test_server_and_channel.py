@@ -506,9 +506,17 @@ def test_a_version_that_is_no_number_is_an_invalid_request(server: Server, contr
     assert (error.reason, error.metadata) == ("INVALID_REQUEST", {"field": "preceptor-contract"})
 
 
+def test_somebody_else_who_serves_on_a_port_is_not_taken_for_the_process_that_was_to(server: Server) -> None:
+    """A measurement once went through a stranger's teacher, which had taken the port between its choice and its use."""
+    address = f"127.0.0.1:{server.port}"
+    assert is_serving(address)
+    assert is_serving(address, pid=os.getpid())
+    assert not is_serving(address, pid=os.getpid() + 1)
+
+
 def test_health_tells_the_version_even_to_a_client_of_another(server: Server) -> None:
     told = health_of(f"127.0.0.1:{server.port}")
-    assert told == Health(True, __version__, str(CONTRACT_VERSION), told.seconds_ahead)
+    assert told == Health(True, __version__, str(CONTRACT_VERSION), told.seconds_ahead, os.getpid())
     assert abs(told.seconds_ahead) < 1  # one machine, one clock
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         method = health_pb2_grpc.HealthStub(channel).Check
