@@ -149,9 +149,9 @@ def test_a_bad_request_names_its_place_and_leaves_nothing_behind(bench: Bench) -
     request = group("a")
     request.task.ClearField("kind")
     request.task.few_shot.name = "grid"
-    with pytest.raises(PreceptorError, match="few-shot tasks are not evaluated yet") as raised:
+    with pytest.raises(PreceptorError, match="needs a demonstration") as raised:
         call(bench.stub.CreateEvaluations, request)
-    assert raised.value.metadata["field"] == "task.few_shot"
+    assert raised.value.metadata["field"] == "task.few_shot.demonstrations"
     assert not call(bench.stub.ListEvaluations, pb.ListEvaluationsRequest()).evaluations
     for unknown in (pb.GetEvaluationRequest(evaluation_id="eval-none"), pb.GetEvaluationRequest()):
         with pytest.raises(PreceptorError) as raised:
