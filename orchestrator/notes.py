@@ -116,7 +116,7 @@ def _control_notes(heldout: Mapping[str, Any], few_shot: bool) -> list[str]:
         if control["ci95"][0] > 0:
             said.append(
                 f"{wrong} teach something ({numbers}; the interval of the difference is above 0): part of every "
-                "gain does not come from what the edits say."
+                f"gain does not come from {'what the edits say' if few_shot else 'the facts'}."
             )
         else:
             said.append(f"{wrong} stay at chance: {numbers}.")
