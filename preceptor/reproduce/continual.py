@@ -4,7 +4,8 @@ The student of edit i is the base with the edits before it merged into its weigh
 every edit it is asked the sealed questions of all N passages and all probes: a row of the forgetting matrix. Three
 ways:
 
-* **no replay**: an edit sees its own documents alone;
+* **no replay**: an edit sees its own documents alone, so many times more often that it trains as many documents as
+  with replay;
 * **replay**: as many documents again and again, ``training.replay_share`` of all, from old material and from the
   documents of the earlier edits, ``EARLIER`` of the replay from the latter;
 * **all at once**: one update on all documents with old material: what it would be if nobody had to wait.
@@ -24,6 +25,7 @@ from preceptor.adapt.subject import read_subject
 from preceptor.config import RunConfig
 from preceptor.convert import for_teacher, task_to_proto
 from preceptor.errors import PreceptorError
+from preceptor.limits import MAX_EPOCHS
 from preceptor.names import derived_seed
 from preceptor.protocols import directive_limits
 from preceptor.racing import SUCCEEDED
@@ -65,7 +67,7 @@ def steps(options: Options) -> Sequence[Step]:
         tokens = 0.0
         for config, subject in subjects:
             own = _tokens(subject.passages[number].text) if number < len(subject.passages) else 0.0
-            tokens += own * config.training.epochs * (1 + 1 / (1 - config.training.replay_share))
+            tokens += own * config.training.epochs * 2 / (1 - config.training.replay_share)
         found.append(Step(f"edit {number + 1} of {most}", 2 * len(subjects), tokens))
     found.append(Step("all passages at once", len(subjects), 2 * 8 * written))
     return found
@@ -154,8 +156,9 @@ def protocol_of(chain: Chain, number: int) -> evaluator.EvaluationProtocol:
     earlier = [document for edit in material.edits[:number] if edit is not None for document in edit.documents]
     replay = replay_of(material.subject.replay_documents, earlier) if chain.way == REPLAY else []
     if not replay:
-        training = config.training.model_copy(update={"replay_share": 0.0})
-        config = config.model_copy(update={"training": training})
+        share = config.training.replay_share if chain.way == NO_REPLAY else 0.0
+        changes = {"replay_share": 0.0, "epochs": min(round(config.training.epochs / (1 - share)), MAX_EPOCHS)}
+        config = config.model_copy(update={"training": config.training.model_copy(update=changes)})
     seed = derived_seed(config.seed, "continual", number)
     return joint_protocol(config, material.subject.probes, replay, seed=seed)
 
@@ -278,9 +281,10 @@ def findings(chains: Sequence[Chain], notes: Sequence[str]) -> Findings:
         title="Continual learning",
         about=f"{passages} passages one after the other; each edit is merged into the student before the next one is"
         f" trained. The study material was written by {author} in the format {config.teacher.prompt_format}, the same"
-        f" for all rows; an edit trains for {config.training.epochs} epochs at a learning rate of"
-        f" {config.training.learning_rate:g}. With replay {config.training.replay_share:.0%} of what an edit trains is"
-        f" old material and earlier edits, {EARLIER:.0%} of that from earlier edits where there are any.",
+        f" for all rows. With replay {config.training.replay_share:.0%} of what an edit trains is old material and"
+        f" earlier edits ({EARLIER:.0%} of that from earlier edits where there are any); without it an edit trains its own"
+        " documents as many times more often. All at once is one update on the documents of all passages with old"
+        " material.",
         tables=tables,
         pictures={"forgetting": forgetting(matrices)},
         notes=notes,

@@ -105,6 +105,7 @@ def test_only_replay_replays_and_both_keep_what_they_learn() -> None:
     assert list(second.replay_documents).count("a1") == 4
     assert (first.training.replay_share, protocol_of(without, 1).training.replay_share) == (0.8, 0.0)
     assert not protocol_of(without, 1).replay_documents
+    assert (first.training.epochs, protocol_of(without, 1).training.epochs) == (8, 40)  # as many documents in all
     assert first.training.keep
     assert first.seeds != second.seeds
     assert first.seeds == protocol_of(without, 0).seeds
