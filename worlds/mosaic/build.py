@@ -39,15 +39,15 @@ MODELS = ("teacher", "student")
 SHAPES = {"teacher": (96, 3, 256), "student": (96, 4, 256)}  # width, layers, inner width
 HEADS = 4
 SCHEDULES = {
-    "teacher": Schedule(steps=900, learning_rate=3e-3),
-    "student": Schedule(steps=1_500, learning_rate=4e-3),
+    "teacher": Schedule(steps=1_300, learning_rate=3e-3),
+    "student": Schedule(steps=700, learning_rate=4e-3),
 }
-NAMED_STEPS = 900  # of the student: single pairs with words
+NAMED_STEPS = 420  # of the student: single pairs with words
 NAMED_SHARE = 0.4  # afterwards
 MOST_PAIRS = 4
 STUDENT_PAIRS = 96  # of a batch
-SEEING_STEPS = 450  # of the teacher: no directives yet
-TEACHER_BATCH = 24
+SEEING_STEPS = 240  # of the teacher: no directives yet
+TEACHER_BATCH = 16
 
 
 def student_batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Callable[[int], Batch]:

@@ -22,6 +22,7 @@ from worlds.mosaic.tokens import ANY_RULE
 
 PROMPT = FEW_SHOT_FORMATS["augmentations"]
 FEWEST_COLOURS, MOST_COLOURS = 3, 10
+MOVES_SHARE = 2 / 3  # of the student's pairs: paints are learnt in half the time
 
 Span = tuple[str, bool]  # a text, and whether it carries loss
 
@@ -31,7 +32,8 @@ def pairs(rng: random.Random, count: int, named_share: float) -> list[Span]:
     random."""
     spans: list[Span] = []
     for number in range(count):
-        rule = rng.choice(rules())
+        family = "move" if rng.random() < MOVES_SHARE else "paint"
+        rule = rng.choice([one for one in rules() if one.family == family])
         pair = rule.show(draw_grid(rng, rng.sample(range(10), rng.randint(FEWEST_COLOURS, MOST_COLOURS))))
         word = rule.word if rng.random() < named_share else ANY_RULE
         if number:

@@ -16,17 +16,23 @@ from worlds.mosaic.rules import FAMILIES, Family, Rule, draw_grid, rules, rules_
 DEMONSTRATIONS = 3
 QUERIES = 4
 COLOURS_OF_A_TASK = 5  # never 0, which colour permutations leave alone
-# What keeps a rule of the family true, and what does not: `rules` says why.
-RIGHT = {"move": Augmentations(colours=True), "paint": Augmentations(colours=False)}
-WRONG = {"move": Augmentations(basic=True, colours=False), "paint": Augmentations(colours=True)}
-LEARNING_RATE, EPOCHS = 1e-2, 16
+# By family: what the student learns most from, and what breaks the rules (bench/directives.py; `rules` says why).
+RIGHT: dict[Family, Augmentations] = {
+    "move": Augmentations(colours=False),
+    "paint": Augmentations(colours=False),
+}
+WRONG: dict[Family, Augmentations] = {
+    "move": Augmentations(basic=True, colours=False),
+    "paint": Augmentations(colours=True),
+}
+LEARNING_RATE, EPOCHS = 3e-3, 16
 
 
 def few_shot_tasks(seed: int, split: str, count: int) -> tuple[FewShotTask, ...]:
     """``count`` tasks of a split (``train`` or ``heldout``), which share no rule with the other's.
 
-    Each knows two edits: ``oracle`` trains with what keeps its family's rules true, ``shuffled_facts`` (the control)
-    with what does not. Raises ValueError for another split.
+    Each knows two edits: ``oracle`` trains with what suits its family, ``shuffled_facts`` (the control) with what
+    breaks its rules. Raises ValueError for another split.
     """
     rng = random.Random(f"mosaic/{seed}/{split}")
     decks: dict[Family, list[Rule]] = {family: [] for family in FAMILIES}
