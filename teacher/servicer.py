@@ -12,6 +12,7 @@ from preceptor import convert
 from preceptor.completions import Limits
 from preceptor.errors import PreceptorError
 from preceptor.few_shot import text as grids
+from preceptor.few_shot.grids import grid_fault
 from preceptor.limits import (
     MAX_ALPHA,
     MAX_BATCH_SIZE,
@@ -252,6 +253,13 @@ def _grids(task: types_pb2.Task, field: str, separator: str) -> str:
     _at_most(len(task.few_shot.name), MAX_TITLE_CHARACTERS, f"{field}.few_shot.name", "characters")
     made = convert.task_from_proto(task)
     assert isinstance(made, FewShotTask)
+    for name in ("demonstrations", "queries"):
+        for index, pair in enumerate(getattr(made, name)):
+            for side in ("input", "output"):
+                grid = getattr(pair, side)
+                # The outputs of queries are not for the teacher: whoever asks should leave them out.
+                fault = grid_fault(grid) if grid or side == "input" or name == "demonstrations" else ""
+                _need(not fault, f"{field}.few_shot.{name}[{index}].{side}", fault)
     text = grids.task_text(made, separator)
     _at_most(len(text), MAX_TEXT_CHARACTERS, f"{field}.few_shot", "characters")
     return text

@@ -44,6 +44,15 @@ GRIDS = task_to_proto(
 )
 
 
+def damaged(pairs: str, side: str, rows: list[list[int]]) -> types_pb2.Task:
+    """The few-shot task with another grid in the last of these pairs."""
+    task = types_pb2.Task()
+    task.CopyFrom(GRIDS)
+    grid = getattr(getattr(task.few_shot, pairs)[-1], side)
+    grid.CopyFrom(types_pb2.Grid(rows=[types_pb2.GridRow(cells=row) for row in rows]))
+    return task
+
+
 def settings(home: Path, **changes: Any) -> TeacherSettings:
     return TeacherSettings(home=home, port=0, teacher_rows=8, **changes)
 
@@ -214,6 +223,10 @@ def test_questions_change_no_completion(teacher: Teacher) -> None:
             {"tasks": [types_pb2.Task(id="t", few_shot=types_pb2.FewShotTask(name="x"))]},
             "tasks[0].few_shot.demonstrations",
         ),
+        ({"tasks": [damaged("demonstrations", "output", [[1, 2], [3]])]}, "tasks[0].few_shot.demonstrations[1].output"),
+        ({"tasks": [damaged("demonstrations", "output", [])]}, "tasks[0].few_shot.demonstrations[1].output"),
+        ({"tasks": [damaged("queries", "input", [[10]])]}, "tasks[0].few_shot.queries[0].input"),
+        ({"tasks": [damaged("queries", "input", [[1] * 31])]}, "tasks[0].few_shot.queries[0].input"),
         ({"tasks": [GRIDS], "prompt_format": "open"}, "tasks[0]"),
         ({"tasks": [GRIDS, task_to_proto(Passage("T", "x", ()))]}, "tasks[0]"),
         ({"tasks": [task_to_proto(Passage("T", "x", ()))], "prompt_format": "augmentations"}, "tasks[0]"),
