@@ -282,8 +282,8 @@ def findings(chains: Sequence[Chain], notes: Sequence[str]) -> Findings:
         about=f"{passages} passages one after the other; each edit is merged into the student before the next one is"
         f" trained. The study material was written by {author} in the format {config.teacher.prompt_format}, the same"
         f" for all rows. With replay {config.training.replay_share:.0%} of what an edit trains is old material and"
-        f" earlier edits ({EARLIER:.0%} of that from earlier edits where there are any); without it an edit trains its own"
-        " documents as many times more often. All at once is one update on the documents of all passages with old"
+        f" earlier edits ({EARLIER:.0%} of that from earlier edits where there are any); without it an edit trains its"
+        " own documents as many times more often. All at once is one update on the documents of all passages with old"
         " material.",
         tables=tables,
         pictures={"forgetting": forgetting(matrices)},
