@@ -34,7 +34,7 @@ SMALL = (
     "reward.race=",
 )
 # As many passes over about as many tokens: ReST-EM sees its best quarter six times, the others see all twice.
-_GRADIENT = ("update.learning_rate=1e-3", "update.epochs=2", "update.min_reward_z=0.0")
+_GRADIENT = ("update.epochs=2", "update.min_reward_z=0.0")
 ALGORITHMS: dict[str, tuple[str, ...]] = {
     "rest_em": ("update.algorithm=rest_em",),
     "grpo": ("update.algorithm=grpo", *_GRADIENT),
