@@ -39,7 +39,9 @@ CATALOGUE: dict[str, Entry] = {
     "INVALID_REQUEST": Entry(_INVALID, "correct the named field"),
     "PASSAGE_TOO_LONG": Entry(_INVALID, "shorten or split the passage, or use a model with a longer context"),
     "UNKNOWN_PROMPT_FORMAT": Entry(_INVALID, "use one of the named formats (`preceptor formats list`)"),
-    "BAD_PROMPT_TEMPLATE": Entry(_INVALID, "correct the named places; docs/formats.md shows what a template looks like"),
+    "BAD_PROMPT_TEMPLATE": Entry(
+        _INVALID, "correct the named places; docs/formats.md shows what a template looks like"
+    ),
     "REQUEST_ID_REUSED": Entry(grpc.StatusCode.ALREADY_EXISTS, "use a new request_id for a request that differs"),
     # models
     "STUDENT_NOT_FOUND": Entry(_MISSING, "`preceptor students list` shows the registered ones"),
@@ -90,7 +92,9 @@ CATALOGUE: dict[str, Entry] = {
     "MODEL_NOT_SERVED": Entry(_STATE, "give the name of a model that the server serves (vLLM: --served-model-name)"),
     "PROMPT_TOO_LONG": Entry(_INVALID, "shorten the text, or start the server with a larger --max-model-len"),
     "POLICY_NOT_FOUND": Entry(_MISSING, "ListPolicies shows the known ones"),
-    "POLICY_OF_ANOTHER_BASE": Entry(_STATE, "serve the teacher that the policy was trained from, or name another policy"),
+    "POLICY_OF_ANOTHER_BASE": Entry(
+        _STATE, "serve the teacher that the policy was trained from, or name another policy"
+    ),
     "POLICY_NOT_READY": Entry(_STATE, "wait until the policy is READY, or use another one"),
     "UPDATE_FAILED": Entry(grpc.StatusCode.INTERNAL, "look at the teacher's log; the parent policy is as it was"),
     "UPDATE_DIVERGED": Entry(_STATE, "lower the update's learning rate; the parent policy is as it was"),
