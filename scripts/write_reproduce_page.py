@@ -53,12 +53,13 @@ difference of the size that was seen.
 
 This page was written by `python scripts/write_reproduce_page.py` from the result files in [reproduce/](reproduce); the
 command that made each is named with its numbers.
+
 """
 
 
 def page(results: Sequence[Mapping[str, Any]]) -> str:
     """The page as Markdown."""
-    lines = [INTRODUCTION]
+    lines = INTRODUCTION.split("\n")
     for of in results:
         lines += [f"## {of['title']}", "", of["about"], "", *made_by(of), ""]
         lines += [f"**What did not work.** {line}" if number == 0 else line for number, line in enumerate(failed(of))]

@@ -161,9 +161,13 @@ class Lab:
         if self.out is None:
             answer = call(stub.GetRunReport, orchestrator.GetRunReportRequest(run_id=run_id), deadline=180)
             summary: dict[str, Any] = json.loads(answer.summary_json)
-            return summary
-        name = "-".join(part for part in (config.name, str(config.seed), config.student.name) if part)
-        return fetch_results(stub, run_id, self.out / "runs" / name).summary
+        else:
+            name = "-".join(part for part in (config.name, str(config.seed), config.student.name) if part)
+            summary = fetch_results(stub, run_id, self.out / "runs" / name).summary
+        # What its teacher took to learn, when it did: the run may have found it trained.
+        start, *learnt = summary["policies"]
+        took = sum(self.policy(policy).seconds for policy in set(learnt) - {start})
+        return {**summary, "update_seconds": took}
 
     def student(self, name: str = "") -> students.Student:
         """A registered student; the active one without a name. Raises PreceptorError(STUDENT_NOT_FOUND, ...)."""

@@ -100,9 +100,8 @@ def _preparation(arm: str, summary: Mapping[str, Any]) -> float:
     if arm == arms.FIXED:
         return float(summary["heldout"].get("selection_worker_seconds") or 0.0)
     if arm == arms.TRAINED:
-        return sum(float(of.get("worker_seconds") or 0.0) for of in summary["rounds"]) + sum(
-            float(of["seconds"]["update"]) for of in summary["rounds"]
-        )
+        measured = sum(float(of.get("worker_seconds") or 0.0) for of in summary["rounds"])
+        return measured + float(summary.get("update_seconds") or 0.0)
     return 0.0
 
 

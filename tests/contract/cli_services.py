@@ -141,6 +141,7 @@ class Teacher(teacher_pb2_grpc.TeacherServiceServicer):
     def GetPolicy(self, request: teacher.GetPolicyRequest, context: grpc.ServicerContext) -> teacher.GetPolicyResponse:
         policy = teacher.Policy(id=request.policy_id or "base-1", state=teacher.POLICY_STATE_READY)
         policy.base_commit = self.base_commit
+        policy.seconds = 0.0 if policy.id == "base-1" else 1.0
         return teacher.GetPolicyResponse(policy=policy)
 
     def GenerateSelfEdits(

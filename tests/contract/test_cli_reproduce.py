@@ -47,7 +47,7 @@ def summary(**shares: float) -> dict[str, Any]:
         }
         for name, share in shares.items()
     }
-    round_ = {"worker_seconds": 5.0, "seconds": {"update": 1.0}, "reward": {"mean": 0.2}}
+    round_ = {"worker_seconds": 5.0, "reward": {"mean": 0.2}}
     heldout = {
         "tasks": [f"t{at}" for at in range(6)],
         "arms": held,

@@ -35,7 +35,8 @@ def summary(seed: int, shares: dict[str, float], fails: str = "", tasks: int = 8
     return {
         "run": f"r{seed}",
         "policies": ["base", f"p{seed}"],
-        "rounds": [{"worker_seconds": 60.0, "seconds": {"update": 12.0}, "reward": {"mean": 0.1}}] * 2,
+        "rounds": [{"worker_seconds": 60.0, "reward": {"mean": 0.1}}] * 2,
+        "update_seconds": 24.0,
         "heldout": {
             "tasks": [f"task-{at}" for at in range(tasks)],
             "arms": {**held, arms.SHUFFLED: None},
@@ -62,7 +63,7 @@ def test_seeds_are_pooled_and_told_one_by_one() -> None:
     assert low < 0.8 < high
     assert (values["passages"], values["questions"], values["seeds"]) == (16, 160, 2)
     assert (values["trained_tokens"], values["worker_seconds"], values["retention"]) == (1500, 0.5, 0.5)
-    assert values["preparation_seconds"] == 2 * (60 + 12)
+    assert values["preparation_seconds"] == 2 * 60 + 24
     assert (values["cost"], values["preparation_cost"]) == (0.5, 144.0)
     assert arm_values(found[arms.FIXED])["preparation_seconds"] == 7.5
     assert arm_values(found[arms.FIXED])["cost"] is None
