@@ -39,7 +39,7 @@ MODELS = ("teacher", "student")
 SHAPES = {"teacher": (96, 3, 256), "student": (96, 4, 256)}  # width, layers, inner width
 HEADS = 4
 SCHEDULES = {
-    "teacher": Schedule(steps=1_300, learning_rate=3e-3),
+    "teacher": Schedule(steps=800, learning_rate=3e-3),
     "student": Schedule(steps=700, learning_rate=4e-3),
 }
 NAMED_STEPS = 420  # of the student: single pairs with words
