@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,34 @@ def check(context: click.Context, file: Path, solutions: str | None, as_json: bo
             file=sys.stderr,
         )
         context.exit(2)
+
+
+@tasks.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. tasks.train=8.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the files.")
+@json_option
+def arc(config: Path, overrides: tuple[str, ...], out: Path, as_json: bool) -> None:
+    """Writes the few-shot tasks of CONFIG as Kaggle has ARC's: challenges and solutions, trained and held out."""
+    from preceptor.cli.follow import write_files
+    from preceptor.cli.output import print_json
+    from preceptor.cli.run_request import read_run
+    from preceptor.few_shot.arc_files import challenges_json, solutions_json
+    from preceptor.few_shot.sources import few_shot_only
+
+    _, found = read_run(config, overrides)
+    texts = {}
+    for part, all_tasks in (("train", found.train), ("heldout", found.heldout)):
+        if wanted := few_shot_only(all_tasks):
+            texts[f"{part}_challenges.json"] = json.dumps(challenges_json(wanted))
+            texts[f"{part}_solutions.json"] = json.dumps(solutions_json(wanted))
+    written = write_files(out, texts)
+    if as_json:
+        print_json({"train": len(found.train), "heldout": len(found.heldout), "files": [str(path) for path in written]})
+        return
+    print(f"{len(found.train)} tasks to train on, {len(found.heldout)} held out")
+    for path in written:
+        print(path)
 
 
 def _show(found: TaskFile) -> None:

@@ -149,17 +149,6 @@ def solutions_json(tasks: Sequence[FewShotTask]) -> dict[str, Any]:
     }
 
 
-def submission_json(attempts: Mapping[str, Sequence[Sequence[Grid]]]) -> dict[str, Any]:
-    """Kaggle's ``submission.json`` of up to two attempts per query, by task; what is missing is a single black cell."""
-    return {
-        name: [
-            {f"attempt_{number + 1}": _rows(grids[number]) if number < len(grids) else [[0]] for number in range(2)}
-            for grids in queries
-        ]
-        for name, queries in attempts.items()
-    }
-
-
 def _rows(grid: Grid) -> list[list[int]]:
     return [list(row) for row in grid]
 

@@ -23,7 +23,7 @@ from preceptor.task_problems import (
     read_text,
     require_file,
 )
-from preceptor.tasks import FewShotTask
+from preceptor.tasks import FewShotTask, Task
 
 BANKS = "none: the queries of few-shot tasks are what is asked"
 # As Kaggle names its two files: arc-agi_training_challenges.json and arc-agi_training_solutions.json.
@@ -119,6 +119,14 @@ def heldout_few_shot(config: RunConfig) -> FewShotTasks:
     reads = _shuffled(file.tasks, config.seed)[: tasks.heldout]
     _raise_long_answers(file.path, reads, config)
     return FewShotTasks((), tuple(read.task for read in reads), file.notes, _places(reads))
+
+
+def few_shot_only(tasks: Sequence[Task]) -> tuple[FewShotTask, ...]:
+    """The tasks where only few-shot tasks will do. Raises PreceptorError(BAD_CONFIG)."""
+    found = tuple(task for task in tasks if isinstance(task, FewShotTask))
+    if len(found) < len(tasks):
+        raise PreceptorError("BAD_CONFIG", "has passages, and this is for few-shot tasks", field="tasks")
+    return found
 
 
 def refuse_written(config: RunConfig) -> None:

@@ -15,7 +15,6 @@ from preceptor.few_shot.arc_files import (
     is_few_shot,
     read_arc,
     solutions_json,
-    submission_json,
 )
 
 GRID = [[0, 1], [2, 3]]
@@ -175,17 +174,6 @@ def test_what_was_read_is_written_as_kaggle_has_it(tmp_path: Path) -> None:
     tasks = [read.task for read in found.tasks]
     assert challenges_json(tasks) == given
     assert solutions_json(tasks) == answers
-
-
-def test_a_submission_has_two_attempts_for_every_query() -> None:
-    one: Any = ((6,),)
-    assert submission_json({"a": [(one, ((7,),)), (one,), ()]}) == {
-        "a": [
-            {"attempt_1": [[6]], "attempt_2": [[7]]},
-            {"attempt_1": [[6]], "attempt_2": [[0]]},
-            {"attempt_1": [[0]], "attempt_2": [[0]]},
-        ]
-    }
 
 
 @pytest.mark.skipif(not (ARC / "solutions.json").is_file(), reason="PRECEPTOR_TEST_DATA has no arc")

@@ -239,6 +239,32 @@ def test_the_check_of_the_same_fault_says_it_once(tmp_path: Path) -> None:
     assert err.count("b.test[0].output") == 1
 
 
+def test_tasks_of_a_world_are_written_as_kaggle_has_them_and_read_again(tmp_path: Path) -> None:
+    toml = tmp_path / "c.toml"
+    toml.write_text('seed = 3\n[tasks]\nworld = "mosaic"\ntrain = 4\nheldout = 2\n')
+    result = CliRunner().invoke(command, ["arc", str(toml), "--out", str(tmp_path / "out"), "--json"])
+    assert result.exit_code == 0, result.output
+    assert (json.loads(result.stdout)["train"], json.loads(result.stdout)["heldout"]) == (4, 2)
+    own = tmp_path / "out/train_challenges.json"
+    again = gather_tasks(config(own, heldout_path=str(tmp_path / "out/heldout_challenges.json")))
+    made = gather_tasks(RunConfig.model_validate({"seed": 3, "tasks": {"world": "mosaic", "train": 4, "heldout": 2}}))
+
+    def bare(tasks: Any) -> set[Any]:
+        return {(task.name, task.demonstrations, task.queries) for task in tasks}
+
+    assert bare(again.train) == bare(made.train)
+    assert bare(again.heldout) == bare(made.heldout)
+
+
+def test_passages_are_not_written_as_few_shot_tasks(tmp_path: Path) -> None:
+    toml = tmp_path / "c.toml"
+    toml.write_text('[tasks]\nworld = "almanac"\ntrain = 1\nheldout = 0\n')
+    result = CliRunner().invoke(command, ["arc", str(toml), "--out", str(tmp_path / "out")])
+    assert isinstance(result.exception, PreceptorError)
+    assert "this is for few-shot tasks" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(not (DATA / "arc/challenges.json").is_file(), reason="PRECEPTOR_TEST_DATA has no arc")
 def test_the_real_tasks_are_a_run() -> None:
     asked = config(DATA / "arc/challenges.json", train=100, heldout=20, answers={"max_new_tokens": 929})
