@@ -134,7 +134,8 @@ def reproduce(
             machine = {"cores": os.cpu_count(), "workers": workers_of(addresses), "load": os.getloadavg()[2]}
         machine["cpu_seconds"] = None if connect else cpu_seconds()  # of processes that have ended
         seconds = time.monotonic() - began
-        results = results_of(what, _command(), findings, lab.failures, price, seconds, machine)
+        evaluations = (lab.evaluations, lab.known)
+        results = results_of(what, _command(), findings, lab.failures, price, seconds, machine, evaluations)
         files = files_of(results, findings.pictures)
         write_files(folder, files)
     if as_json:

@@ -15,7 +15,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -95,6 +95,9 @@ class Lab:
     failures: list[Failed] = field(default_factory=list)
     owner: str = field(default_factory=lambda: f"reproduce-{new_request_id()}")
 
+    evaluations: int = 0  # asked for, by runs too
+    known: int = 0  # of them those that had been measured before
+    _counting: threading.Lock = field(default_factory=threading.Lock)
     _number: int = 0
     _began: float = field(default_factory=time.monotonic)
     _run: str = ""  # that goes on now
@@ -153,6 +156,7 @@ class Lab:
         run_id = call(stub.CreateRun, create_request(config, tasks, once=True)).run.id
         self._run = run_id
         run = resume_run(stub, run_id)
+        there = run.state == orchestrator.RUN_STATE_SUCCEEDED
         for snapshot in snapshots(stub, run_id, self.check):
             self.tell(lambda view, shown=snapshot: view.show(shown))  # type: ignore[misc]
             run = snapshot.run
@@ -164,6 +168,8 @@ class Lab:
         else:
             name = "-".join(part for part in (config.name, str(config.seed), config.student.name) if part)
             summary = fetch_results(stub, run_id, self.out / "runs" / name).summary
+        asked, known = evaluations_of(summary)
+        self._count(asked, asked if there else known)
         # What its teacher took to learn, when it did: the run may have found it trained.
         start, *learnt = summary["policies"]
         took = sum(self.policy(policy).seconds for policy in set(learnt) - {start})
@@ -235,7 +241,14 @@ class Lab:
             check=self.check,
         )
         self._asked = True
-        return asks.evaluate_groups(words, asked, protocol)
+        groups = asks.evaluate_groups(words, asked, protocol)
+        self._count(asks.total, asks.cached)
+        return groups
+
+    def _count(self, asked: int, known: int) -> None:
+        with self._counting:
+            self.evaluations += asked
+            self.known += known
 
     # ---- Ctrl-C
 
@@ -276,6 +289,14 @@ class Lab:
         from preceptor.v1.student_pb2_grpc import StudentServiceStub
 
         return connect(self.addresses.student_address, StudentServiceStub)
+
+
+def evaluations_of(summary: Mapping[str, Any]) -> tuple[int, int]:
+    """Evaluations of a run, and how many of them were known before."""
+    counts = [
+        part["evaluations"] for part in (*summary["rounds"], summary.get("heldout") or {}) if "evaluations" in part
+    ]
+    return sum(of["succeeded"] + of["failed"] for of in counts), sum(of["cached"] for of in counts)
 
 
 def _weight(step: Step) -> float:

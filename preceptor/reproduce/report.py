@@ -27,8 +27,10 @@ def results_of(
     price: float | None,
     seconds: float,
     machine: Mapping[str, Any],
+    evaluations: tuple[int, int] = (0, 0),
 ) -> dict[str, Any]:
-    """Everything that was found as plain JSON values. ``command`` made it, ``machine`` says on what."""
+    """Everything that was found as plain JSON values. ``command`` made it, ``machine`` says on what; ``evaluations``
+    were asked for and of them known before."""
     return {
         "schema": SCHEMA,
         "version": __version__,
@@ -44,6 +46,7 @@ def results_of(
         "price_per_worker_hour": price,
         "seconds": round(seconds, 1),
         "machine": dict(machine),
+        "evaluations": {"asked": evaluations[0], "known": evaluations[1]},
         "data": dict(findings.data),
     }
 
@@ -166,11 +169,14 @@ def made_by(results: Mapping[str, Any]) -> list[str]:
         parts.append(f", {_duration(cpu)} of processors' time in all")
     if (load := machine.get("load")) is not None and machine.get("cores") and load > machine["cores"] * 1.5:
         parts.append(f", beside other work (the load was {load:.0f})")
-    runs = results["data"].get("runs") if isinstance(results["data"].get("runs"), list) else None
-    took = sum(run.get("wall_seconds") or 0.0 for run in runs or ())
-    if took > results["seconds"]:
-        parts.append(f". Of its runs all or some were there already; they had taken {_duration(took)}")
-    return ["".join(parts) + "."]
+    said = "".join(parts) + "."
+    asked, known = results["evaluations"]["asked"], results["evaluations"]["known"]
+    if known:
+        which = "All" if known == asked else f"{known:,}"
+        said += f" {which} of {asked:,} evaluations were known from earlier: anew it takes longer."
+    elif asked:
+        said += f" None of {asked:,} evaluations was known before."
+    return [said]
 
 
 def body(results: Mapping[str, Any], pictures: Mapping[str, str], folder: str = "", level: int = 2) -> list[str]:

@@ -47,7 +47,8 @@ def summary(**shares: float) -> dict[str, Any]:
         }
         for name, share in shares.items()
     }
-    round_ = {"worker_seconds": 5.0, "reward": {"mean": 0.2}}
+    counts = {"succeeded": 4, "failed": 0, "malformed": 0, "cached": 1}
+    round_ = {"worker_seconds": 5.0, "reward": {"mean": 0.2}, "evaluations": counts}
     heldout = {
         "tasks": [f"t{at}" for at in range(6)],
         "arms": held,
@@ -118,7 +119,9 @@ def test_all_arms_of_all_seeds_come_to_one_table(services: Services, capsys: pyt
 def test_the_same_command_again_uses_the_runs_that_are_there(services: Services) -> None:
     assert reproduce("knowledge", "--seeds", "2") == 0
     first = results()["sections"]
+    assert results()["evaluations"] == {"asked": 8, "known": 2}
     assert reproduce("knowledge", "--seeds", "3") == 0
+    assert results()["evaluations"] == {"asked": 12, "known": 9}  # two runs were there, and one of the third's four
     assert len(services.orchestrator.created) == 3
     assert reproduce("knowledge", "--seeds", "2") == 0
     assert results()["sections"] == first

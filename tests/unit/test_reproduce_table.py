@@ -10,7 +10,7 @@ import pytest
 from preceptor import arms
 from preceptor.reproduce import transfer
 from preceptor.reproduce.experiment import Findings, PlainTable
-from preceptor.reproduce.lab import Failed
+from preceptor.reproduce.lab import Failed, evaluations_of
 from preceptor.reproduce.report import files_of, results_of
 from preceptor.reproduce.runs import in_order, notes_of, section
 from preceptor.reproduce.table import Arm, Outcome, arm_values, arms_of, difference_values, pairs_with, section_values
@@ -135,10 +135,12 @@ def test_unequal_tokens_and_a_ceiling_that_is_none_are_said() -> None:
     assert "nobody is there" in said
 
 
-def written(findings: Findings, failures: tuple[Failed, ...] = ()) -> dict[str, str]:
-    results = results_of(
-        "knowledge", "preceptor reproduce knowledge", findings, failures, None, 75.0, {"cores": 2, "workers": 2}
-    )
+def written(
+    findings: Findings, failures: tuple[Failed, ...] = (), evaluations: tuple[int, int] = (100, 0)
+) -> dict[str, str]:
+    machine = {"cores": 2, "workers": 2}
+    command = "preceptor reproduce knowledge"
+    results = results_of("knowledge", command, findings, failures, None, 75.0, machine, evaluations)
     return files_of(results, findings.pictures)
 
 
@@ -161,7 +163,7 @@ def test_the_same_is_written_for_programs_and_for_people_and_nothing_in_it_is_ma
     assert "left out: SERVER_UNREACHABLE" in table
     assert "| z | 0.123 |" in table
     assert "| y | – |" in table
-    assert "Made by `preceptor reproduce knowledge` on 2 cores, 2 workers in 1 min 15 s." in table
+    assert "Made by `preceptor reproduce knowledge` on 2 cores, 2 workers in 1 min 15 s. None of 100 " in table
     assert "(s-arms.svg)" in table
     page = files["report.html"]
     assert "<script" not in page
@@ -203,3 +205,17 @@ def test_transfer_sets_the_others_teacher_beside_the_own_one() -> None:
     assert [row[0] for row in carried.rows] == ["B→A", "A→B"]
     assert carried.rows[1][-1] == "50%"  # 0.2 of 0.4
     assert "transfer" in transfer._pictures([other, of])
+
+
+def test_the_page_says_what_was_known_before_since_its_time_means_little_then() -> None:
+    findings = Findings(title="Knowledge", about="", sections=[])
+    assert "All of 100 evaluations were known from earlier" in written(findings, evaluations=(100, 100))["table.md"]
+    some = written(findings, evaluations=(100, 40))
+    assert "40 of 100 evaluations were known from earlier" in some["report.html"]
+    assert json.loads(some["results.json"])["evaluations"] == {"asked": 100, "known": 40}
+
+
+def test_evaluations_of_a_run_are_those_of_its_rounds_and_of_its_measurement() -> None:
+    counts = {"succeeded": 5, "failed": 1, "malformed": 2, "cached": 3}
+    assert evaluations_of({"rounds": [{"evaluations": counts}] * 2, "heldout": {"evaluations": counts}}) == (18, 9)
+    assert evaluations_of({"rounds": [], "heldout": None}) == (0, 0)
