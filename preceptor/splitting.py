@@ -30,6 +30,7 @@ _LABEL = re.compile(
 )
 _QUESTION = re.compile(r"^\W*(?:question|q)\s*\d{0,3}\s*[:.)]\W*?(?P<rest>[^\s*].*)?$", re.IGNORECASE)
 _ANSWER = re.compile(r"^\W*(?:answer|a)\s*\d{0,3}\s*[:.)]\W*?(?P<rest>[^\s*].*)?$", re.IGNORECASE)
+_BLANKS = re.compile(r"(?<=\S)\s+")
 _BOLD = re.compile(r"\*\*(\S(?:[^*\n]*\S)?)\*\*")
 _NUMBER = re.compile(r"^\d{1,3}[.)]\s+")
 _PAIR = re.compile(
@@ -93,30 +94,30 @@ def _unmarked(document: str) -> str:
 
 def _own_part(lines: Sequence[str]) -> list[str]:
     """The lines without fences, without an opening and up to where another task begins."""
-    kept = [line.rstrip() for line in lines if not _FENCE.match(line)]
-    while kept and (not kept[0].strip() or _is_opening(kept)):
-        del kept[0]
-    for at, line in enumerate(kept):
-        if at and _OTHER_TASK.match(line):
-            kept = kept[:at]
+    # Without runs of blanks within a line, over which patterns would take their time.
+    kept = [_BLANKS.sub(" ", line.rstrip()) for line in lines if not _FENCE.match(line)]
+    start, end = 0, len(kept)
+    while start < end and (not kept[start] or _is_opening(kept[start], start + 1 == end)):
+        start += 1
+    for at in range(start + 1, end):
+        if _OTHER_TASK.match(kept[at]):
+            end = at
             break
-    while kept and (not kept[-1].strip() or _is_remark(kept)):
-        del kept[-1]
-    return kept
+    while start < end and (not kept[end - 1] or _is_remark(kept[end - 1], start + 1 == end)):
+        end -= 1
+    return kept[start:end]
 
 
-def _is_opening(lines: Sequence[str]) -> bool:
+def _is_opening(first: str, alone: bool) -> bool:
     """Whether the first line only announces what follows."""
-    first = lines[0]
-    if _ENTRY.match(first) or _QUESTION.match(first) or _LABEL.match(first) or len(lines) == 1:
+    if alone or _ENTRY.match(first) or _QUESTION.match(first) or _LABEL.match(first):
         return False
     return bool(_CHATTY.match(first) or (_HEADING.match(first) and first.rstrip(" *").endswith(":")))
 
 
-def _is_remark(lines: Sequence[str]) -> bool:
+def _is_remark(last: str, alone: bool) -> bool:
     """Whether the last line only says something about what stands before it."""
-    last = lines[-1]
-    return len(lines) > 1 and not _ENTRY.match(last) and bool(_REMARK.match(last) or _RULE.match(last))
+    return not alone and not _ENTRY.match(last) and bool(_REMARK.match(last) or _RULE.match(last))
 
 
 def _rules(lines: Sequence[str]) -> list[str]:
@@ -279,7 +280,7 @@ def _restarts(number: int | None, numbers: Sequence[int | None]) -> bool:
     last = numbers[-1]
     if last is None:
         return True
-    return number <= last and set(numbers) != {number}
+    return number <= last and not number == last == numbers[0]
 
 
 def _goes_on(lines: Sequence[str], numbers: Sequence[int | None]) -> bool:

@@ -126,3 +126,10 @@ def test_real_completions_are_split_sensibly() -> None:
     for name, found in counts.items():
         assert sum(map(bool, found)) >= 94, name
         assert 2 <= sorted(found)[len(found) // 2] <= 15, name
+
+
+@pytest.mark.timeout(60)  # it took more than five minutes
+@pytest.mark.parametrize("text", ["q: " + " " * 60_000 + "x", "\n" * 60_000 + "a", "1. a\n" * 15_000, "- " * 30_000])
+def test_what_a_model_repeats_for_ever_is_split_at_once(text: str) -> None:
+    for how in SPLITTINGS:
+        split(text, how)
