@@ -45,7 +45,7 @@ def pairs(rng: random.Random, count: int, named_share: float) -> list[Span]:
 def teaching(rng: random.Random, chosen: bool = True) -> tuple[str, str]:
     """A lesson of the teacher: prompt and completion; without ``chosen`` only what it sees, and no directive."""
     rule = rng.choice(rules_of("train", rng.choice(FAMILIES)))
-    task = make_task(f"train-{rng.randrange(10_000)}-{rng.randrange(100)}", rule, rng)
+    task = make_task(f"task-{rng.randrange(10 ** rng.randint(1, 4))}-{rng.randrange(1_000)}", rule, rng)
     prompt = PROMPT.render(task.name, task_text(task))
     if not chosen:
         return prompt, directives.seen(task, rule.family)
