@@ -5,7 +5,7 @@ every edit it is asked the sealed questions of all N passages and all probes: a 
 ways:
 
 * **no replay**: an edit sees its own documents alone, so many times more often that it trains as many documents as
-  with replay;
+  with replay (as does, with replay, a first edit that has nothing to replay yet);
 * **replay**: as many documents again and again, ``training.replay_share`` of all, from old material and from the
   documents of the earlier edits, ``EARLIER`` of the replay from the latter;
 * **all at once**: one update on all documents with old material: what it would be if nobody had to wait.
@@ -88,7 +88,7 @@ def measure(lab: Lab, options: Options) -> Findings:
         _together(lab, [chain for chain in chains if not chain.broken], number)
     lab.step()
     joint = [found for one in materials if (found := _at_once(lab, one)) is not None]
-    whole = [chain for chain in (*chains, *joint) if not chain.broken]
+    whole = [chain for chain in (*chains, *joint) if chain.whole]
     if not any(chain.way != AT_ONCE for chain in whole):
         reason = lab.failures[0].message if lab.failures else "there was nothing to learn"
         raise PreceptorError("TOO_MANY_FAILURES", f"no chain of edits came to its end; the first: {reason}")
@@ -156,8 +156,8 @@ def protocol_of(chain: Chain, number: int) -> evaluator.EvaluationProtocol:
     earlier = [document for edit in material.edits[:number] if edit is not None for document in edit.documents]
     replay = replay_of(material.subject.replay_documents, earlier) if chain.way == REPLAY else []
     if not replay:
-        share = config.training.replay_share if chain.way == NO_REPLAY else 0.0
-        changes = {"replay_share": 0.0, "epochs": min(round(config.training.epochs / (1 - share)), MAX_EPOCHS)}
+        epochs = round(config.training.epochs / (1 - config.training.replay_share))
+        changes = {"replay_share": 0.0, "epochs": min(epochs, MAX_EPOCHS)}
         config = config.model_copy(update={"training": config.training.model_copy(update=changes)})
     seed = derived_seed(config.seed, "continual", number)
     return joint_protocol(config, material.subject.probes, replay, seed=seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -42,12 +42,20 @@ class Chain:
     seconds: list[float] = field(default_factory=list)
     broken: bool = False
 
+    @property
+    def whole(self) -> bool:
+        """Whether it came to its end, and with anything learnt at all."""
+        return not self.broken and bool(self.before)
+
     def take(self, evaluation: evaluator.Evaluation) -> None:
         """What the next edit came to."""
         (trial,), union = evaluation.trials, self.material.union
-        if not self.rows:
+        if not self.before:
             self.before = list(union.by_passage(evaluation.baseline.correct))
             self.probes_before = evaluation.baseline.probes_correct
+            # after edits that had nothing to study all was as before
+            self.rows = [list(self.before) for _ in self.rows]
+            self.probes = [self.probes_before for _ in self.probes]
         self.rows.append(list(union.by_passage(trial.correct)))
         self.probes.append(trial.probes_correct)
         self.tokens.append(trial.trained_tokens)
@@ -56,7 +64,7 @@ class Chain:
             self.student.adapters.append(trial.adapter)
 
     def repeat(self) -> None:
-        """There was nothing to study: all is as it was."""
+        """There was nothing to study: all is as it was, which is not known before anything was measured."""
         self.rows.append(self.rows[-1] if self.rows else [])
         self.probes.append(self.probes[-1] if self.probes else ())
 
@@ -84,32 +92,31 @@ class Kept:
 
 
 def kept_of(chains: Sequence[Chain], resamples: int) -> Kept:
-    """Of chains of one way. Intervals: passages (probes) are drawn again."""
-    learnt, kept, final = [], [], []
+    """Of chains of one way. Intervals: passages (probes) are drawn again, with all that the seeds have of them."""
+    learnt: dict[str, list[bool]] = {}
+    kept: dict[str, list[bool]] = {}
+    final: dict[str, list[bool]] = {}
     for chain in chains:
-        last = chain.rows[-1]
-        for number, passage in enumerate(last):
+        for number, (passage, last) in enumerate(zip(chain.material.subject.passages, chain.rows[-1], strict=True)):
             own = chain.rows[min(number, len(chain.rows) - 1)][number]
-            learnt.append(Cluster(sum(own), len(own)))
-            still = [now for then, now in zip(own, passage, strict=True) if then]
-            kept.append(Cluster(sum(still), len(still)))
-            final.append(Cluster(sum(passage), len(passage)))
+            learnt.setdefault(passage.text, []).extend(own)
+            kept.setdefault(passage.text, []).extend(now for then, now in zip(own, last, strict=True) if then)
+            final.setdefault(passage.text, []).extend(last)
     old: dict[int, list[bool]] = {}
     for chain in chains:
         for number, (then, now) in enumerate(zip(chain.probes_before, chain.probes[-1], strict=True)):
             if then:
                 old.setdefault(number, []).append(now)
-    probes = [Cluster(sum(values), len(values)) for values in old.values()]
 
-    def estimate(clusters: Sequence[Cluster]) -> Estimate | None:
-        return accuracy(clusters, 0, resamples) if any(cluster.questions for cluster in clusters) else None
+    def estimate(answers: Iterable[Sequence[bool]]) -> Estimate | None:
+        return accuracy([Cluster(sum(right), len(right)) for right in answers], 0, resamples)
 
     return Kept(
         way=chains[0].way,
-        learnt=estimate(learnt),
-        kept=estimate(kept),
-        final=estimate(final),
-        old=estimate(probes),
+        learnt=estimate(learnt.values()),
+        kept=estimate(kept.values()),
+        final=estimate(final.values()),
+        old=estimate(old.values()),
         tokens=fmean(sum(chain.tokens) for chain in chains),
         seconds=fmean(sum(chain.seconds) for chain in chains),
     )

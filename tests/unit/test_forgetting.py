@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from preceptor.adapt.subject import Subject
@@ -89,6 +91,33 @@ def test_a_passage_of_which_nothing_was_written_leaves_the_student_as_it_was() -
     assert len(one.student.adapters) == 1
 
 
+def test_nothing_was_written_of_the_first_passage() -> None:
+    one = Chain(material(), REPLAY, types.PinnedStudent(name="s", source="/s", commit="c"))
+    one.repeat()
+    one.take(evaluation("1011", before="1000"))
+    assert matrix([one]) == [[0.5, 0.0, 1.0], [0.5, 0.0, 1.0], [0.5, 1.0, 1.0]]
+    found = kept_of([one], 200)
+    assert found.learnt is not None
+    assert found.learnt.mean == pytest.approx(3 / 4)
+    assert findings([one], []).data["chains"][0]["right"] == [[1, 0], [1, 2]]
+
+
+def test_a_chain_without_any_edit_is_no_measurement() -> None:
+    one = Chain(material(), REPLAY, types.PinnedStudent(name="s", source="/s", commit="c"))
+    one.repeat()
+    assert not one.whole
+    one.take(evaluation("1011"))
+    assert one.whole
+    one.broken = True
+    assert not one.whole
+
+
+def test_a_passage_that_all_seeds_share_is_drawn_once() -> None:
+    one = kept_of([chain(NO_REPLAY, evaluation("1100"), evaluation("1100"))], 500)
+    three = kept_of([chain(NO_REPLAY, evaluation("1100"), evaluation("1100"), seed=seed) for seed in range(3)], 500)
+    assert one.final == three.final  # the same two passages, whoever was trained how often
+
+
 def test_so_much_of_the_replay_is_of_earlier_edits() -> None:
     found = replay_of(OLD, ["a1", "a2"])
     assert found[: len(OLD)] == list(OLD)
@@ -109,6 +138,16 @@ def test_only_replay_replays_and_both_keep_what_they_learn() -> None:
     assert first.training.keep
     assert first.seeds != second.seeds
     assert first.seeds == protocol_of(without, 0).seeds
+
+
+def test_with_nothing_to_replay_yet_an_edit_trains_as_many_documents() -> None:
+    made = material()
+    bare = replace(made, subject=Subject(PASSAGES, (), ()))
+    with_replay, without = (Chain(bare, way, bare.student) for way in (REPLAY, NO_REPLAY))
+    first = protocol_of(with_replay, 0).training
+    assert (first.replay_share, first.epochs) == (0.0, 40)
+    assert protocol_of(without, 0).training == first
+    assert (protocol_of(with_replay, 1).training.replay_share, protocol_of(with_replay, 1).training.epochs) == (0.8, 8)
 
 
 def test_findings_have_matrices_numbers_and_a_picture() -> None:
