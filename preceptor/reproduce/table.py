@@ -2,7 +2,8 @@
 
 A seed has passages, trial seeds and a teacher of its own. All seeds' passages are pooled: an arm's accuracy is the
 share of right answers to all questions, and intervals come from drawing *passages* again (``preceptor.statistics``),
-each of which brings its own fine-tune: how far other passages would move a number, these teachers given. How far
+each of which brings its own fine-tunes: how far other passages would move a number, these teachers given. A passage
+that several seeds share (those of a file) is drawn with all its seeds, as its answers rise and fall together. How far
 other seeds, and so other teachers, would is a second interval, of Student's t over the seeds' own numbers
 (``seeds_ci95``): wide, as three seeds are few.
 
@@ -124,7 +125,7 @@ def section_values(section: Section) -> dict[str, Any]:
 def arm_values(arm: Arm, price: float | None = None) -> dict[str, Any]:
     """One row. ``cost``: of one fine-tune at ``price`` a worker's hour; ``preparation_cost`` comes once."""
     known = {key: outcome for key, outcome in arm.outcomes.items() if outcome is not None}
-    estimate = accuracy(_clusters(known.values()), 0, RESAMPLES) if known else None
+    estimate = accuracy(_clusters(known), 0, RESAMPLES) if known else None
     retained = [outcome.retention for outcome in known.values() if outcome.retention is not None]
     seeds = sorted({seed for seed, _ in known})
     seconds = _mean(arm.seconds)
@@ -153,8 +154,8 @@ def arm_values(arm: Arm, price: float | None = None) -> dict[str, Any]:
 def difference_values(first: Arm, second: Arm) -> dict[str, Any]:
     """``first`` minus ``second`` on the passages that both measured; all null where there are none."""
     shared = [key for key, of in first.outcomes.items() if of is not None and second.outcomes.get(key) is not None]
-    ours = _clusters(of for key in shared if (of := first.outcomes[key]) is not None)
-    theirs = _clusters(of for key in shared if (of := second.outcomes[key]) is not None)
+    ours = _clusters({key: of for key in shared if (of := first.outcomes[key]) is not None})
+    theirs = _clusters({key: of for key in shared if (of := second.outcomes[key]) is not None})
     estimate = paired_difference(ours, theirs, 0, RESAMPLES) if shared else None
     unclear = estimate is not None and estimate.low <= 0 <= estimate.high
     by_seed = {
@@ -173,7 +174,7 @@ def difference_values(first: Arm, second: Arm) -> dict[str, Any]:
         "passages": len(shared),
         "seeds": len({seed for seed, _ in shared}),
         "verdict": verdict(estimate.low, estimate.high) if estimate else None,
-        "needed_questions": needed_questions(ours, theirs) if unclear else None,
+        "needed_questions": _needed_questions(ours, theirs, len(shared)) if unclear else None,
     }
 
 
@@ -195,8 +196,18 @@ def _seeds_interval(values: Sequence[float]) -> list[float] | None:
     return [mean - half, mean + half]
 
 
-def _clusters(outcomes: Iterable[Outcome]) -> list[Cluster]:
-    return [Cluster(outcome.right, outcome.questions) for outcome in outcomes]
+def _clusters(outcomes: Mapping[tuple[int, str], Outcome]) -> list[Cluster]:
+    """By passage, over all its seeds, in the order in which the passages come."""
+    by_passage: dict[str, list[Outcome]] = {}
+    for (_, passage), outcome in outcomes.items():
+        by_passage.setdefault(passage, []).append(outcome)
+    return [Cluster(sum(of.right for of in some), sum(of.questions for of in some)) for some in by_passage.values()]
+
+
+def _needed_questions(first: Sequence[Cluster], second: Sequence[Cluster], outcomes: int) -> int | None:
+    """Questions, each counted once, whatever the number of seeds that ask it."""
+    needed = needed_questions(first, second)
+    return None if needed is None else math.ceil(needed * len(first) / outcomes)
 
 
 def _share(outcomes: Iterable[Outcome | None]) -> float:

@@ -74,6 +74,21 @@ def test_the_same_passage_of_another_seed_is_another_passage() -> None:
     assert len(found[arms.TRAINED].outcomes) == 16
 
 
+def test_a_passage_that_all_seeds_share_is_drawn_with_all_its_seeds() -> None:
+    def arm(name: str, seeds: int, shift: int = 0) -> Arm:
+        rights = (1, 9, 4, 6)
+        return Arm(
+            name,
+            outcomes={(s, str(at)): Outcome(rights[(at + shift) % 4], 10) for s in range(seeds) for at in range(8)},
+        )
+
+    one, three = arm_values(arm("x", 1)), arm_values(arm("x", 3))
+    assert three["ci95"] == [pytest.approx(edge) for edge in one["ci95"]]  # eight passages, not twenty-four
+    alone, together = (difference_values(arm("x", seeds), arm("y", seeds, 1)) for seeds in (1, 3))
+    assert together["ci95"] == [pytest.approx(edge) for edge in alone["ci95"]]
+    assert together["needed_questions"] == alone["needed_questions"]
+
+
 def test_what_failed_is_left_out_of_the_arm_and_of_its_pairs_and_counted() -> None:
     found = by_name(arms_of({0: summary(0, SHARES, fails=arms.FIXED)}))
     assert arm_values(found[arms.FIXED])["failed"] == 1
