@@ -89,8 +89,9 @@ proto:  ## regenerate preceptor/v1 after a change in proto/
 proto-baseline: $(VENV)/.dev  ## accept the contract as released: later changes are checked against it
 	$(BIN)/buf build -o proto/released.binpb
 
-worlds: $(VENV)/.dev  ## rebuild the tiny models of the shipped world from nothing (under an hour on two cores)
+worlds: $(VENV)/.dev  ## rebuild the tiny models of the shipped worlds from nothing (under an hour on two cores)
 	$(BIN)/python -m worlds.almanac.build
+	$(BIN)/python -m worlds.mosaic.build
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
