@@ -111,7 +111,11 @@ def adapt(
                 view.say(f"note: {note}")
             with any_stack("evaluator", workers or 0, connect, view.say) as (addresses, stack):
                 lab = Lab(addresses, steps=(), stack=stack)
-                found = work(lab, lambda lab: run(lab, wish), LabProgress(view), timeout)
+                try:
+                    found = work(lab, lambda lab: run(lab, wish), LabProgress(view), timeout)
+                except (KeyboardInterrupt, SystemExit):
+                    view.say("interrupted; what is known stays known: the same command goes on where it stopped")
+                    raise
                 report = keep(found, wish, folder, addresses, merged, began, view.say)
     if as_json:
         print_json(report)
@@ -153,13 +157,17 @@ def make_wish(
 
 
 def check_folder(folder: Path, asked: str) -> None:
-    """Raises PreceptorError(OUTPUT_NOT_WRITABLE) where the results of something else lie."""
-    from preceptor.adapt import lineage
+    """Raises PreceptorError(OUTPUT_NOT_WRITABLE) where the results of something else lie, or folders that are no edits
+    and have the names of ours: they would give way."""
+    from preceptor.adapt import lineage, weights
     from preceptor.errors import PreceptorError
 
     record = lineage.read(folder)
     if record is not None and record["asked"] != asked and record["outcome"] == lineage.ADAPTED:
         raise PreceptorError("OUTPUT_NOT_WRITABLE", "another adaptation lies there", file=str(folder))
+    for name in (weights.ADAPTER, weights.MERGED):
+        if (folder / name).exists() and not (folder / name / weights.EDIT_FILE).is_file():
+            raise PreceptorError("OUTPUT_NOT_WRITABLE", "it is no edit, and would give way", file=str(folder / name))
 
 
 def keep(
