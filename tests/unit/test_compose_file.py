@@ -39,6 +39,14 @@ def test_workers_keep_edits_where_the_others_find_them() -> None:
     assert {one["environment"]["PRECEPTOR_HOME"] for one in who} == {"/var/lib/preceptor"}
 
 
+def test_a_second_teacher_is_found_by_the_orchestrator_and_keeps_what_it_makes_to_itself() -> None:
+    said = {"PRECEPTOR_EXTERNAL_TEACHER_ADDRESS": "external-teacher:7101", "PRECEPTOR_ARTIFACTS_URL": "s3://ours/all"}
+    orchestrator, teacher = (service(name, **said)["environment"] for name in ("orchestrator", "external-teacher"))
+    assert orchestrator["PRECEPTOR_EXTERNAL_TEACHER_ADDRESS"] == "external-teacher:7101"
+    not_ours = ("DATABASE_URL", "DATABASE_PASSWORD_FILE", "ARTIFACTS_URL", "TEACHER_SOURCE")
+    assert {name: teacher.get(f"PRECEPTOR_{name}") for name in not_ours} == dict.fromkeys(not_ours, "")
+
+
 @pytest.mark.parametrize("name", yaml.safe_load(FILES[0].read_text())["services"])
 def test_no_password_is_on_the_command_line_of_a_process_that_stays(name: str) -> None:
     """Whoever is on the machine can read that."""
