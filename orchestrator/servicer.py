@@ -49,7 +49,8 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServiceServicer):
         body = _body(request)
         record = self._store.find_request(request.request_id, body)
         if record is None:
-            self._check_formats(config, few_shot=any(task.HasField("few_shot") for task in request.tasks))
+            tasks = (*request.tasks, *request.heldout_tasks)
+            self._check_formats(config, few_shot=any(task.HasField("few_shot") for task in tasks))
             self._check_start(config)
             self._check_external_teacher(config)
             self._check_grader(config)

@@ -191,6 +191,15 @@ def test_a_run_on_few_shot_tasks_learns_a_directive(tmp_path: Path) -> None:
     assert not any("sealed questions" in note for note in summary["notes"])
 
 
+def test_a_format_of_few_shot_tasks_is_taken_where_the_held_out_ones_are_all_there_are(tmp_path: Path) -> None:
+    format_ = {"prompt_format": "augmentations"}
+    config = few_shot_config(teacher=format_, rounds={"count": 0}, tasks={"canary": 0}, heldout={"fixed_strategies": ()})
+    request = few_shot_request(config)
+    del request.tasks[:]
+    with ScriptedHouse(tmp_path) as house, orchestrator_here(house, tmp_path) as o:
+        assert finished(o, request)["kind"] == "few_shot"
+
+
 def policy_of_a_run(o: Orchestrator) -> str:
     return str(finished(o, create_request())["policies"][-1])
 
