@@ -193,7 +193,9 @@ def test_a_run_on_few_shot_tasks_learns_a_directive(tmp_path: Path) -> None:
 
 def test_a_format_of_few_shot_tasks_is_taken_where_the_held_out_ones_are_all_there_are(tmp_path: Path) -> None:
     format_ = {"prompt_format": "augmentations"}
-    config = few_shot_config(teacher=format_, rounds={"count": 0}, tasks={"canary": 0}, heldout={"fixed_strategies": ()})
+    config = few_shot_config(
+        teacher=format_, rounds={"count": 0}, tasks={"canary": 0}, heldout={"fixed_strategies": ()}
+    )
     request = few_shot_request(config)
     del request.tasks[:]
     with ScriptedHouse(tmp_path) as house, orchestrator_here(house, tmp_path) as o:
