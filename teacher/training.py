@@ -55,11 +55,7 @@ class LoraTrainer:
         written_by = [lesson.example.policy_id for lesson in lessons]
         with self._base() as base:
             try:
-                model = _model(base, parent, settings, seed)
-                if settings.learns_by.needs_history:
-                    size = settings.tuning.batch_size
-                    examples = _with_history(base, model, examples, written_by, writers, size, stopped)
-                return _train(base, model, examples, settings, seed, on_step, stopped)
+                return _train(base, parent, examples, written_by, writers, settings, seed, on_step, stopped)
             except BaseException as error:
                 traceback.clear_frames(error.__traceback__)  # they hold the model
                 raise
@@ -79,12 +75,6 @@ class LoraTrainer:
                 f"{words.context}",
             )
         return made
-
-
-def _model(base: TeacherBase, parent: Path | None, settings: UpdateSettings, seed: int) -> PeftModel:
-    if parent is None:
-        return base.new_adapter(settings.rank, settings.alpha, seed)
-    return base.load_adapter(parent, trainable=True)
 
 
 def _with_history(
@@ -111,13 +101,22 @@ def _with_history(
 
 def _train(
     base: TeacherBase,
-    model: PeftModel,
+    parent: Path | None,
     examples: Sequence[Example],
+    written_by: Sequence[str],
+    writers: Mapping[str, Path | None],
     settings: UpdateSettings,
     seed: int,
     on_step: Callable[[int], None],
     stopped: Callable[[], bool],
 ) -> TrainedPolicy:
+    # The model is of this frame alone: it is gone when the base is given back.
+    if parent is None:
+        model = base.new_adapter(settings.rank, settings.alpha, seed)
+    else:
+        model = base.load_adapter(parent, trainable=True)
+    if settings.learns_by.needs_history:
+        examples = _with_history(base, model, examples, written_by, writers, settings.tuning.batch_size, stopped)
     trained = fine_tune(
         model,
         examples,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from torch.nn import functional
 
 from preceptor.errors import PreceptorError
 from teacher.model import PolicyModels, TeacherBase, adapter_files, load_teacher
+from teacher.recipe import Lesson, Rewarded, UpdateSettings
+from teacher.training import LoraTrainer
 from teacher.update import Example, FineTuning, fine_tune
 from tests.unit.tiny_teachers import SHAPES, save_tiny_teacher, tiny_teacher
 
@@ -177,3 +182,33 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PreceptorError) as error:
         load_teacher(str(tmp_path / "none"), device="cpu")
     assert error.value.reason == "BAD_TEACHER_SOURCE"
+
+
+@pytest.mark.parametrize("algorithm", ["rest_em", "grpo"])
+@pytest.mark.parametrize("stops", [False, True])
+def test_no_model_of_an_update_is_left_when_the_base_is_given_back(algorithm: str, stops: bool) -> None:
+    from peft import PeftModel
+
+    left: list[int] = []
+
+    def models() -> set[int]:
+        gc.collect()
+        return {id(thing) for thing in gc.get_objects() if issubclass(type(thing), PeftModel)}
+
+    @contextmanager
+    def borrowed() -> Iterator[TeacherBase]:
+        before = models()
+        try:
+            yield tiny_teacher()
+        finally:
+            left.append(len(models() - before))
+
+    rewards = (0.0, 1.0)
+    lessons = [
+        Lesson(Rewarded("g", "Ada", "Ada.", f"Ada {i}.", "open", r, 0.0), r - 0.5) for i, r in enumerate(rewards)
+    ]
+    trainer = LoraTrainer(tiny_teacher(), borrowed)
+    settings = UpdateSettings(tuning=TUNING, algorithm=algorithm)
+    with pytest.raises(PreceptorError) if stops else nullcontext():
+        trainer.train(None, lessons, {}, settings, 0, lambda _step: None, lambda: stops)
+    assert left == [0]
