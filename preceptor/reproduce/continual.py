@@ -302,8 +302,8 @@ def _with_interval(estimate: Estimate | None) -> str | None:
     return f"{_percent(estimate.mean)} [{estimate.low * 100:.1f}, {estimate.high * 100:.1f}]"
 
 
-def _percent(value: float) -> str:
-    return f"{value * 100:.1f}%"
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{value * 100:.1f}%"
 
 
 def _chain_json(chain: Chain) -> dict[str, Any]:

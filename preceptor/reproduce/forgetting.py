@@ -122,13 +122,13 @@ def kept_of(chains: Sequence[Chain], resamples: int) -> Kept:
     )
 
 
-def matrix(chains: Sequence[Chain]) -> list[list[float]]:
+def matrix(chains: Sequence[Chain]) -> list[list[float | None]]:
     """[edits + 1, passages + 1]: the share of right answers to each passage, and in the last column of the old
-    knowledge that is left, before any edit and after each; all seeds pooled."""
+    knowledge that is left, before any edit and after each; all seeds pooled. None where nothing was asked."""
     edits = len(chains[0].rows)
-    rows = []
+    rows: list[list[float | None]] = []
     for after in range(edits + 1):
-        row = []
+        row: list[float | None] = []
         for passage in range(len(chains[0].before)):
             shown = [(chain.rows[after - 1] if after else chain.before)[passage] for chain in chains]
             row.append(_share([right for one in shown for right in one]))
@@ -144,5 +144,5 @@ def matrix(chains: Sequence[Chain]) -> list[list[float]]:
     return rows
 
 
-def _share(values: Sequence[bool]) -> float:
-    return sum(values) / len(values) if values else float("nan")
+def _share(values: Sequence[bool]) -> float | None:
+    return sum(values) / len(values) if values else None

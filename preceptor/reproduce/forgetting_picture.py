@@ -15,7 +15,7 @@ _CELL = 0.24
 _GAP = 0.4
 
 
-def forgetting(matrices: Mapping[str, Sequence[Sequence[float]]]) -> str:
+def forgetting(matrices: Mapping[str, Sequence[Sequence[float | None]]]) -> str:
     """One heat map for each way, below each other: rows are edits (the first: none yet), columns passages and, apart,
     the old knowledge; the darker, the more of it is right. Numbers are percentages."""
     with matplotlib.rc_context(STYLE):
@@ -31,7 +31,7 @@ def forgetting(matrices: Mapping[str, Sequence[Sequence[float]]]) -> str:
             for y, row in enumerate(rows):
                 for column, share in enumerate(row):
                     x = column + (_GAP if column == len(row) - 1 else 0)
-                    if share != share:  # nothing was asked
+                    if share is None:  # nothing was asked
                         continue
                     # The colour's strength is the share, so that it is right on light and on dark ground.
                     axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, color=ACCENT, alpha=0.75 * share, linewidth=0))
@@ -45,7 +45,8 @@ def forgetting(matrices: Mapping[str, Sequence[Sequence[float]]]) -> str:
             axes.set_ylabel("after edit", color=MUTED)
             axes.set_title(f"{way}: right answers about passage ..., %", fontsize=10, color=INK, loc="left")
         said = "; ".join(
-            f"{way}, after the last edit: " + ", ".join(f"{share * 100:.0f}%" for share in rows[-1])
+            f"{way}, after the last edit: "
+            + ", ".join("not asked" if share is None else f"{share * 100:.0f}%" for share in rows[-1])
             for way, rows in matrices.items()
         )
         return to_svg(figure, "Forgetting matrices: right answers to every passage after every edit", said)

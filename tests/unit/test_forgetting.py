@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -163,3 +164,14 @@ def test_findings_have_matrices_numbers_and_a_picture() -> None:
     assert "no replay, after the last edit: 50%, 100%, 50%" in found.pictures["forgetting"]
     assert found.data["kept"][REPLAY]["kept"]["mean"] == 1.0
     assert found.data["chains"][0]["right"] == [[2, 0], [1, 2]]
+
+
+def test_what_nobody_was_asked_is_no_number() -> None:
+    knows_nothing = evaluation("1100", probes="00")
+    del knows_nothing.baseline.probes_correct[:]
+    knows_nothing.baseline.probes_correct.extend([False, False])
+    found = findings([chain(NO_REPLAY, knows_nothing)], [])
+    assert found.data["matrices"][NO_REPLAY] == [[0.0, 0.0, None], [1.0, 0.0, None]]
+    assert found.tables[1].rows[-1] == ["1", "100.0%", "0.0%", None]
+    assert "100%, 0%, not asked" in found.pictures["forgetting"]
+    json.dumps(found.data, allow_nan=False)  # as results.json is written
