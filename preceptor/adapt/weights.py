@@ -23,6 +23,8 @@ from preceptor.v1 import types_pb2 as types
 ADAPTER, MERGED = "adapter", "merged"
 # What a folder with an adapter in PEFT's format has; one with all weights has none.
 ADAPTER_CONFIG = "adapter_config.json"
+# What lies beside every edit, and in a merged student (``student.kept``, which needs torch).
+EDIT_FILE = "preceptor_edit.json"
 # A large model is read, summed and written in less.
 MERGE_SECONDS = 3600.0
 

@@ -16,6 +16,7 @@ from preceptor.adapt.joint import joint_config, joint_protocol
 from preceptor.adapt.measure import Groups, PassageEdits, choose, passage_edits, race_settings
 from preceptor.adapt.subject import Subject, read_config, read_subject
 from preceptor.adapt.table import before_and_after, kept_share, passage_shares
+from preceptor.cli.adapt import check_folder
 from preceptor.config import RunConfig
 from preceptor.convert import bank_to_proto, task_to_proto
 from preceptor.errors import PreceptorError
@@ -25,6 +26,7 @@ from preceptor.union import union_task
 from preceptor.v1 import evaluator_pb2 as evaluator
 from preceptor.v1 import teacher_pb2 as teacher
 from preceptor.v1 import types_pb2 as types
+from student.kept import PROVENANCE_FILE
 
 SEALED = bank_to_proto(Bank.SEALED)
 
@@ -278,6 +280,17 @@ def test_a_file_that_is_no_record_is_not_written_over(tmp_path: Path) -> None:
 
 
 # ---- folders
+
+
+@pytest.mark.parametrize("name", [weights.ADAPTER, weights.MERGED])
+def test_a_folder_of_somebody_else_is_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine").write_text("1")
+    with pytest.raises(PreceptorError, match="would give way") as caught:
+        check_folder(tmp_path, "asked")
+    assert caught.value.reason == "OUTPUT_NOT_WRITABLE"
+    (tmp_path / name / PROVENANCE_FILE).write_text("{}")  # what an interrupted adaptation has left
+    check_folder(tmp_path, "asked")
 
 
 def test_a_folder_is_put_whole_in_place_of_the_old_one(tmp_path: Path) -> None:
