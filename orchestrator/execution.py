@@ -66,7 +66,9 @@ class Execution:
         hindered = self.progress.hindered
         self._teacher = TeacherClient(services.teacher, patience_seconds, self.stop, hindered)
         self._external = (
-            TeacherClient(services.external_teacher, patience_seconds, self.stop, hindered, "external teacher")
+            TeacherClient(
+                services.external_teacher, patience_seconds, self.stop, hindered, "external teacher", needed=False
+            )
             if services.external_teacher is not None
             else None
         )

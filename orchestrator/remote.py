@@ -69,15 +69,20 @@ class Remote:
         patience_seconds: float,
         stop: Stop,
         hindered: Hindered = lambda _name, _words: None,
+        *,
+        needed: bool = True,
     ) -> None:
+        """``needed``: False for one that a run can do without, for which it does not wait for ever: without room, or
+        silent in a stream until its deadline, it is away too."""
         self._name = name
         self._patience = patience_seconds
         self._stop = stop
         self._hindered = hindered
+        self._needed = needed
 
     def call(self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request) -> Response:
         """Calls a unary method. Raises PreceptorError (SERVICE_UNREACHABLE after the patience limit), Stopped."""
-        absence = _Absence(self._name, self._patience, self._hindered)
+        absence = _Absence(self._name, self._patience, self._hindered, self._needed)
         try:
             while True:
                 self._stop.check()
@@ -102,7 +107,7 @@ class Remote:
         ``next_request`` gives the request for each opening, or None when there is nothing left to ask. Ends when a
         stream ends by itself. Raises as ``call`` does.
         """
-        absence = _Absence(self._name, self._patience, self._hindered)
+        absence = _Absence(self._name, self._patience, self._hindered, self._needed)
         try:
             while (request := next_request()) is not None:
                 self._stop.check()
@@ -117,7 +122,8 @@ class Remote:
                     return
                 except PreceptorError as error:
                     self._stop.check()
-                    if time.monotonic() - start >= min(ALIVE_SECONDS, deadline):
+                    served = self._needed or error.reason != "DEADLINE_EXCEEDED"
+                    if served and time.monotonic() - start >= min(ALIVE_SECONDS, deadline):
                         absence.over()
                     pause = absence.excuse(error)
                 finally:
@@ -144,8 +150,9 @@ class Remote:
 class _Absence:
     """How long a service has been away, and whether somebody was told that it is waited for."""
 
-    def __init__(self, name: str, patience: float, hindered: Hindered) -> None:
+    def __init__(self, name: str, patience: float, hindered: Hindered, needed: bool) -> None:
         self._name = name
+        self._needed = needed
         self._patience = patience
         self._hindered = hindered
         self._since: float | None = None
@@ -171,7 +178,7 @@ class _Absence:
     def excuse(self, error: PreceptorError) -> float:
         """Seconds after which to ask again, if the error is one that waiting mends and patience is left; raises it
         otherwise."""
-        if error.reason in _BUSY:
+        if self._needed and error.reason in _BUSY:
             self._since = None  # it is not away
             self._tell(f"waiting for the {self._name}: {error.message}")
             return BUSY_PAUSE_SECONDS
@@ -179,7 +186,7 @@ class _Absence:
             self._internal += 1
             if self._internal >= INTERNAL_TRIES:
                 raise error
-        elif error.reason not in _AWAY:
+        elif error.reason not in (_AWAY | _BUSY):
             raise error
         now = time.monotonic()
         if self._since is None:

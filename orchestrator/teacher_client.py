@@ -25,8 +25,11 @@ class TeacherClient:
         stop: Stop,
         hindered: Hindered = lambda _name, _words: None,
         name: str = "teacher service",
+        *,
+        needed: bool = True,
     ) -> None:
-        """``name``: what it is called in errors and progress."""
+        """``name``: what it is called in errors and progress. ``needed``: see Remote."""
+        self._needed = needed
         self._name = name
         self._stub = stub
         self._patience = patience_seconds
@@ -101,7 +104,7 @@ class TeacherClient:
         self._remote().call(self._stub.ActivatePolicy, request)
 
     def _remote(self) -> Remote:
-        return Remote(self._name, self._patience, self._stop, self._hindered)
+        return Remote(self._name, self._patience, self._stop, self._hindered, needed=self._needed)
 
 
 def root_of(policy: teacher.Policy, get: Callable[[str], teacher.Policy]) -> teacher.Policy:

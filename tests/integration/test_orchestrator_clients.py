@@ -197,6 +197,43 @@ def test_patience_ends(tmp_path: Path) -> None:
     assert 1 < time.monotonic() - start < 10
 
 
+class UselessTeacher(ScriptedTeacher):
+    """Has no room, or is silent until the deadline of whoever asks."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self._reason = reason
+        self.asked = 0
+        self.over = threading.Event()
+
+    def GenerateSelfEdits(
+        self, request: teacher.GenerateSelfEditsRequest, context: Any
+    ) -> Iterator[teacher.GenerateSelfEditsResponse]:
+        self.asked += 1
+        if self._reason:
+            raise PreceptorError(self._reason, "not now")
+        self.over.wait(20)
+        yield from ()
+
+
+@pytest.mark.parametrize("reason", ["DISK_FULL", "SERVICE_BUSY", ""])
+def test_a_teacher_that_a_run_can_do_without_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    monkeypatch.setattr("orchestrator.teacher_client.GENERATE_SECONDS_PER_TASK", 1.0)
+    useless, stop = UselessTeacher(reason), Stop()
+    task = types.Task(id="task", passage=types.Passage(title="t", text="x"))
+    with ScriptedHouse(tmp_path, useless) as house:
+        stub = connect(house.address("teacher"), teacher_pb2_grpc.TeacherServiceStub)
+        client = TeacherClient(stub, 0.8, stop, needed=False)
+        threading.Timer(15, stop.set).start()
+        with pytest.raises(PreceptorError) as caught:
+            list(client.generate(teacher.GenerateSelfEditsRequest(tasks=[task], samples_per_task=1)))
+        useless.over.set()
+    assert caught.value.reason == "SERVICE_UNREACHABLE"
+    assert useless.asked > 1  # once is no absence
+
+
 class FixedTeacher(ScriptedTeacher):
     def GetPolicy(self, request: teacher.GetPolicyRequest, context: Any) -> teacher.GetPolicyResponse:
         response = super().GetPolicy(request, context)
