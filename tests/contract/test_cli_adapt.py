@@ -49,6 +49,7 @@ class KeepingEvaluator(ScriptedEvaluator):
         def write(folder: Path) -> None:
             (folder / "adapter_config.json").write_text("{}")
             (folder / "adapter_model.safetensors").write_text(name)
+            (folder / weights.EDIT_FILE).write_text("{}")
 
         self.kept.append(request)
         found.trials[0].adapter.CopyFrom(self._store.write_folder(f"adapter-{name}", write))
