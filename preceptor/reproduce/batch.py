@@ -18,11 +18,11 @@ from statistics import fmean
 
 from preceptor import arms
 from preceptor.config import RunConfig
-from preceptor.convert import question_to_proto, task_to_proto
+from preceptor.convert import for_teacher, question_to_proto, task_to_proto
 from preceptor.errors import PreceptorError
 from preceptor.limits import MAX_EPOCHS
 from preceptor.names import derived_seed
-from preceptor.protocols import evaluation_protocol, own_text
+from preceptor.protocols import directive_limits, evaluation_protocol, own_text
 from preceptor.racing import SUCCEEDED
 from preceptor.reproduce import knowledge
 from preceptor.reproduce.experiment import Findings, Options, PlainTable, Step
@@ -221,14 +221,9 @@ def generation(
 ) -> teacher.GenerateSelfEditsRequest:
     """One self-edit for each task, sampled as a run samples its held-out ones."""
     settings = config.teacher
-    stripped = []
-    for task in tasks:
-        bare = types.Task(id=task.id)
-        bare.passage.title, bare.passage.text = task.passage.title, task.passage.text
-        stripped.append(bare)
     return teacher.GenerateSelfEditsRequest(
         policy_id=policy,
-        tasks=stripped,
+        tasks=[for_teacher(task) for task in tasks],
         samples_per_task=1,
         prompt_format=prompt_format,
         sampling=teacher.SamplingSettings(
@@ -236,6 +231,7 @@ def generation(
         ),
         seed=derived_seed(config.seed, f"{split}-sampling"),
         max_resamples=settings.max_resamples,
+        limits=directive_limits(config),
     )
 
 
@@ -294,7 +290,8 @@ def choose_rates(lab: Lab, authors: Authors) -> dict[tuple[str, int, str], float
                     ours = [evaluations[number * len(rates) + at] for evaluations in groups]
                     known = [of.reward.accuracy for of in ours if of.state == SUCCEEDED]
                     values.append(fmean(known) if known else -1.0)
-                chosen[setting.kind, setting.size, arm] = rates[values.index(max(values))]
+                if max(values) >= 0:
+                    chosen[setting.kind, setting.size, arm] = rates[values.index(max(values))]
 
         lab.attempt(f"learning rates: {setting.words}", ask)
     return chosen
