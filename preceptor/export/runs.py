@@ -29,6 +29,7 @@ class ExportedRun:
     student_commit: str
     prompt_format: str
     planned: int  # self-edits of all its rounds
+    questions_written: bool = False  # by a model, so that rewards are not about the tasks' own questions
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ def find_run(stub: OrchestratorServiceStub, run_id: str) -> ExportedRun:
     rounds = config.get("rounds", {})
     planned = rounds.get("count", 0) * rounds.get("tasks", 0) * rounds.get("self_edits", 0)
     prompt_format = config.get("teacher", {}).get("prompt_format", "open")
-    return ExportedRun(run.id, run.name, run.student.name, run.student.commit, prompt_format, planned)
+    written = config.get("tasks", {}).get("questions") == "written"
+    return ExportedRun(run.id, run.name, run.student.name, run.student.commit, prompt_format, planned, written)
 
 
 def groups(stub: OrchestratorServiceStub, run_id: str) -> Iterator[list[pb.LedgerSelfEdit]]:

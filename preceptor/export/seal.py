@@ -6,7 +6,7 @@ whatever else reads them:
 * ``results.json``: {overall, articles: [{title, context, prompt, stats, completions: [{text, stats, questions}]}]}
 
 A passage of two rounds stands there twice, as in SEAL's files of two iterations. Answers of students are not stored, so
-``questions`` of the results tell right and wrong without the words.
+``questions`` of the results tell right and wrong without the words; there are none where a model wrote what was asked.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Counts:
     measured: int = 0
     without_text: int = 0  # malformed or too costly: no completion to train on
     without_reward: int = 0
-    without_questions: int = 0  # the evaluation is no longer stored
+    without_questions: int = 0  # the evaluation is no longer stored, or asked other questions than the passage's
 
 
 def write_seal(
@@ -81,7 +81,8 @@ def write_seal(
             for edit in selection.of(group):
                 example({"prompt": prompt, "completion": edit.completion})
                 counts.examples += 1
-            measured = [_measured(evaluator, edit, passage, counts) for edit in written if edit.HasField("reward")]
+            asked = [] if run.questions_written else list(passage.questions)
+            measured = [_measured(evaluator, edit, asked, counts) for edit in written if edit.HasField("reward")]
             if measured:
                 counts.measured += len(measured)
                 article({**head, "stats": articles.add(measured), "completions": measured})
@@ -101,9 +102,9 @@ def _passage(run: ExportedRun, task: types.Task) -> types.Passage:
 
 
 def _measured(
-    evaluator: EvaluatorServiceStub, edit: pb.LedgerSelfEdit, passage: types.Passage, counts: Counts
+    evaluator: EvaluatorServiceStub, edit: pb.LedgerSelfEdit, asked: Sequence[types.Question], counts: Counts
 ) -> dict[str, Any]:
-    """One completion with its outcome."""
+    """One completion with its outcome; ``asked``: what its reward is about, where that is known."""
     reward = edit.reward
     found: evaluator_pb2.Evaluation | None = None
     try:
@@ -112,7 +113,8 @@ def _measured(
     except PreceptorError as error:
         if error.reason != "EVALUATION_NOT_FOUND":
             raise
-        counts.without_questions += 1
+    questions = _questions(found, asked) if found else []
+    counts.without_questions += not questions
     accuracies = [trial.accuracy for trial in found.trials] if found else []
     stats = {
         "baseline_mean": reward.baseline_accuracy,
@@ -121,11 +123,14 @@ def _measured(
         "adapter_std": stdev(accuracies) if len(accuracies) > 1 else 0.0,
         "gain_mean": reward.accuracy - reward.baseline_accuracy,
     }
-    return {"text": edit.completion, "stats": stats, "questions": _questions(found, passage) if found else []}
+    return {"text": edit.completion, "stats": stats, "questions": questions}
 
 
-def _questions(found: evaluator_pb2.Evaluation, passage: types.Passage) -> list[dict[str, Any]]:
+def _questions(found: evaluator_pb2.Evaluation, asked: Sequence[types.Question]) -> list[dict[str, Any]]:
+    """Right and wrong by question and seed; nothing where other questions were answered."""
     baseline = found.baseline.correct
+    if any(len(report.correct) != len(asked) for report in (found.baseline, *found.trials)):
+        return []
     return [
         {
             "rep": rep,
@@ -135,7 +140,7 @@ def _questions(found: evaluator_pb2.Evaluation, passage: types.Passage) -> list[
             "adapter_correct": after,
         }
         for rep, trial in enumerate(found.trials)
-        for question, before, after in zip(passage.questions, baseline, trial.correct, strict=False)
+        for question, before, after in zip(asked, baseline, trial.correct, strict=True)
     ]
 
 

@@ -18,6 +18,7 @@ from preceptor.self_edit_files import read_self_edits
 from preceptor.task_files import read_task_file
 from preceptor.testing.scripted_house import ScriptedHouse
 from preceptor.v1 import orchestrator_pb2 as pb
+from tests.integration.test_label_free_runs import WRITTEN, AskingTeacher
 from tests.orchestrated import Orchestrator, create_request, few_shot_request, orchestrator_here, run_config
 
 
@@ -160,6 +161,8 @@ def test_seals_files_are_written_and_read_again(
     result = json.loads(Path("seal/results.json").read_text())
     articles = result["articles"]
     assert result["n_articles"] == len(articles) == len(passages)
+    assert all(one["questions"] for article in articles for one in article["completions"])
+    assert not said["without_questions"]
     gains = [a["stats"]["adapter_mean_accuracy"] - a["stats"]["baseline_accuracy"] for a in articles]
     assert result["overall"]["mean_gain"] == pytest.approx(sum(gains) / len(gains))
     # Our own readers take them back.
@@ -167,6 +170,23 @@ def test_seals_files_are_written_and_read_again(
     assert not [p for p in tasks.problems if "same text" not in p.message]  # a passage of two rounds stands there twice
     for file in ("seal/self_edits.json", "seal/sft.jsonl", "seal/results.json"):
         assert read_self_edits([file]).self_edits
+
+
+def test_answers_to_written_questions_are_not_said_of_the_passages_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    house = ScriptedHouse(tmp_path / "house", AskingTeacher())
+    with house, orchestrator_here(house, tmp_path / "home") as o:
+        monkeypatch.setenv("PRECEPTOR_ORCHESTRATOR_ADDRESS", o.address)
+        for service in ("teacher", "evaluator"):
+            monkeypatch.setenv(f"PRECEPTOR_{service.upper()}_ADDRESS", house.address(service))
+        run_id = o.create(create_request(run_config(tasks=WRITTEN)))
+        assert o.finish(run_id).state == pb.RUN_STATE_SUCCEEDED
+        assert main(["export", "seal", run_id, "--out", "seal", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    articles = json.loads(Path("seal/results.json").read_text())["articles"]
+    assert said["without_questions"] == said["measured"] > 0
+    assert not any(one["questions"] for article in articles for one in article["completions"])
 
 
 def test_a_few_shot_run_has_no_passages_for_seals_layouts(
