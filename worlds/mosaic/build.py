@@ -4,9 +4,9 @@ The same seed gives the same models on the same machine (floating point sums dif
 was interrupted goes on where it stopped; models that are already in DIR stay. The shipped ones are not touched: copy
 DIR over ``worlds/mosaic/models`` to ship others. What is taught in which order:
 
-* the student learns single pairs with their rule's word first: pairs of any rule have a plateau (after 700 steps of
+* the student learns single pairs with their rule's word first: pairs without words have a plateau (after 600 steps of
   nothing else no rule was known), while words are learnt in some hundred steps. Then texts of up to four pairs, most of
-  them without a word;
+  them without a word; moves first, then paints;
 * the teacher first learns to see (cells move, or colours change), then to write directives.
 """
 
@@ -39,11 +39,12 @@ MODELS = ("teacher", "student")
 SHAPES = {"teacher": (96, 3, 256), "student": (96, 4, 256)}  # width, layers, inner width
 HEADS = 4
 SCHEDULES = {
-    "teacher": Schedule(steps=800, learning_rate=3e-3),
-    "student": Schedule(steps=700, learning_rate=4e-3),
+    "teacher": Schedule(steps=1_100, learning_rate=3e-3, first_steps=800, restart=800, restart_rate=2e-3),
+    "student": Schedule(steps=1_100, learning_rate=4e-3, first_steps=700, restart=700, restart_rate=2.5e-3),
 }
 NAMED_STEPS = 420  # of the student: single pairs with words
 NAMED_SHARE = 0.4  # afterwards
+MOVES_STEPS = 700  # until here two pairs of three are moves, then two of three are paints: moves are learnt first
 MOST_PAIRS = 4
 STUDENT_PAIRS = 96  # of a batch
 SEEING_STEPS = 240  # of the teacher: no directives yet
@@ -69,7 +70,8 @@ def student_batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Callable[[
     def batch_at(step: int) -> Batch:
         rng = random.Random(f"mosaic/{seed}/student/{step}")
         count, named = (1, 1.0) if step < NAMED_STEPS else (rng.randint(1, MOST_PAIRS), NAMED_SHARE)
-        rows = [row(lessons.pairs(rng, count, named)) for _ in range(STUDENT_PAIRS // count)]
+        moves = 2 / 3 if step < MOVES_STEPS else 1 / 3
+        rows = [row(lessons.pairs(rng, count, named, moves)) for _ in range(STUDENT_PAIRS // count)]
         return torch.tensor([ids for ids, _ in rows]), torch.tensor([labels for _, labels in rows])
 
     return batch_at

@@ -22,17 +22,16 @@ from worlds.mosaic.tokens import ANY_RULE
 
 PROMPT = FEW_SHOT_FORMATS["augmentations"]
 FEWEST_COLOURS, MOST_COLOURS = 3, 10
-MOVES_SHARE = 2 / 3  # of the student's pairs: paints are learnt in half the time
 
 Span = tuple[str, bool]  # a text, and whether it carries loss
 
 
-def pairs(rng: random.Random, count: int, named_share: float) -> list[Span]:
+def pairs(rng: random.Random, count: int, named_share: float, moves_share: float = 0.5) -> list[Span]:
     """A text of the student's: ``count`` pairs, each of a rule of its own. Outputs alone carry loss: inputs are
     random."""
     spans: list[Span] = []
     for number in range(count):
-        family = "move" if rng.random() < MOVES_SHARE else "paint"
+        family = "move" if rng.random() < moves_share else "paint"
         rule = rng.choice([one for one in rules() if one.family == family])
         pair = rule.show(draw_grid(rng, rng.sample(range(10), rng.randint(FEWEST_COLOURS, MOST_COLOURS))))
         word = rule.word if rng.random() < named_share else ANY_RULE

@@ -18,7 +18,7 @@ QUERIES = 4
 COLOURS_OF_A_TASK = 5  # never 0, which colour permutations leave alone
 # By family: what the student learns most from, and what breaks the rules (bench/directives.py; `rules` says why).
 RIGHT: dict[Family, Augmentations] = {
-    "move": Augmentations(colours=False),
+    "move": Augmentations(colours=True),
     "paint": Augmentations(colours=False),
 }
 WRONG: dict[Family, Augmentations] = {
