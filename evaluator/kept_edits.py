@@ -60,15 +60,28 @@ class KeptEdits:
 
     def _read(self, before: float) -> tuple[list[_Learnt], set[str]]:
         """Old evaluations that have kept something, and the hashes of the edits that others need."""
+        awaited = self._awaited()
         learnt: list[_Learnt] = []
         needed: set[str] = set()
         for state, finished, evaluation in self._evaluations():
             edits = tuple(one.adapter for one in evaluation.trials if one.HasField("adapter"))
             if state in LIVE or finished is None or finished >= before:
                 needed.update(edit.sha256 for edit in (*edits, *evaluation.student.adapters))
-            elif edits:
+            elif edits and evaluation.id not in awaited:
                 learnt.append(_Learnt(evaluation.id, edits))
         return learnt, needed
+
+    def _awaited(self) -> set[str]:
+        """Evaluations whose trials one under way has, too: it does not say yet what they have learnt, and would wait
+        for ever for one that is gone."""
+        under_way = (
+            select(evaluation_trials.c.trial_id)
+            .join(evaluations, evaluations.c.id == evaluation_trials.c.evaluation_id)
+            .where(evaluations.c.state.in_(LIVE), evaluation_trials.c.position >= 0)
+        )
+        with self._database.read() as tx:
+            others = select(evaluation_trials.c.evaluation_id).where(evaluation_trials.c.trial_id.in_(under_way))
+            return set(tx.execute(others).scalars())
 
     def _evaluations(self) -> Iterator[tuple[State, float | None, pb.Evaluation]]:
         after = 0

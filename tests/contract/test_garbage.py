@@ -247,8 +247,8 @@ def test_an_edit_stays_as_long_as_an_evaluation_needs_it(database_url: str, tmp_
 
         return store.write_folder(name, write)
 
-    names = ("alone", "shared", "below", "running", "foreign")
-    alone, shared, below, running, _ = (publish(name) for name in names)
+    names = ("alone", "shared", "below", "running", "awaited", "foreign")
+    alone, shared, below, running, awaited, _ = (publish(name) for name in names)
     with database.write() as tx:
 
         def put(name: str, state: State, days: float, learnt: types.Artifact | None, *on: types.Artifact) -> None:
@@ -271,6 +271,10 @@ def test_an_edit_stays_as_long_as_an_evaluation_needs_it(database_url: str, tmp_
         put("old and below", State.SUCCEEDED, 40, below)
         put("old and run upon", State.SUCCEEDED, 40, running)
         put("live", State.RUNNING, 0, None, running)
+        put("old and awaited", State.SUCCEEDED, 40, awaited)
+        put("waiting", State.RUNNING, 0, None)  # has that trial, and another one that is not done
+        link = {"evaluation_id": "waiting", "position": 1, "trial_id": "trial-old and awaited-0", "seed": "1"}
+        tx.execute(insert(evaluation_trials).values(link))
 
     def left(table: Any, column: Any) -> set[str]:
         with database.read() as tx:
@@ -288,7 +292,7 @@ def test_an_edit_stays_as_long_as_an_evaluation_needs_it(database_url: str, tmp_
         assert item.age_seconds == pytest.approx(40 * DAY, rel=0.01)
         assert {item.name for item in store.list()} == set(names) - {"alone"}
         assert not garbage.collect(30 * DAY, dry_run=False, edits=True)
-        stays = {"old and shared", "young", "old and below", "old and run upon", "live"}
+        stays = {"old and shared", "young", "old and below", "old and run upon", "live", "old and awaited", "waiting"}
         assert left(evaluations, evaluations.c.id) == stays
         assert left(owners, owners.c.evaluation_id) == stays
         assert left(requests, requests.c.id) == {f"request-{name}" for name in stays}
