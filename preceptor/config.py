@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from preceptor.errors import PreceptorError
 from preceptor.limits import (
@@ -381,6 +381,14 @@ class HeldoutConfig(Section):
     )
     selection_tasks: int = Field(8, ge=1, le=MAX_TASKS, description="training passages that choose the fixed strategy")
     bootstrap_resamples: int = Field(2000, ge=100, le=100_000)
+
+    @field_validator("formats")
+    @classmethod
+    def _each_once(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
+        for name in formats:
+            if formats.count(name) > 1:
+                raise ValueError(f"names {name!r} more than once; each is one arm")
+        return formats
 
 
 class StudentConfig(Section):

@@ -267,3 +267,9 @@ def test_a_divergence_means_something_to_policy_gradients_alone(tmp_path: Path) 
     path = write(tmp_path, GOOD)
     assert "kl = 0.1 means nothing to rest_em" in error_of(path, "update.kl=0.1").message
     assert "update.algorithm" in error_of(path, "update.algorithm=ppo").message
+
+
+def test_a_format_is_an_arm_once(tmp_path: Path) -> None:
+    error = error_of(write(tmp_path, f'{GOOD}\n[heldout]\nformats = ["copy", "self_qa", "copy"]\n'))
+    assert "heldout.formats" in error.message
+    assert "'copy' more than once" in error.message
