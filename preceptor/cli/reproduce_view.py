@@ -62,14 +62,15 @@ class _PlainSteps(_Steps):
     def __init__(self, inner: RunView) -> None:
         super().__init__(inner)
         self._next = 0.0
+        self._last: Progress | None = None
 
     def step(self, number: int, steps: int, words: str, seconds_left: float | None) -> None:
         self.say(f"[{self.gone()}] step {number} of {steps}: {words}{_left(seconds_left)}")
 
     def progress(self, progress: Progress) -> None:
         now = time.monotonic()
-        if now >= self._next or progress.done == progress.total:
-            self._next = now + PLAIN_SECONDS
+        if progress != self._last and (now >= self._next or progress.done == progress.total):
+            self._next, self._last = now + PLAIN_SECONDS, progress
             self.say(f"[{self.gone()}] {progress.phase}: {progress.done} of {progress.total} evaluations")
 
 
