@@ -69,7 +69,7 @@ class _PlainSteps(_Steps):
 
     def progress(self, progress: Progress) -> None:
         now = time.monotonic()
-        if progress != self._last and (now >= self._next or progress.done == progress.total):
+        if now >= self._next or (progress.done == progress.total and progress != self._last):
             self._next, self._last = now + PLAIN_SECONDS, progress
             self.say(f"[{self.gone()}] {progress.phase}: {progress.done} of {progress.total} evaluations")
 
