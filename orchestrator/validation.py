@@ -7,15 +7,17 @@ from collections.abc import Sequence
 
 from orchestrator.plan import labelled_places
 from preceptor.config import RunConfig, parse_config_json
-from preceptor.convert import directive_from_proto, questions_from_proto
+from preceptor.convert import directive_from_proto, questions_from_proto, task_from_proto
 from preceptor.errors import PreceptorError
 from preceptor.few_shot.grids import grid_fault
+from preceptor.few_shot.views import views
 from preceptor.limits import (
     MAX_DOCUMENTS,
     MAX_LABELS,
     MAX_NAME_CHARACTERS,
     MAX_PAIRS,
     MAX_PROBES,
+    MAX_PROMPT_CHARACTERS,
     MAX_QUESTIONS,
     MAX_REFERENCE_EDITS,
     MAX_REPLAY_DOCUMENTS,
@@ -27,7 +29,7 @@ from preceptor.limits import (
 from preceptor.names import canonical_json, message_json, task_id, task_title
 from preceptor.question_faults import answer_fault, grid_answer_fault, question_faults
 from preceptor.self_edit_files import directive_fault
-from preceptor.tasks import TARGETS, Bank
+from preceptor.tasks import TARGETS, Bank, FewShotTask
 from preceptor.v1 import orchestrator_pb2 as pb
 from preceptor.v1 import types_pb2 as types
 
@@ -143,6 +145,10 @@ def _check_tasks(
             _check_few_shot(field, position, task, config.answers.max_new_tokens)
         else:
             _check_passage(field, position, task, banks, bank_words, config, answers_needed)
+        in_context = config.heldout.in_context and field == "heldout_tasks"
+        if (size := _longest_prompt(task, config, in_context)) > MAX_PROMPT_CHARACTERS:
+            problem = f"makes a prompt of {size} characters; at most {MAX_PROMPT_CHARACTERS} are allowed"
+            raise _bad(field, position, task, problem, "few_shot" if task.HasField("few_shot") else "passage.text")
         if task.id != task_id(task):
             raise _bad(field, position, task, "has an id that is not its content's", "id")
         if task.id in seen:
@@ -197,6 +203,23 @@ def _check_few_shot(field: str, position: int, task: types.Task, max_new_tokens:
                 if fault:
                     where = f"few_shot.{part}[{number}].{side}"
                     raise _bad(field, position, task, f"has a bad grid: {where} {fault}", where)
+
+
+def _longest_prompt(task: types.Task, config: RunConfig, in_context: bool) -> int:
+    """Characters of the longest prompt that has all of a task in it; 0 where there is none."""
+    if task.HasField("few_shot"):
+        made = task_from_proto(task)
+        assert isinstance(made, FewShotTask)
+        asked = config.few_shot
+        size = max(len(view.prompt) for seen in views(made, 1, asked.separator) for view in seen)
+        if MAX_PROMPT_CHARACTERS / 2 < size < MAX_PROMPT_CHARACTERS:  # other views are a little longer, or shorter
+            size = max(len(view.prompt) for seen in views(made, asked.votes, asked.separator) for view in seen)
+        return size
+    if not in_context:
+        return 0
+    frame = config.answers.prompt
+    longest = max((len(frame.replace("{question}", one.text)) for one in task.passage.questions), default=0)
+    return len(task.passage.text) + 1 + longest
 
 
 def _size_fault(task: types.Task) -> str:

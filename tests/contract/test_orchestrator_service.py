@@ -250,6 +250,23 @@ def test_a_format_that_is_not_for_the_run_is_found_before_it_exists(
     assert said in error.message
 
 
+def test_a_task_that_no_prompt_can_hold_is_found_before_the_run_exists(orchestrator: Orchestrator) -> None:
+    long = create_request(run_config(heldout={"in_context": True}))
+    long.heldout_tasks[2].passage.text += " Word" * 40_000
+    long.heldout_tasks[2].id = task_id(long.heldout_tasks[2])
+    grids = few_shot_request(few_shot_config(few_shot={"separator": " "}, answers={"max_new_tokens": 1024}))
+    rows = [types.GridRow(cells=[i % 10] * 30) for i in range(30)]
+    for _ in range(80):
+        pair = grids.tasks[1].few_shot.demonstrations.add()
+        pair.input.rows.extend(rows)
+        pair.output.rows.extend(rows)
+    grids.tasks[1].id = task_id(grids.tasks[1])
+    for request, field in ((long, "heldout_tasks[2].passage.text"), (grids, "tasks[1].few_shot")):
+        error = refused(orchestrator, request)
+        assert (error.reason, error.metadata["field"]) == ("BAD_TASK_FILE", field)
+        assert "makes a prompt of" in error.message
+
+
 def test_a_judge_that_is_not_set_is_found_before_the_run_exists(orchestrator: Orchestrator) -> None:
     for grader in ("judge", "cascade"):
         error = refused(orchestrator, create_request(run_config(reward={"grader": grader})))
