@@ -210,6 +210,8 @@ def _at_once(lab: Lab, material: Material) -> Chain | None:
 def _check(found: evaluator.Evaluation) -> None:
     if found.state != SUCCEEDED:
         raise PreceptorError(found.failure.reason or "CANCELLED", found.failure.message or "it was cancelled")
+    if not found.trials[0].HasField("adapter"):  # the next edit would stand on nothing, and nobody would know
+        raise PreceptorError("VERSION_SKEW", "the evaluator gave no adapter: it is older than this command")
 
 
 def _notes(material: Material) -> list[str]:

@@ -10,7 +10,8 @@ import pytest
 from preceptor.adapt.subject import Subject
 from preceptor.config import RunConfig
 from preceptor.convert import task_to_proto
-from preceptor.reproduce.continual import EARLIER, NO_REPLAY, REPLAY, findings, protocol_of, replay_of
+from preceptor.errors import PreceptorError
+from preceptor.reproduce.continual import EARLIER, NO_REPLAY, REPLAY, _check, findings, protocol_of, replay_of
 from preceptor.reproduce.forgetting import Chain, Material, kept_of, matrix
 from preceptor.tasks import Bank, Passage, Question
 from preceptor.union import union_task
@@ -83,6 +84,15 @@ def test_what_is_kept_is_a_share_of_what_was_right_after_its_own_edit() -> None:
 def test_every_edit_stands_on_those_before() -> None:
     one = chain(REPLAY, evaluation("1100", adapter="e1"), evaluation("1111", adapter="e2"))
     assert [adapter.sha256 for adapter in one.student.adapters] == ["e1", "e2"]
+
+
+def test_an_edit_that_was_not_kept_is_no_link_of_a_chain() -> None:
+    found = evaluation("1100")
+    _check(found)
+    found.trials[0].ClearField("adapter")
+    with pytest.raises(PreceptorError, match="gave no adapter") as caught:
+        _check(found)
+    assert caught.value.reason == "VERSION_SKEW"
 
 
 def test_a_passage_of_which_nothing_was_written_leaves_the_student_as_it_was() -> None:
