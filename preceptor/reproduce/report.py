@@ -118,7 +118,8 @@ def arm_cells(arm: Mapping[str, Any]) -> list[str]:
         cost = _money(arm["cost"])
         if arm["preparation_cost"]:
             cost += f" + {_money(arm['preparation_cost'])} once"
-    missing = [f"{arm[kind]} {kind}" for kind in ("failed", "malformed") if arm[kind]]
+    kinds = ("failed", "malformed", "too_costly")
+    missing = [f"{arm[kind]} {kind.replace('_', ' ')}" for kind in kinds if arm.get(kind)]
     return [
         arm["words"],
         percent(arm["accuracy"]),

@@ -47,6 +47,7 @@ class Arm:
     # Seconds spent before the arm could be used (choosing a strategy, rounds of training): one number for each seed.
     preparation: list[float] = field(default_factory=list)
     malformed: int = 0
+    too_costly: int = 0
     left_out: str = ""  # why it could not be measured at all
 
     @property
@@ -91,6 +92,7 @@ def arms_of(summaries: Mapping[int, Mapping[str, Any]]) -> list[Arm]:
                 if said.get(key) is not None:
                     numbers.append(said[key])
             arm.malformed += said["malformed"]
+            arm.too_costly += said.get("too_costly", 0)
             arm.preparation.append(_preparation(name, summary))
         for name, why in (heldout.get("left_out") or {}).items():
             found.setdefault(name, Arm(name)).left_out = f"{why['reason']}: {why['message']}"
@@ -147,6 +149,7 @@ def arm_values(arm: Arm, price: float | None = None) -> dict[str, Any]:
         "seeds": len(seeds),
         "failed": arm.failed,
         "malformed": arm.malformed,
+        "too_costly": arm.too_costly,
         "left_out": arm.left_out or None,
     }
 

@@ -29,6 +29,7 @@ def summary(seed: int, shares: dict[str, float], fails: str = "", tasks: int = 8
         held[name] = {
             "outcomes": outcomes,
             "malformed": 1 if name == arms.UNTRAINED else 0,
+            "too_costly": 2 if name == arms.UNTRAINED else 0,
             "trained_tokens": None if name == arms.NO_EDIT else 1500.0,
             "worker_seconds": None if name == arms.NO_EDIT else 0.5,
         }
@@ -96,6 +97,7 @@ def test_what_failed_is_left_out_of_the_arm_and_of_its_pairs_and_counted() -> No
     assert difference_values(found[arms.TRAINED], found[arms.FIXED])["passages"] == 7
     assert difference_values(found[arms.TRAINED], found[arms.UNTRAINED])["passages"] == 8
     assert arm_values(found[arms.UNTRAINED])["malformed"] == 1
+    assert arm_values(found[arms.UNTRAINED])["too_costly"] == 2
 
 
 def test_an_arm_that_could_not_be_had_says_why_and_is_compared_with_nothing() -> None:
