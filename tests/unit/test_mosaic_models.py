@@ -66,7 +66,7 @@ def test_demonstrations_in_the_prompt_teach_nothing_the_right_directive_does_and
     earned = {family: [0.0, 0.0, 0.0] for family in FAMILIES}
     for task in few_shot_tasks(5, "train", 4):
         family = next(family for family in FAMILIES if family == task.labels["family"])
-        for place, edit in enumerate((Directive(), directive(RIGHT[family]), directive(WRONG[family]))):
+        for place, edit in enumerate((Directive(), directive(family, RIGHT[family]), directive(family, WRONG[family]))):
             earned[family][place] += probability(task, edit) / 2
     for untouched, right, wrong in earned.values():
         assert untouched < 0.02
@@ -92,7 +92,7 @@ def probability(task: FewShotTask, directive: Directive) -> float:
     return sum(math.exp(answer.gold_logprob) for answer in result.answers) / len(asked)
 
 
-def test_the_teacher_sees_what_happens_and_what_it_writes_is_often_a_directive_drawn_from_many() -> None:
+def test_the_teacher_sees_what_happens_and_what_it_writes_is_a_directive_drawn_from_many() -> None:
     from teacher.model import load_teacher
     from teacher.prompts import FEW_SHOT_FORMATS
     from teacher.sampling import SamplingSettings, sample, uniforms
@@ -107,14 +107,14 @@ def test_the_teacher_sees_what_happens_and_what_it_writes_is_often_a_directive_d
         [base.tokenizer(prompt)["input_ids"] for prompt in prompts],
         rows,
         torch.from_numpy(np.stack([uniforms(0, str(row), row, 1, 128) for row in range(len(rows))])),
-        SamplingSettings(temperature=0.8, top_p=1.0, max_new_tokens=128),
+        SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=128),
         base.end_ids,
     )
     texts = [base.tokenizer.decode(one.tokens) for one in written]
     seen = sum(SEEN[families[row]] in text.split("\n")[0] for row, text in zip(rows, texts, strict=True))
     directives = [found for text in texts if (found := read(text)) is not None]
     assert seen >= 0.8 * len(texts)
-    assert len(directives) >= 0.2 * len(texts)  # the others are drawn again, and training ends that
+    assert len(directives) >= 0.9 * len(texts)
     assert len(set(directives)) >= 0.9 * len(directives)  # of a thousand: it has no opinion yet
 
 
