@@ -150,7 +150,7 @@ CATALOGUE: dict[str, Entry] = {
         "(--self-edits), train it (`preceptor run`), or lower --min-z",
     ),
     # the house
-    "STACK_NOT_UP": Entry(_DOWN, "start it with `preceptor up`, or leave out --connect"),
+    "STACK_NOT_UP": Entry(_DOWN, "start it with `preceptor up`; where --connect was given, leave it out instead"),
     "WRONG_TEACHER": Entry(
         _STATE, "start the stack with `preceptor up --world` and the named world, or leave out --connect"
     ),
