@@ -78,7 +78,11 @@ def test_a_stack_is_found_is_alone_and_leaves_nothing_behind(
     # Other commands find it by its home folder.
     assert json.loads(preceptor(home, "runs", "list", "--json").stdout) == {"runs": []}
     students = json.loads(preceptor(home, "students", "list", "--json").stdout)["students"]
-    assert [student["active"] for student in students] == [True]
+    assert [(student["name"], student["active"]) for student in students] == [
+        ("almanac", True),
+        ("almanac-qwen2", False),
+        ("mosaic", False),
+    ]
     waited = preceptor(home, "students", "activate", students[0]["name"], "--wait", "--timeout", "200")
     assert waited.returncode == 0, waited.stderr
     checked = preceptor(home, "doctor", "--json")
