@@ -22,6 +22,7 @@ from preceptor.reproduce.report import body, made_by, points
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "reproduce"
 PAGE = DOCS / "reproduce.md"
+SEEDS = 3
 
 INTRODUCTION = """# The paper's experiments, with one command each
 
@@ -62,6 +63,9 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
     lines = INTRODUCTION.split("\n")
     for of in results:
         lines += [f"## {of['title']}", "", of["about"], "", *made_by(of), ""]
+        seeds = max((arm["seeds"] for section in of["sections"] for arm in section["arms"]), default=SEEDS)
+        if seeds < SEEDS:
+            lines += [f"**Only {seeds} of {SEEDS} seeds were measured**: the interval over seeds says nothing yet.", ""]
         lines += [f"**What did not work.** {line}" if number == 0 else line for number, line in enumerate(failed(of))]
         lines += ["", *body(of, dict.fromkeys(_pictures(of["experiment"]), ""), f"reproduce/{of['experiment']}-", 3)]
     missing = [name for name in EXPERIMENTS if name not in {of["experiment"] for of in results}]

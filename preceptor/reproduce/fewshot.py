@@ -39,15 +39,12 @@ def steps(options: Options) -> Sequence[Step]:
 
 def measure(lab: Lab, options: Options) -> Findings:
     """Raises PreceptorError(TOO_MANY_FAILURES) where no run succeeded."""
-    found = measure_runs(
+    return measure_runs(
         lab,
         plan(options),
         title="Few-shot learning",
         about="For each task the student is fine-tuned on training tasks that are made of the demonstrations, as a"
         " directive says (augmentations, loss, rate, epochs), and then asked for the outputs of the queries; right is"
         " what is right in every cell within two attempts. The arms differ in who chose the directive.",
+        words=WORDS,
     )
-    for section in found.sections:
-        for arm in section.arms:
-            arm.label = WORDS.get(arm.name, "")
-    return found

@@ -6,7 +6,7 @@ models the same run on a file in SQuAD's layout (``--full --tasks FILE --student
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from preceptor.config import RunConfig
@@ -55,8 +55,17 @@ def measure(lab: Lab, options: Options) -> Findings:
     )
 
 
-def measure_runs(lab: Lab, runs: Iterator[tuple[str, int, RunConfig]], title: str, about: str) -> Findings:
-    """A section for each student. Raises PreceptorError(TOO_MANY_FAILURES) where no run succeeded."""
+def measure_runs(
+    lab: Lab,
+    runs: Iterator[tuple[str, int, RunConfig]],
+    title: str,
+    about: str,
+    words: Mapping[str, str] | None = None,
+) -> Findings:
+    """A section for each student; ``words``: what arms are called here.
+
+    Raises PreceptorError(TOO_MANY_FAILURES) where no run succeeded.
+    """
     summaries: dict[str, dict[int, dict[str, Any]]] = {}
     for student, seed, config in runs:
         lab.step()
@@ -66,6 +75,8 @@ def measure_runs(lab: Lab, runs: Iterator[tuple[str, int, RunConfig]], title: st
     if not summaries:
         raise PreceptorError("TOO_MANY_FAILURES", f"no run succeeded; the first: {lab.failures[0].message}")
     sections = [section(student, f"Student {student}", found) for student, found in summaries.items()]
+    for arm in (arm for of in sections for arm in of.arms):
+        arm.label = (words or {}).get(arm.name, "")
     return Findings(
         title=title,
         about=about,
