@@ -18,6 +18,7 @@ SUCCEEDED, FAILED = pb.EVALUATION_STATE_SUCCEEDED, pb.EVALUATION_STATE_FAILED
 # What a summary says of when, how fast and under which name.
 _VARIES = frozenset(
     {"run", "seconds", "wall_seconds", "time_to_first_reward_seconds", "peak_memory_bytes", "throughput", "cached"}
+    | {"worker_seconds", "selection_worker_seconds"}
 )
 
 

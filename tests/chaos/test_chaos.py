@@ -130,7 +130,11 @@ def test_a_schedule_is_a_function_of_its_seed_and_hits_everybody() -> None:
 
 
 def test_summaries_differ_only_in_what_counts() -> None:
-    first = {"run": "a-1", "rounds": [{"reward": 0.5, "seconds": {"update": 1.0}}], "wall_seconds": 3}
+    first = {
+        "run": "a-1",
+        "rounds": [{"reward": 0.5, "seconds": {"update": 1.0}, "worker_seconds": 2}],
+        "wall_seconds": 3,
+    }
     assert differences(first, {**first, "run": "a-2", "wall_seconds": 5}) == []
     other = {**first, "rounds": [{"reward": 0.25, "seconds": {"update": 1.0}}]}
     assert differences(first, other) == ["summary.rounds[0].reward: 0.25 instead of 0.5"]

@@ -1,6 +1,7 @@
 """The house's server and client, against each other over a real socket."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -142,8 +143,10 @@ def test_a_call_waits_for_a_service_that_comes_back_within_the_deadline() -> Non
 
 
 def test_a_new_channel_does_not_inherit_the_back_off_of_an_old_one() -> None:
-    first = Server([SERVICE], _add(Servicer()), ServiceSettings(grace_seconds=0))
-    address, port = f"127.0.0.1:{first.port}", first.port
+    # Below the ports that the system gives away: nobody else may have it when the server comes back.
+    port = random.randrange(20_000, 30_000)
+    first = Server([SERVICE], _add(Servicer()), ServiceSettings(port=port, grace_seconds=0))
+    address = f"127.0.0.1:{port}"
     with open_channel(address) as old:
         first.stop()
         for _ in range(30):  # until the old channel has failed often enough to wait two seconds
