@@ -92,7 +92,9 @@ def failed(results: Mapping[str, Any]) -> list[str]:
                 said.append(f"{section['title']}: the trained teacher was {words} {', '.join(names)} (points).")
     if results["failures"]:
         said.append(f"{len(results['failures'])} parts failed; they are listed below.")
-    return said or ["No simpler arm was as good as the trained teacher, and no part failed."]
+    if said or not results["sections"]:
+        return said  # without arms nothing can be said of them
+    return ["No simpler arm was as good as the trained teacher, and no part failed."]
 
 
 def _pictures(experiment: str) -> list[str]:

@@ -42,6 +42,7 @@ def test_the_page_says_where_the_trained_teacher_was_no_better() -> None:
     assert lost == "Student s: the trained teacher was worse than best fixed strategy (−10.0) (points)."
     (won,) = writer.failed(results(SHARES))
     assert won.startswith("No simpler arm was as good")
+    assert writer.failed({"sections": [], "failures": []}) == []  # no arms, no claim about them
 
 
 def test_results_are_taken_over_with_their_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
